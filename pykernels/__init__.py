@@ -1,0 +1,8 @@
+"""PyTorch models several times faster on the hardware at hand: hand-written kernels, model surgery, int8."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+from pykernels import _load as _load
+from pykernels import _fake as _fake  # isort: skip  (needs the library)

@@ -1,0 +1,129 @@
+// What the families' op.cpp share on top of the LibTorch Stable ABI: checks that name the argument, memory formats, and
+// allocation. No kernel includes this.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#define PK_CHECK(condition, ...) STD_TORCH_CHECK(condition, "pykernels: ", __VA_ARGS__)
+
+namespace pykernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+
+inline const char* dtype_name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+inline bool is_byte(ScalarType t) { return t == ScalarType::Byte || t == ScalarType::Char; }
+inline bool is_real(ScalarType t) { return t == ScalarType::Float || t == ScalarType::BFloat16; }
+
+inline int64_t element_size(ScalarType t) {
+  switch (t) {
+    case ScalarType::Byte:
+    case ScalarType::Char: return 1;
+    case ScalarType::BFloat16: return 2;
+    case ScalarType::Long: return 8;
+    default: return 4;
+  }
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::string s = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + "]";
+}
+
+inline void check_cpu(const char* op, const char* name, const Tensor& t) {
+  PK_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
+}
+
+inline void check_real(const char* op, const char* name, const Tensor& t) {
+  check_cpu(op, name, t);
+  PK_CHECK(is_real(t.scalar_type()), op, ": ", name, " must be float32 or bfloat16, not ", dtype_name(t.scalar_type()));
+}
+
+inline void check_byte(const char* op, const char* name, const Tensor& t) {
+  check_cpu(op, name, t);
+  PK_CHECK(is_byte(t.scalar_type()), op, ": ", name, " must be uint8 or int8, not ", dtype_name(t.scalar_type()));
+}
+
+inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
+  PK_CHECK(t.dim() == dim, op, ": ", name, " must have ", dim, " dimensions, not shape ", shape_of(t));
+}
+
+// A scale: finite and positive, and so is its reciprocal in fp32.
+inline void check_scale(const char* op, const char* name, double scale) {
+  const float s = static_cast<float>(scale);
+  PK_CHECK(s > 0.0f && 1.0f / s > 0.0f && s * 0.0f == 0.0f && (1.0f / s) * 0.0f == 0.0f, op, ": ", name,
+           " must be a positive number that fp32 holds, not ", scale);
+}
+
+// A zero point must be a value of the quantized dtype.
+inline void check_zero_point(const char* op, const char* name, int64_t zero_point, ScalarType t) {
+  const int64_t low = t == ScalarType::Byte ? 0 : -128, high = low + 255;
+  PK_CHECK(zero_point >= low && zero_point <= high, op, ": ", name, " must lie in [", low, ", ", high, "] for ",
+           dtype_name(t), ", not ", zero_point);
+}
+
+// The pair of an int[2] argument.
+inline void check_pair(const char* op, const char* name, const Ints& v, int64_t least) {
+  PK_CHECK(v.size() == 2, op, ": ", name, " must have 2 numbers, not ", v.size());
+  for (int64_t x : v)
+    PK_CHECK(x >= least && x < (int64_t{1} << 31), op, ": ", name, " must be at least ", least, " and below 2^31, not ", x);
+}
+
+// NHWC memory of a 4-D logical NCHW tensor, by strides; strides of dimensions of size 1 mean nothing.
+inline bool is_channels_last(const Tensor& t) {
+  if (t.dim() != 4) return false;
+  int64_t expected = 1;
+  for (int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+inline Tensor empty(const Ints& sizes, ScalarType dtype, bool channels_last = false) {
+  return torch::stable::empty(
+      sizes, dtype, std::nullopt, std::nullopt, std::nullopt,
+      channels_last ? std::optional(torch::headeronly::MemoryFormat::ChannelsLast) : std::nullopt);
+}
+
+inline Tensor to_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline Tensor to_channels_last(const Tensor& t) {
+  return is_channels_last(t) ? t : torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// A float? / Tensor? argument of a schema arrives as std::optional.
+template <class T>
+const T* pointer(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* mutable_pointer(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+}  // namespace pykernels

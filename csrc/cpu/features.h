@@ -1,0 +1,23 @@
+// What this CPU can run, and which build of the kernels ("isa") is chosen. Torch-free.
+#pragma once
+
+#include <cstdint>
+
+namespace pykernels {
+
+// In order of preference; each one includes what stands before it except that avxvnni and avx512 are siblings.
+enum class Isa : int { scalar, avx2, avxvnni, avx512, avx512vnni };
+inline constexpr int kIsaCount = 5;
+inline constexpr const char* kIsaNames[kIsaCount] = {"scalar", "avx2", "avxvnni", "avx512", "avx512vnni"};
+
+// CPUID and XGETBV agree that this isa may run here (always true of scalar; of every isa in an emulating build).
+bool isa_available(Isa isa);
+
+// The best available isa, or the one PYKERNELS_ISA names. On a name unknown or not available here: the best, with the
+// complaint in *error (a static string, null when all is well).
+Isa choose_isa(const char** error);
+
+// The isa of that name, or -1.
+int isa_by_name(const char* name);
+
+}  // namespace pykernels

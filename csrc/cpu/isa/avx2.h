@@ -1,0 +1,140 @@
+// The vector layer on 256-bit registers.
+#pragma once
+
+namespace pykernels::PYKERNELS_ISA_NS {
+
+constexpr int kLanes = 8;
+constexpr int kBytes = 32;
+using f32 = __m256;
+using i32 = __m256i;
+struct u8 {
+  __m256i v;
+};
+
+// All ones in the first n lanes.
+PK_INLINE __m256i lane_mask(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+PK_INLINE f32 load(const float* p) { return _mm256_loadu_ps(p); }
+PK_INLINE f32 load(const float* p, int n) { return n == 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, lane_mask(n)); }
+PK_INLINE f32 load(const bfloat16* p, int n = 8) {
+  __m128i half;
+  if (n == 8) {
+    half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  } else {
+    alignas(16) uint16_t buffer[8] = {};
+    std::memcpy(buffer, p, 2 * n);
+    half = _mm_load_si128(reinterpret_cast<const __m128i*>(buffer));
+  }
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+PK_INLINE void store(float* p, f32 v, int n = 8) {
+  if (n == 8)
+    _mm256_storeu_ps(p, v);
+  else
+    _mm256_maskstore_ps(p, lane_mask(n), v);
+}
+PK_INLINE void store(bfloat16* p, f32 v, int n = 8) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i wide = _mm256_blendv_epi8(rounded, quiet, nan);
+  const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  if (n == 8) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+  } else {
+    alignas(16) uint16_t buffer[8];
+    _mm_store_si128(reinterpret_cast<__m128i*>(buffer), half);
+    std::memcpy(p, buffer, 2 * n);
+  }
+}
+PK_INLINE f32 set1(float v) { return _mm256_set1_ps(v); }
+PK_INLINE f32 add(f32 a, f32 b) { return _mm256_add_ps(a, b); }
+PK_INLINE f32 sub(f32 a, f32 b) { return _mm256_sub_ps(a, b); }
+PK_INLINE f32 mul(f32 a, f32 b) { return _mm256_mul_ps(a, b); }
+PK_INLINE f32 div(f32 a, f32 b) { return _mm256_div_ps(a, b); }
+PK_INLINE f32 min(f32 a, f32 b) { return _mm256_min_ps(a, b); }
+PK_INLINE f32 max(f32 a, f32 b) { return _mm256_max_ps(a, b); }
+PK_INLINE f32 fma(f32 a, f32 b, f32 c) { return _mm256_fmadd_ps(a, b, c); }
+PK_INLINE f32 round(f32 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+PK_INLINE f32 abs(f32 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+PK_INLINE f32 sqrt(f32 a) { return _mm256_sqrt_ps(a); }
+PK_INLINE f32 select_lt(f32 a, f32 b, f32 x, f32 y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+
+PK_INLINE __m128i load_bytes8(const void* p, int n) {
+  if (n == 8) return _mm_loadl_epi64(static_cast<const __m128i*>(p));
+  uint64_t word = 0;
+  std::memcpy(&word, p, n);
+  return _mm_cvtsi64_si128(static_cast<int64_t>(word));
+}
+PK_INLINE void store_bytes8(void* p, __m128i v, int n) {
+  if (n == 8) {
+    _mm_storel_epi64(static_cast<__m128i*>(p), v);
+    return;
+  }
+  const uint64_t word = static_cast<uint64_t>(_mm_cvtsi128_si64(v));
+  std::memcpy(p, &word, n);
+}
+PK_INLINE i32 load_i32(const int32_t* p, int n = 8) {
+  return n == 8 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_maskload_epi32(p, lane_mask(n));
+}
+PK_INLINE i32 load_i32(const uint8_t* p, int n = 8) { return _mm256_cvtepu8_epi32(load_bytes8(p, n)); }
+PK_INLINE i32 load_i32(const int8_t* p, int n = 8) { return _mm256_cvtepi8_epi32(load_bytes8(p, n)); }
+PK_INLINE void store_i32(int32_t* p, i32 v, int n = 8) {
+  if (n == 8)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+  else
+    _mm256_maskstore_epi32(p, lane_mask(n), v);
+}
+PK_INLINE __m128i narrow16(i32 v) {
+  return _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+}
+PK_INLINE void store_i32(uint8_t* p, i32 v, int n = 8) {
+  const __m128i h = narrow16(v);
+  store_bytes8(p, _mm_packus_epi16(h, h), n);
+}
+PK_INLINE void store_i32(int8_t* p, i32 v, int n = 8) {
+  const __m128i h = narrow16(v);
+  store_bytes8(p, _mm_packs_epi16(h, h), n);
+}
+PK_INLINE i32 set1_i32(int32_t v) { return _mm256_set1_epi32(v); }
+PK_INLINE i32 add(i32 a, i32 b) { return _mm256_add_epi32(a, b); }
+PK_INLINE i32 sub(i32 a, i32 b) { return _mm256_sub_epi32(a, b); }
+PK_INLINE i32 mul(i32 a, i32 b) { return _mm256_mullo_epi32(a, b); }
+PK_INLINE i32 min(i32 a, i32 b) { return _mm256_min_epi32(a, b); }
+PK_INLINE i32 max(i32 a, i32 b) { return _mm256_max_epi32(a, b); }
+PK_INLINE f32 to_f32(i32 a) { return _mm256_cvtepi32_ps(a); }
+PK_INLINE i32 to_i32(f32 a) { return _mm256_cvtps_epi32(a); }
+template <int k>
+PK_INLINE i32 shift_left(i32 a) {
+  return _mm256_slli_epi32(a, k);
+}
+PK_INLINE f32 cast_f32(i32 a) { return _mm256_castsi256_ps(a); }
+PK_INLINE i32 cast_i32(f32 a) { return _mm256_castps_si256(a); }
+
+PK_INLINE u8 load_u8(const void* p, int n = 32) {
+  if (n == 32) return {_mm256_loadu_si256(static_cast<const __m256i*>(p))};
+  alignas(32) uint8_t buffer[32] = {};
+  std::memcpy(buffer, p, n);
+  return {_mm256_load_si256(reinterpret_cast<const __m256i*>(buffer))};
+}
+PK_INLINE void store_u8(void* p, u8 v, int n = 32) {
+  if (n == 32) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), v.v);
+    return;
+  }
+  alignas(32) uint8_t buffer[32];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(buffer), v.v);
+  std::memcpy(p, buffer, n);
+}
+PK_INLINE u8 max_u8(u8 a, u8 b) { return {_mm256_max_epu8(a.v, b.v)}; }
+PK_INLINE u8 min_u8(u8 a, u8 b) { return {_mm256_min_epu8(a.v, b.v)}; }
+PK_INLINE u8 max_s8(u8 a, u8 b) { return {_mm256_max_epi8(a.v, b.v)}; }
+PK_INLINE u8 min_s8(u8 a, u8 b) { return {_mm256_min_epi8(a.v, b.v)}; }
+PK_INLINE u8 set1_u8(uint8_t v) { return {_mm256_set1_epi8(static_cast<char>(v))}; }
+PK_INLINE u8 xor_u8(u8 a, u8 b) { return {_mm256_xor_si256(a.v, b.v)}; }
+
+}  // namespace pykernels::PYKERNELS_ISA_NS

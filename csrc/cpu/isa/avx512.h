@@ -1,0 +1,108 @@
+// The vector layer on 512-bit registers (F, BW, VL, DQ). Tails go through masks.
+#pragma once
+
+namespace pykernels::PYKERNELS_ISA_NS {
+
+constexpr int kLanes = 16;
+constexpr int kBytes = 64;
+using f32 = __m512;
+using i32 = __m512i;
+struct u8 {
+  __m512i v;
+};
+
+PK_INLINE __mmask16 lane_mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+PK_INLINE __mmask64 byte_mask(int n) { return n == 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1; }
+
+PK_INLINE f32 load(const float* p, int n = 16) { return n == 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(lane_mask(n), p); }
+PK_INLINE f32 load(const bfloat16* p, int n = 16) {
+  const __m256i half = n == 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(lane_mask(n), p);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+PK_INLINE void store(float* p, f32 v, int n = 16) {
+  if (n == 16)
+    _mm512_storeu_ps(p, v);
+  else
+    _mm512_mask_storeu_ps(p, lane_mask(n), v);
+}
+PK_INLINE void store(bfloat16* p, f32 v, int n = 16) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m256i half = _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, quiet));
+  if (n == 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+  else
+    _mm256_mask_storeu_epi16(p, lane_mask(n), half);
+}
+PK_INLINE f32 set1(float v) { return _mm512_set1_ps(v); }
+PK_INLINE f32 add(f32 a, f32 b) { return _mm512_add_ps(a, b); }
+PK_INLINE f32 sub(f32 a, f32 b) { return _mm512_sub_ps(a, b); }
+PK_INLINE f32 mul(f32 a, f32 b) { return _mm512_mul_ps(a, b); }
+PK_INLINE f32 div(f32 a, f32 b) { return _mm512_div_ps(a, b); }
+PK_INLINE f32 min(f32 a, f32 b) { return _mm512_min_ps(a, b); }
+PK_INLINE f32 max(f32 a, f32 b) { return _mm512_max_ps(a, b); }
+PK_INLINE f32 fma(f32 a, f32 b, f32 c) { return _mm512_fmadd_ps(a, b, c); }
+PK_INLINE f32 round(f32 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+PK_INLINE f32 abs(f32 a) { return _mm512_abs_ps(a); }
+PK_INLINE f32 sqrt(f32 a) { return _mm512_sqrt_ps(a); }
+PK_INLINE f32 select_lt(f32 a, f32 b, f32 x, f32 y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
+
+PK_INLINE __m128i load_bytes16(const void* p, int n) {
+  return n == 16 ? _mm_loadu_si128(static_cast<const __m128i*>(p)) : _mm_maskz_loadu_epi8(lane_mask(n), p);
+}
+PK_INLINE void store_bytes16(void* p, __m128i v, int n) {
+  if (n == 16)
+    _mm_storeu_si128(static_cast<__m128i*>(p), v);
+  else
+    _mm_mask_storeu_epi8(p, lane_mask(n), v);
+}
+PK_INLINE i32 load_i32(const int32_t* p, int n = 16) {
+  return n == 16 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(lane_mask(n), p);
+}
+PK_INLINE i32 load_i32(const uint8_t* p, int n = 16) { return _mm512_cvtepu8_epi32(load_bytes16(p, n)); }
+PK_INLINE i32 load_i32(const int8_t* p, int n = 16) { return _mm512_cvtepi8_epi32(load_bytes16(p, n)); }
+PK_INLINE void store_i32(int32_t* p, i32 v, int n = 16) {
+  if (n == 16)
+    _mm512_storeu_si512(p, v);
+  else
+    _mm512_mask_storeu_epi32(p, lane_mask(n), v);
+}
+PK_INLINE void store_i32(uint8_t* p, i32 v, int n = 16) {
+  store_bytes16(p, _mm512_cvtusepi32_epi8(_mm512_max_epi32(v, _mm512_setzero_si512())), n);
+}
+PK_INLINE void store_i32(int8_t* p, i32 v, int n = 16) { store_bytes16(p, _mm512_cvtsepi32_epi8(v), n); }
+PK_INLINE i32 set1_i32(int32_t v) { return _mm512_set1_epi32(v); }
+PK_INLINE i32 add(i32 a, i32 b) { return _mm512_add_epi32(a, b); }
+PK_INLINE i32 sub(i32 a, i32 b) { return _mm512_sub_epi32(a, b); }
+PK_INLINE i32 mul(i32 a, i32 b) { return _mm512_mullo_epi32(a, b); }
+PK_INLINE i32 min(i32 a, i32 b) { return _mm512_min_epi32(a, b); }
+PK_INLINE i32 max(i32 a, i32 b) { return _mm512_max_epi32(a, b); }
+PK_INLINE f32 to_f32(i32 a) { return _mm512_cvtepi32_ps(a); }
+PK_INLINE i32 to_i32(f32 a) { return _mm512_cvtps_epi32(a); }
+template <int k>
+PK_INLINE i32 shift_left(i32 a) {
+  return _mm512_slli_epi32(a, k);
+}
+PK_INLINE f32 cast_f32(i32 a) { return _mm512_castsi512_ps(a); }
+PK_INLINE i32 cast_i32(f32 a) { return _mm512_castps_si512(a); }
+
+PK_INLINE u8 load_u8(const void* p, int n = 64) {
+  return {n == 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(byte_mask(n), p)};
+}
+PK_INLINE void store_u8(void* p, u8 v, int n = 64) {
+  if (n == 64)
+    _mm512_storeu_si512(p, v.v);
+  else
+    _mm512_mask_storeu_epi8(p, byte_mask(n), v.v);
+}
+PK_INLINE u8 max_u8(u8 a, u8 b) { return {_mm512_max_epu8(a.v, b.v)}; }
+PK_INLINE u8 min_u8(u8 a, u8 b) { return {_mm512_min_epu8(a.v, b.v)}; }
+PK_INLINE u8 max_s8(u8 a, u8 b) { return {_mm512_max_epi8(a.v, b.v)}; }
+PK_INLINE u8 min_s8(u8 a, u8 b) { return {_mm512_min_epi8(a.v, b.v)}; }
+PK_INLINE u8 set1_u8(uint8_t v) { return {_mm512_set1_epi8(static_cast<char>(v))}; }
+PK_INLINE u8 xor_u8(u8 a, u8 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+
+}  // namespace pykernels::PYKERNELS_ISA_NS

@@ -1,0 +1,35 @@
+// How a family of kernels is built once per isa and chosen at run time. Torch-free.
+//
+// kernels.h of a family:      struct PoolKernels { void (*max_u8)(...); ... };
+//                             PYKERNELS_TABLE(PoolKernels, pool_kernels)
+// kernels.cpp (every isa):    namespace pykernels::PYKERNELS_ISA_NS { ... const PoolKernels pool_kernels = {...}; }
+// csrc/cpu/dispatch.cpp:      PYKERNELS_DISPATCH(PoolKernels, pool_kernels)
+// op.cpp:                     pool_kernels().max_u8(...)
+#pragma once
+
+#include "cpu/features.h"
+
+namespace pykernels {
+
+// The isa in force: choose_isa()'s at load, or what set_isa() said last (tests run every isa in one process).
+Isa current_isa();
+void set_isa(Isa isa);
+// The complaint of choose_isa() at load, or null.
+const char* isa_error();
+
+}  // namespace pykernels
+
+#define PYKERNELS_TABLE(Table, name)                  \
+  namespace scalar { extern const Table name; }       \
+  namespace avx2 { extern const Table name; }         \
+  namespace avxvnni { extern const Table name; }      \
+  namespace avx512 { extern const Table name; }       \
+  namespace avx512vnni { extern const Table name; }   \
+  const Table& name();
+
+#define PYKERNELS_DISPATCH(Table, name)                                                               \
+  const Table& name() {                                                                               \
+    static const Table* const tables[kIsaCount] = {&scalar::name, &avx2::name, &avxvnni::name,        \
+                                                   &avx512::name, &avx512vnni::name};                 \
+    return *tables[static_cast<int>(current_isa())];                                                  \
+  }

@@ -1,0 +1,76 @@
+// The vector layer with one lane: plain C++, the oracle of every other isa.
+#pragma once
+
+namespace pykernels::PYKERNELS_ISA_NS {
+
+constexpr int kLanes = 1;
+constexpr int kBytes = 1;
+using f32 = float;
+using i32 = int32_t;
+using u8 = uint8_t;
+
+PK_INLINE f32 load(const float* p, int = 1) { return *p; }
+PK_INLINE f32 load(const bfloat16* p, int = 1) {
+  const uint32_t bits = uint32_t{p->bits} << 16;
+  f32 v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+PK_INLINE void store(float* p, f32 v, int = 1) { *p = v; }
+PK_INLINE void store(bfloat16* p, f32 v, int = 1) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  p->bits = v != v ? uint16_t((bits >> 16) | 0x40) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+PK_INLINE f32 set1(float v) { return v; }
+PK_INLINE f32 add(f32 a, f32 b) { return a + b; }
+PK_INLINE f32 sub(f32 a, f32 b) { return a - b; }
+PK_INLINE f32 mul(f32 a, f32 b) { return a * b; }
+PK_INLINE f32 div(f32 a, f32 b) { return a / b; }
+PK_INLINE f32 min(f32 a, f32 b) { return a < b ? a : b; }
+PK_INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }
+PK_INLINE f32 fma(f32 a, f32 b, f32 c) { return a * b + c; }
+PK_INLINE f32 round(f32 a) { return __builtin_rintf(a); }
+PK_INLINE f32 abs(f32 a) { return __builtin_fabsf(a); }
+PK_INLINE f32 sqrt(f32 a) { return __builtin_sqrtf(a); }
+PK_INLINE f32 select_lt(f32 a, f32 b, f32 x, f32 y) { return a < b ? x : y; }
+
+PK_INLINE i32 load_i32(const int32_t* p, int = 1) { return *p; }
+PK_INLINE i32 load_i32(const uint8_t* p, int = 1) { return *p; }
+PK_INLINE i32 load_i32(const int8_t* p, int = 1) { return *p; }
+PK_INLINE void store_i32(int32_t* p, i32 v, int = 1) { *p = v; }
+PK_INLINE void store_i32(uint8_t* p, i32 v, int = 1) { *p = uint8_t(v < 0 ? 0 : v > 255 ? 255 : v); }
+PK_INLINE void store_i32(int8_t* p, i32 v, int = 1) { *p = int8_t(v < -128 ? -128 : v > 127 ? 127 : v); }
+PK_INLINE i32 set1_i32(int32_t v) { return v; }
+PK_INLINE i32 add(i32 a, i32 b) { return int32_t(uint32_t(a) + uint32_t(b)); }
+PK_INLINE i32 sub(i32 a, i32 b) { return int32_t(uint32_t(a) - uint32_t(b)); }
+PK_INLINE i32 mul(i32 a, i32 b) { return int32_t(uint32_t(a) * uint32_t(b)); }
+PK_INLINE i32 min(i32 a, i32 b) { return a < b ? a : b; }
+PK_INLINE i32 max(i32 a, i32 b) { return a > b ? a : b; }
+PK_INLINE f32 to_f32(i32 a) { return float(a); }
+PK_INLINE i32 to_i32(f32 a) { return _mm_cvtss_si32(_mm_set_ss(a)); }
+template <int k>
+PK_INLINE i32 shift_left(i32 a) {
+  return int32_t(uint32_t(a) << k);
+}
+PK_INLINE f32 cast_f32(i32 a) {
+  f32 v;
+  std::memcpy(&v, &a, 4);
+  return v;
+}
+PK_INLINE i32 cast_i32(f32 a) {
+  i32 v;
+  std::memcpy(&v, &a, 4);
+  return v;
+}
+
+PK_INLINE u8 load_u8(const void* p, int = 1) { return *static_cast<const uint8_t*>(p); }
+PK_INLINE void store_u8(void* p, u8 v, int = 1) { *static_cast<uint8_t*>(p) = v; }
+PK_INLINE u8 max_u8(u8 a, u8 b) { return a > b ? a : b; }
+PK_INLINE u8 min_u8(u8 a, u8 b) { return a < b ? a : b; }
+PK_INLINE u8 max_s8(u8 a, u8 b) { return int8_t(a) > int8_t(b) ? a : b; }
+PK_INLINE u8 min_s8(u8 a, u8 b) { return int8_t(a) < int8_t(b) ? a : b; }
+PK_INLINE u8 set1_u8(uint8_t v) { return v; }
+PK_INLINE u8 xor_u8(u8 a, u8 b) { return a ^ b; }
+
+}  // namespace pykernels::PYKERNELS_ISA_NS

@@ -1,0 +1,42 @@
+// The thin vector layer the kernels are written on: one set of names, defined once per isa in namespace
+// pykernels::<isa>. Only kernel sources compiled per isa include it (PYKERNELS_ISA_NS and PYKERNELS_ISA_<NAME> are
+// defined by CMake there). Every function is static and always inlined: nothing compiled under an isa's flags may be
+// merged by the linker with another isa's copy. For the same reason kernel sources use no std:: function templates.
+//
+// Types: f32 and i32 hold kLanes 32-bit lanes; u8 holds kBytes bytes. `n` is a number of valid elements, 1..kLanes
+// (or kBytes): loads leave zero in the rest and never touch memory past n; stores write n elements.
+//   f32  load(const float*, n)  load(const bfloat16*, n)  store(float*, f32, n)  store(bfloat16*, f32, n)   (bf16: half to even)
+//        set1(float)  add sub mul div min max  fma(a,b,c)=a*b+c  round (half to even)  abs  sqrt
+//        min(a,b)/max(a,b) yield b when a or b is NaN: max(zero, x) keeps the NaN of x.
+//        select_lt(a, b, x, y) = a < b ? x : y, lane by lane
+//   i32  load_i32(const int32_t*|uint8_t*|int8_t*, n)  store_i32(int32_t*|uint8_t*|int8_t*, i32, n) (8-bit: saturating)
+//        set1_i32  add sub mul min max  to_f32(i32)  to_i32(f32) (half to even; the caller clamps first)
+//        shift_left<k>  cast_f32/cast_i32 (the same bits)
+//   u8   load_u8(const void*, n)  store_u8(void*, u8, n)  max_u8  min_u8  max_s8  min_s8  set1_u8  xor_u8
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/isa/intrinsics.h"
+
+#define PK_INLINE static inline __attribute__((always_inline))
+
+namespace pykernels {
+
+// Storage of a bf16; arithmetic happens in fp32.
+struct bfloat16 {
+  uint16_t bits;
+};
+
+}  // namespace pykernels
+
+#if defined(PYKERNELS_ISA_SCALAR)
+#include "cpu/isa/scalar.h"
+#elif defined(PYKERNELS_ISA_AVX2) || defined(PYKERNELS_ISA_AVXVNNI)
+#include "cpu/isa/avx2.h"
+#elif defined(PYKERNELS_ISA_AVX512) || defined(PYKERNELS_ISA_AVX512VNNI)
+#include "cpu/isa/avx512.h"
+#else
+#error "vec.h is for sources compiled once per isa"
+#endif

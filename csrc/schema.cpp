@@ -1,0 +1,78 @@
+// Every operator of the library: torch.ops.pykernels.*. Implementations stand in the families' op.cpp, shape functions
+// in pykernels/_fake.py. What a shape function needs is in the schema, never only in a packed tensor's bytes.
+#include "common/stable.h"
+
+STABLE_TORCH_LIBRARY(pykernels, m) {
+  // The isa in force; set_isa returns the one before (for tests: an op in flight may see either).
+  m.def("_isa() -> str");
+  m.def("_set_isa(str isa) -> str");
+
+  // linear
+  m.def("int8_mm(Tensor a, Tensor b) -> Tensor");
+  m.def("linear_pack(Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def(
+      "linear(Tensor x, Tensor packed, SymInt out_features, str activation=\"none\", Tensor? residual=None, "
+      "str residual_order=\"before\") -> Tensor");
+  m.def("int8_linear_pack(Tensor weight, Tensor weight_scale, Tensor? bias=None) -> Tensor");
+  m.def(
+      "int8_linear(Tensor x, Tensor packed, SymInt out_features, float? x_scale=None, int x_zero_point=0, "
+      "float? out_scale=None, int out_zero_point=0, ScalarType? out_dtype=None, str activation=\"none\") -> Tensor");
+
+  // conv
+  m.def("conv2d_pack(Tensor weight, Tensor? bias=None, int groups=1) -> Tensor");
+  m.def(
+      "conv2d(Tensor x, Tensor packed, SymInt out_channels, int[2] kernel_size, int[2] stride, int[4] padding, "
+      "int[2] dilation, int groups, str activation=\"none\", Tensor? residual=None, str residual_order=\"before\") "
+      "-> Tensor");
+  m.def("qconv2d_pack(Tensor weight, Tensor weight_scale, Tensor? bias=None, int groups=1) -> Tensor");
+  m.def(
+      "qconv2d(Tensor x, Tensor packed, SymInt out_channels, int[2] kernel_size, int[2] stride, int[4] padding, "
+      "int[2] dilation, int groups, float x_scale, int x_zero_point, float? out_scale=None, int out_zero_point=0, "
+      "ScalarType out_dtype=uint8, str activation=\"none\", Tensor? residual=None, float residual_scale=1.0, "
+      "int residual_zero_point=0, str residual_order=\"before\") -> Tensor");
+  m.def(
+      "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, Tensor running_mean, Tensor running_var, Tensor? gamma, "
+      "Tensor? beta, float eps, int[2] stride, int[4] padding, int[2] dilation, int groups, str activation=\"relu\", "
+      "Tensor? residual=None, str residual_order=\"before\") -> Tensor");
+
+  // pool
+  m.def(
+      "max_pool2d(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) "
+      "-> Tensor");
+  m.def(
+      "max_pool2d_with_indices(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
+      "bool ceil_mode) -> (Tensor, Tensor)");
+  m.def("adaptive_max_pool2d(Tensor x, SymInt[2] output_size) -> Tensor");
+  m.def("adaptive_max_pool2d_with_indices(Tensor x, SymInt[2] output_size) -> (Tensor, Tensor)");
+  m.def(
+      "avg_pool2d(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, "
+      "bool count_include_pad, int? divisor_override=None) -> Tensor");
+  m.def("adaptive_avg_pool2d(Tensor x, SymInt[2] output_size) -> Tensor");
+  m.def(
+      "qavg_pool2d(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, "
+      "bool count_include_pad, int? divisor_override, float x_scale, int x_zero_point, float? out_scale, "
+      "int out_zero_point, ScalarType out_dtype) -> Tensor");
+  m.def(
+      "qadaptive_avg_pool2d(Tensor x, SymInt[2] output_size, float x_scale, int x_zero_point, float? out_scale, "
+      "int out_zero_point, ScalarType out_dtype) -> Tensor");
+
+  // quantize
+  m.def("quantize_per_tensor(Tensor x, float scale, int zero_point, ScalarType dtype) -> Tensor");
+  m.def("dequantize_per_tensor(Tensor x, float scale, int zero_point, ScalarType dtype) -> Tensor");
+  m.def("quantize_per_channel(Tensor x, Tensor scale, Tensor zero_point, int axis, ScalarType dtype) -> Tensor");
+  m.def("dequantize_per_channel(Tensor x, Tensor scale, Tensor zero_point, int axis, ScalarType dtype) -> Tensor");
+  m.def("quantize_per_token(Tensor x, ScalarType dtype) -> (Tensor, Tensor, Tensor)");
+  m.def("dequantize_per_token(Tensor x, Tensor scale, Tensor zero_point, ScalarType dtype) -> Tensor");
+  m.def("quantize_per_block(Tensor x, int block_size) -> (Tensor, Tensor)");
+  m.def("dequantize_per_block(Tensor x, Tensor scale, int block_size, ScalarType dtype) -> Tensor");
+  m.def(
+      "qadd(Tensor a, Tensor b, float a_scale, int a_zero_point, float b_scale, int b_zero_point, float out_scale, "
+      "int out_zero_point, ScalarType out_dtype, str activation=\"none\") -> Tensor");
+  m.def(
+      "qmul(Tensor a, Tensor b, float a_scale, int a_zero_point, float b_scale, int b_zero_point, float out_scale, "
+      "int out_zero_point, ScalarType out_dtype) -> Tensor");
+  m.def(
+      "qcat(Tensor[] xs, float[] scales, int[] zero_points, int dim, float out_scale, int out_zero_point, "
+      "ScalarType out_dtype) -> Tensor");
+  m.def("qlookup(Tensor x, Tensor table) -> Tensor");
+}

@@ -1,0 +1,1 @@
+"""Typed public functions over torch.ops.pykernels, one module a family."""

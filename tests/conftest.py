@@ -1,0 +1,29 @@
+"""Settings shared by the suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from pykernels import _host
+
+hypothesis.settings.register_profile("pykernels", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.load_profile("pykernels")
+
+ISAS = [name for name, available in _host.isas().items() if available]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once under every isa this host has (every one at all in an emulating build)."""
+    before = torch.ops.pykernels._set_isa(request.param)
+    yield request.param
+    torch.ops.pykernels._set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
