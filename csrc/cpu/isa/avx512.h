@@ -48,6 +48,7 @@ PK_INLINE f32 fma(f32 a, f32 b, f32 c) { return _mm512_fmadd_ps(a, b, c); }
 PK_INLINE f32 round(f32 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 PK_INLINE f32 abs(f32 a) { return _mm512_abs_ps(a); }
 PK_INLINE f32 sqrt(f32 a) { return _mm512_sqrt_ps(a); }
+PK_INLINE f32 zero_nan(f32 a) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a); }
 PK_INLINE f32 select_lt(f32 a, f32 b, f32 x, f32 y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
 
 PK_INLINE __m128i load_bytes16(const void* p, int n) {

@@ -33,6 +33,7 @@ PK_INLINE f32 fma(f32 a, f32 b, f32 c) { return a * b + c; }
 PK_INLINE f32 round(f32 a) { return __builtin_rintf(a); }
 PK_INLINE f32 abs(f32 a) { return __builtin_fabsf(a); }
 PK_INLINE f32 sqrt(f32 a) { return __builtin_sqrtf(a); }
+PK_INLINE f32 zero_nan(f32 a) { return a == a ? a : 0.0f; }
 PK_INLINE f32 select_lt(f32 a, f32 b, f32 x, f32 y) { return a < b ? x : y; }
 
 PK_INLINE i32 load_i32(const int32_t* p, int = 1) { return *p; }

@@ -8,6 +8,7 @@
 //   f32  load(const float*, n)  load(const bfloat16*, n)  store(float*, f32, n)  store(bfloat16*, f32, n)   (bf16: half to even)
 //        set1(float)  add sub mul div min max  fma(a,b,c)=a*b+c  round (half to even)  abs  sqrt
 //        min(a,b)/max(a,b) yield b when a or b is NaN: max(zero, x) keeps the NaN of x.
+//        zero_nan(a) = 0 where a is NaN, else a
 //        select_lt(a, b, x, y) = a < b ? x : y, lane by lane
 //   i32  load_i32(const int32_t*|uint8_t*|int8_t*, n)  store_i32(int32_t*|uint8_t*|int8_t*, i32, n) (8-bit: saturating)
 //        set1_i32  add sub mul min max  to_f32(i32)  to_i32(f32) (half to even; the caller clamps first)
