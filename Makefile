@@ -1,11 +1,80 @@
-# make demo | make test: both begin from a bare checkout. PYTHON names the interpreter that the virtual environment is made of.
+# make demo | make test: both begin from a bare checkout and are quick the second time.
+# PYTHON names the interpreter that the virtual environment is made of; TORCH_INDEX, if set, where torch comes from
+# (https://download.pytorch.org/whl/cpu has the small CPU builds for machines whose default index has only CUDA ones).
 PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
 BUILD ?= build
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+TESTS ?= tests
 
-# In-place developer build: libraries land in pykernels/, run with PYTHONPATH=.
+RUN := $(abspath $(VENV))/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
+
+demo: build  ## optimise a real network on real photographs: table, chart in out/
+	$(RUN) examples/demo.py
+
+test: build  ## the whole test suite; TESTS=... or PYTEST_ADDOPTS=... to choose
+	$(RUN) -m pytest $(TESTS)
+
+bench: build $(VENV)/.bench  ## the benchmarks beside every rival that installs
+	$(RUN) -m pykernels bench
+
+lint: $(VENV)/.lint  ## ruff, mypy, clang-format
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	git ls-files -z 'csrc/*.h' 'csrc/*.cpp' | xargs -0 $(VENV)/bin/clang-format --dry-run -Werror
+
+format: $(VENV)/.lint  ## rewrite the sources as lint wants them
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	git ls-files -z 'csrc/*.h' 'csrc/*.cpp' | xargs -0 $(VENV)/bin/clang-format -i
+
+build: $(VENV)/.installed  ## .venv with pykernels installed in it (editable)
+
+# ---- what stands behind -------------------------------------------------------------------------------------------
+# Each stamp is newer than what it was made of. torch comes first and alone, so that nothing else decides which one.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch numpy
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.torch pyproject.toml
+	$(PIP) $$($(RUN) .ci/requirements.py --dependencies lint)
+	@touch $@
+
+# torchvision's own requirement would replace torch by the registry's build; the tests use its model definitions only.
+$(VENV)/.packages: $(VENV)/.torch pyproject.toml
+	$(PIP) $$($(RUN) .ci/requirements.py --dependencies build test demo)
+	$(PIP) --no-deps torchvision
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.packages
+	$(PIP) $$($(RUN) .ci/requirements.py bench)
+	@touch $@
+
+# The build folder lives in the environment it is configured for. Libraries left in pykernels/ by `make dev` go: they
+# would shadow the installed ones.
+$(VENV)/.installed: $(VENV)/.packages CMakeLists.txt $(shell find csrc -type f)
+	rm -f pykernels/*.so
+	$(PIP) --no-build-isolation --no-deps --config-settings=build-dir=$(abspath $(VENV))/build -e .
+	@touch $@
+
+# In-place developer build with any interpreter: libraries land in pykernels/, run with PYTHONPATH=.
 dev:
 	cmake -S . -B $(BUILD) -G Ninja -DPython_EXECUTABLE=$(PYTHON) -DCMAKE_EXPORT_COMPILE_COMMANDS=ON $(CMAKE_ARGS) > /dev/null
-	cmake --build $(BUILD) -j2
+	cmake --build $(BUILD) -j$(JOBS)
 	cmake --install $(BUILD) --prefix . > /dev/null
 
-.PHONY: dev
+clean:  ## forget every environment, build and output
+	rm -rf $(VENV) build out dist *.egg-info pykernels/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint format build dev clean
+.DELETE_ON_ERROR:
