@@ -6,6 +6,9 @@ STABLE_TORCH_LIBRARY(pykernels, m) {
   // The isa in force; set_isa returns the one before (for tests: an op in flight may see either).
   m.def("_isa() -> str");
   m.def("_set_isa(str isa) -> str");
+  // What the machine could do at most: operations done, bytes moved (pykernels/bench/machine.py holds the watch).
+  m.def("_peak(str dtype, int steps) -> float");
+  m.def("_bandwidth(Tensor(a!) target, Tensor source, str kind, int rounds) -> float");
 
   // linear
   m.def("int8_mm(Tensor a, Tensor b) -> Tensor");

@@ -2,6 +2,7 @@
 #include <atomic>
 
 #include "cpu/isa/isa.h"
+#include "cpu/peak/kernels.h"
 #include "cpu/pool/kernels.h"
 #include "cpu/quantize/kernels.h"
 
@@ -25,6 +26,7 @@ Isa current_isa() { return static_cast<Isa>(choice().isa.load(std::memory_order_
 void set_isa(Isa isa) { choice().isa = static_cast<int>(isa); }
 const char* isa_error() { return choice().error; }
 
+PYKERNELS_DISPATCH(PeakKernels, peak_kernels)
 PYKERNELS_DISPATCH(PoolKernels, pool_kernels)
 PYKERNELS_DISPATCH(QuantizeKernels, quantize_kernels)
 
