@@ -16,7 +16,7 @@ help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
 
 demo: build  ## optimise a real network on real photographs: table, chart in out/
-	$(RUN) examples/demo.py
+	$(RUN) -m examples.demo
 
 test: build  ## the whole test suite; TESTS=... or PYTEST_ADDOPTS=... to choose
 	$(RUN) -m pytest $(TESTS)
@@ -58,10 +58,8 @@ $(VENV)/.bench: $(VENV)/.packages
 	$(PIP) $$($(RUN) .ci/requirements.py bench)
 	@touch $@
 
-# The build folder lives in the environment it is configured for. Libraries left in pykernels/ by `make dev` go: they
-# would shadow the installed ones.
+# The build folder lives in the environment it is configured for.
 $(VENV)/.installed: $(VENV)/.packages CMakeLists.txt $(shell find csrc -type f)
-	rm -f pykernels/*.so
 	$(PIP) --no-build-isolation --no-deps --config-settings=build-dir=$(abspath $(VENV))/build -e .
 	@touch $@
 

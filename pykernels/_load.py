@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pathlib
+from typing import Any, NoReturn
 
 import torch
 
 import pykernels
+
+TORCH_FLOOR = (2, 10)  # what the libraries' stable ABI asks for: TORCH_TARGET_VERSION in CMakeLists.txt
 
 
 def library_path(name: str) -> pathlib.Path | None:
@@ -26,14 +29,30 @@ def load(name: str) -> str | None:
             f"{name}.so is not in {', '.join(pykernels.__path__)}: install a wheel, or build it with "
             "`pip install --no-build-isolation -e .` in a checkout"
         )
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < TORCH_FLOOR:
+        floor = ".".join(map(str, TORCH_FLOOR))
+        return f"pykernels needs torch {floor} or newer, this is torch {torch.__version__}: pip install 'torch>={floor}'"
     try:
         torch.ops.load_library(str(path))
-    except OSError as error:
-        version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-        if version < (2, 10):
-            return f"{path} needs torch 2.10 or newer; this is torch {torch.__version__}"
+    except (OSError, RuntimeError) as error:
         return f"{path} could not be loaded beside torch {torch.__version__}: {error}"
     return None
 
 
+class MissingOps:
+    """Stands in for ``torch.ops.pykernels`` when its library did not load: every op raises, with the reason."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def __getattr__(self, op: str) -> NoReturn:
+        if op.startswith("__"):  # what Python, copy and pickle probe for
+            raise AttributeError(op)
+        raise RuntimeError(f"torch.ops.pykernels.{op} is not there: {self._reason}")
+
+
 CPU_ERROR: str | None = load("pykernels_cpu")
+if CPU_ERROR is not None:
+    namespace: Any = torch.ops
+    namespace.pykernels = MissingOps(CPU_ERROR)

@@ -1,0 +1,7 @@
+"""`python -m pykernels` is the command `pykernels`."""
+
+from __future__ import annotations
+
+from pykernels.cli import app
+
+app(prog_name="pykernels")
