@@ -1,0 +1,157 @@
+"""From a model to a graph with quantize/dequantize nodes, in one call: after training, or with training.
+
+>>> quantized = quantize(model, (x,), calibration=batches)         # post-training
+>>> prepared = prepare_qat(model, (x,)); train(prepared); quantized = convert_qat(prepared)
+
+Both return a ``torch.fx.GraphModule`` of ATen and ``quantized_decomposed`` calls. Run as it is, it simulates in fp32 what
+the int8 kernels compute; ``pykernels.optimize`` lowers it to them.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram, export
+from torch.fx import GraphModule
+from torchao.quantization.pt2e import move_exported_model_to_eval, move_exported_model_to_train
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
+
+from .patterns import BATCH_NORMS, argument, aten, is_call
+from .quantizer import Int8Quantizer
+
+RECORD = "pykernels_quantization"
+
+
+@dataclass
+class QuantizationRecord:
+    """What a recipe did, kept in ``graph_module.meta["pykernels_quantization"]`` for reports.
+
+    Attributes:
+        method: "post-training" or "quantization-aware training".
+        samples: how many calibration samples (rows of the first input) were seen; 0 for training.
+        data_free: True when no calibration data was given and ranges come from generated inputs.
+        groups: how many kernel calls run in int8 (convolutions and linears with what is fused to them).
+        left_float: nodes that stay fp32, by name, with the reason.
+        notes: what a user should know, one sentence each.
+    """
+
+    method: str
+    samples: int = 0
+    data_free: bool = False
+    groups: int = 0
+    left_float: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def export_graph(
+    model: torch.nn.Module | ExportedProgram,
+    example_inputs: Sequence[Any],
+    *,
+    dynamic_shapes: Any = None,
+    training: bool = False,
+) -> GraphModule:
+    """Capture ``model`` as a graph of ATen calls.
+
+    With ``dynamic_shapes=None`` the first dimension of every tensor input is exported as one dynamic batch when the
+    model allows it, and as it stands in ``example_inputs`` when it does not. Strict capture is the second choice, for
+    models that the plain one cannot trace.
+
+    Raises:
+        ValueError: ``example_inputs`` holds no tensor.
+        Exception: what ``torch.export`` raises when every way of capturing failed.
+    """
+    if isinstance(model, ExportedProgram):
+        return model.module()  # type: ignore[return-value]
+    inputs = tuple(example_inputs)
+    if not any(isinstance(x, torch.Tensor) for x in inputs):
+        raise ValueError("example_inputs: expected a tuple holding at least one tensor, such as (x,)")
+    attempts: list[tuple[tuple[Any, ...], Any]] = []
+    if dynamic_shapes is not None:
+        attempts.append((inputs, dynamic_shapes))
+    else:
+        batch = Dim("batch")
+        tensors = [isinstance(x, torch.Tensor) and x.ndim > 1 for x in inputs]
+        if len({x.shape[0] for x, tensor in zip(inputs, tensors, strict=True) if tensor}) == 1:
+            # A batch of one would be taken for a constant.
+            widened = tuple(
+                torch.cat([x, x]) if tensor and x.shape[0] == 1 else x for x, tensor in zip(inputs, tensors, strict=True)
+            )
+            attempts.append((widened, tuple({0: batch} if tensor else None for tensor in tensors)))
+        attempts.append((inputs, None))
+    was_training = model.training
+    model.train(training)
+    failure: Exception | None = None
+    try:
+        for arguments, shapes in attempts:
+            for strict in (False, True):
+                try:
+                    exported = export(model, arguments, dynamic_shapes=shapes, strict=strict)
+                except Exception as error:  # torch.export fails in many ways; the last one is reported
+                    failure = error
+                else:
+                    return exported.module()  # type: ignore[return-value]
+    finally:
+        model.train(was_training)
+    assert failure is not None
+    raise failure
+
+
+def quantize(
+    model: torch.nn.Module | ExportedProgram,
+    example_inputs: Sequence[Any],
+    calibration: Iterable[Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    keep_float: Iterable[str] = (),
+) -> GraphModule:
+    """Quantize a trained fp32 model to int8 after training.
+
+    Args:
+        model: a module, or its ``ExportedProgram``. The module itself is not changed.
+        example_inputs: a tuple of inputs, as for ``torch.export``.
+        calibration: inputs that look like those of production, 50 to 500 samples: an iterable of tensors, or of tuples
+            of which the first ``len(example_inputs)`` entries are used (so a loader of ``(image, label)`` serves as it
+            is). None: ranges come from generated inputs, with a warning; expect to lose accuracy.
+        dynamic_shapes: as for ``torch.export``; None exports a dynamic batch when the model allows one.
+        keep_float: names of graph nodes to leave in fp32.
+
+    Returns:
+        A graph module with quantize/dequantize nodes; ``meta["pykernels_quantization"]`` tells what was done.
+
+    Raises:
+        ValueError: ``example_inputs`` holds no tensor, ``calibration`` is empty or holds NaN or infinity.
+        TypeError: an entry of ``calibration`` is not a tensor or a tuple of tensors.
+    """
+    inputs = tuple(example_inputs)
+    record = QuantizationRecord("post-training")
+    graph = export_graph(model, inputs, dynamic_shapes=dynamic_shapes)
+    samples = _samples(calibration, len(inputs), record)
+    quantizer = Int8Quantizer(keep_float=keep_float)
+    prepared = prepare_pt2e(graph, quantizer)
+    with torch.no_grad():
+        for sample in samples:
+            prepared(*sample)
+    converted = convert_pt2e(prepared)
+    record.groups, record.left_float = len(quantizer.groups), dict(quantizer.left_float)
+    converted.meta[RECORD] = record
+    return converted
+
+
+def _samples(calibration: Iterable[Any], count: int, record: QuantizationRecord) -> list[tuple[Any, ...]]:
+    samples = []
+    for position, item in enumerate(calibration):
+        sample = (item,) if isinstance(item, torch.Tensor) else item
+        if not isinstance(sample, list | tuple) or len(sample) < count:
+            raise TypeError(
+                f"calibration: entry {position} is {type(item).__name__}; expected a tensor or a tuple of {count} inputs"
+            )
+        samples.append(tuple(sample[:count]))
+        record.samples += samples[-1][0].shape[0]
+    if not samples:
+        raise ValueError("calibration: no inputs; give an iterable that yields some, or None")
+    return samples
