@@ -83,9 +83,7 @@ QAT_WEIGHT_SPEC = QuantizationSpec(
     quant_max=127,
     qscheme=torch.per_channel_symmetric,
     ch_axis=0,
-    observer_or_fake_quant_ctr=FusedMovingAvgObsFakeQuantize.with_args(
-        observer=MovingAveragePerChannelMinMaxObserver
-    ),
+    observer_or_fake_quant_ctr=FusedMovingAvgObsFakeQuantize.with_args(observer=MovingAveragePerChannelMinMaxObserver),
 )
 
 
@@ -318,9 +316,7 @@ class Int8Quantizer(Quantizer):
             self.left_float[node.name] = reason
 
 
-def _set(
-    node: Node, inputs: dict[Node, QuantizationSpecBase | None], output: QuantizationSpecBase | None
-) -> None:
+def _set(node: Node, inputs: dict[Node, QuantizationSpecBase | None], output: QuantizationSpecBase | None) -> None:
     node.meta[ANNOTATION] = QuantizationAnnotation(input_qspec_map=inputs, output_qspec=output, _annotated=True)
 
 

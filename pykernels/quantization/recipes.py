@@ -9,7 +9,6 @@ the int8 kernels compute; ``pykernels.optimize`` lowers it to them.
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +17,8 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule
-from torchao.quantization.pt2e import move_exported_model_to_eval, move_exported_model_to_train
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from .patterns import BATCH_NORMS, argument, aten, is_call
 from .quantizer import Int8Quantizer
 
 RECORD = "pykernels_quantization"
@@ -79,7 +76,8 @@ def export_graph(
         if len({x.shape[0] for x, tensor in zip(inputs, tensors, strict=True) if tensor}) == 1:
             # A batch of one would be taken for a constant.
             widened = tuple(
-                torch.cat([x, x]) if tensor and x.shape[0] == 1 else x for x, tensor in zip(inputs, tensors, strict=True)
+                torch.cat([x, x]) if tensor and x.shape[0] == 1 else x
+                for x, tensor in zip(inputs, tensors, strict=True)
             )
             attempts.append((widened, tuple({0: batch} if tensor else None for tensor in tensors)))
         attempts.append((inputs, None))
@@ -130,7 +128,10 @@ def quantize(
     inputs = tuple(example_inputs)
     record = QuantizationRecord("post-training")
     graph = export_graph(model, inputs, dynamic_shapes=dynamic_shapes)
-    samples = _samples(calibration, len(inputs), record)
+    if calibration is None:
+        samples = _generated(inputs, record)
+    else:
+        samples = _samples(calibration, len(inputs), record)
     quantizer = Int8Quantizer(keep_float=keep_float)
     prepared = prepare_pt2e(graph, quantizer)
     with torch.no_grad():
@@ -155,3 +156,23 @@ def _samples(calibration: Iterable[Any], count: int, record: QuantizationRecord)
     if not samples:
         raise ValueError("calibration: no inputs; give an iterable that yields some, or None")
     return samples
+
+
+def _generated(inputs: tuple[Any, ...], record: QuantizationRecord) -> list[tuple[Any, ...]]:
+    """The example inputs, and noise with their mean and spread: coarse ranges for want of calibration data."""
+    note = "no calibration data: ranges come from the example inputs and noise like them, so accuracy will suffer"
+    warnings.warn(f"calibration: {note}; give 50 to 500 real inputs", UserWarning, stacklevel=3)
+    record.data_free = True
+    record.notes.append(note)
+    generator = torch.Generator().manual_seed(0)
+    samples = [inputs]
+    for _ in range(4):
+        samples.append(tuple(_noise_like(x, generator) for x in inputs))
+    return samples
+
+
+def _noise_like(x: Any, generator: torch.Generator) -> Any:
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.numel() < 2:
+        return x
+    noise = torch.randn(x.shape, generator=generator).to(x)
+    return (noise * x.std() + x.mean()).clamp(x.min(), x.max())

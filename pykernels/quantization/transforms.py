@@ -139,9 +139,7 @@ def batch_norm_to_convolution(model: GraphModule) -> None:
             weight = _parameter(model, f"{node.name}_weight", scale.reshape(-1, 1, *[1] * spatial))
             bias = _parameter(model, f"{node.name}_bias", shift)
             one, zero = [1] * spatial, [0] * spatial
-            convolution = model.graph.call_function(
-                target, (node.args[0], weight, bias, one, zero, one, scale.numel())
-            )
+            convolution = model.graph.call_function(target, (node.args[0], weight, bias, one, zero, one, scale.numel()))
         convolution.meta = dict(node.meta)
         if native:
             convolution.meta["val"] = node.meta["val"][0]
