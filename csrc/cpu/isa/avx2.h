@@ -101,6 +101,16 @@ PK_INLINE void store_i32(int8_t* p, i32 v, int n = 8) {
   const __m128i h = narrow16(v);
   store_bytes8(p, _mm_packs_epi16(h, h), n);
 }
+// The packs interleave the 128-bit halves of their operands; the permutation puts the groups of 4 bytes back in order.
+PK_INLINE __m256i in_order(__m256i bytes) { return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); }
+PK_INLINE void store4(uint8_t* p, i32 a, i32 b, i32 c, i32 d) {
+  const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), in_order(bytes));
+}
+PK_INLINE void store4(int8_t* p, i32 a, i32 b, i32 c, i32 d) {
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), in_order(bytes));
+}
 PK_INLINE i32 set1_i32(int32_t v) { return _mm256_set1_epi32(v); }
 PK_INLINE i32 add(i32 a, i32 b) { return _mm256_add_epi32(a, b); }
 PK_INLINE i32 sub(i32 a, i32 b) { return _mm256_sub_epi32(a, b); }
@@ -137,5 +147,28 @@ PK_INLINE u8 max_s8(u8 a, u8 b) { return {_mm256_max_epi8(a.v, b.v)}; }
 PK_INLINE u8 min_s8(u8 a, u8 b) { return {_mm256_min_epi8(a.v, b.v)}; }
 PK_INLINE u8 set1_u8(uint8_t v) { return {_mm256_set1_epi8(static_cast<char>(v))}; }
 PK_INLINE u8 xor_u8(u8 a, u8 b) { return {_mm256_xor_si256(a.v, b.v)}; }
+
+// 16 rows of 16 entries: every row is looked up by the low half of the index, and a tree of blends chooses the row by the
+// high half, bit by bit from the lowest.
+struct ByteTable {
+  __m256i rows[16];
+};
+PK_INLINE ByteTable byte_table(const uint8_t* entries) {
+  ByteTable t;
+  for (int i = 0; i < 16; ++i)
+    t.rows[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries) + i));
+  return t;
+}
+PK_INLINE u8 lookup(const ByteTable& t, u8 index) {
+  const __m256i low = _mm256_and_si256(index.v, _mm256_set1_epi8(15));
+  const __m256i bit4 = _mm256_slli_epi16(index.v, 3), bit5 = _mm256_slli_epi16(index.v, 2);
+  const __m256i bit6 = _mm256_slli_epi16(index.v, 1);
+  const auto pair = [&](int i) __attribute__((always_inline)) {
+    return _mm256_blendv_epi8(_mm256_shuffle_epi8(t.rows[i], low), _mm256_shuffle_epi8(t.rows[i + 1], low), bit4);
+  };
+  const auto four = [&](int i) __attribute__((always_inline)) { return _mm256_blendv_epi8(pair(i), pair(i + 2), bit5); };
+  const auto eight = [&](int i) __attribute__((always_inline)) { return _mm256_blendv_epi8(four(i), four(i + 4), bit6); };
+  return {_mm256_blendv_epi8(eight(0), eight(8), index.v)};
+}
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

@@ -75,6 +75,16 @@ PK_INLINE void store_i32(uint8_t* p, i32 v, int n = 16) {
   store_bytes16(p, _mm512_cvtusepi32_epi8(_mm512_max_epi32(v, _mm512_setzero_si512())), n);
 }
 PK_INLINE void store_i32(int8_t* p, i32 v, int n = 16) { store_bytes16(p, _mm512_cvtsepi32_epi8(v), n); }
+// The packs interleave the 128-bit quarters of their operands; the permutation puts the groups of 4 bytes back in order.
+PK_INLINE __m512i in_order(__m512i bytes) {
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes);
+}
+PK_INLINE void store4(uint8_t* p, i32 a, i32 b, i32 c, i32 d) {
+  _mm512_storeu_si512(p, in_order(_mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d))));
+}
+PK_INLINE void store4(int8_t* p, i32 a, i32 b, i32 c, i32 d) {
+  _mm512_storeu_si512(p, in_order(_mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d))));
+}
 PK_INLINE i32 set1_i32(int32_t v) { return _mm512_set1_epi32(v); }
 PK_INLINE i32 add(i32 a, i32 b) { return _mm512_add_epi32(a, b); }
 PK_INLINE i32 sub(i32 a, i32 b) { return _mm512_sub_epi32(a, b); }
@@ -105,5 +115,30 @@ PK_INLINE u8 max_s8(u8 a, u8 b) { return {_mm512_max_epi8(a.v, b.v)}; }
 PK_INLINE u8 min_s8(u8 a, u8 b) { return {_mm512_min_epi8(a.v, b.v)}; }
 PK_INLINE u8 set1_u8(uint8_t v) { return {_mm512_set1_epi8(static_cast<char>(v))}; }
 PK_INLINE u8 xor_u8(u8 a, u8 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+
+// 16 rows of 16 entries: every row is looked up by the low half of the index, and a tree of blends chooses the row by the
+// high half, bit by bit from the lowest.
+struct ByteTable {
+  __m512i rows[16];
+};
+PK_INLINE ByteTable byte_table(const uint8_t* entries) {
+  ByteTable t;
+  for (int i = 0; i < 16; ++i)
+    t.rows[i] = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries) + i));
+  return t;
+}
+PK_INLINE u8 lookup(const ByteTable& t, u8 index) {
+  const __m512i low = _mm512_and_si512(index.v, _mm512_set1_epi8(15));
+  const auto bit = [&](char value) __attribute__((always_inline)) {
+    return _mm512_test_epi8_mask(index.v, _mm512_set1_epi8(value));
+  };
+  const __mmask64 bit4 = bit(16), bit5 = bit(32), bit6 = bit(64), bit7 = _mm512_movepi8_mask(index.v);
+  const auto pair = [&](int i) __attribute__((always_inline)) {
+    return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(t.rows[i], low), bit4, t.rows[i + 1], low);
+  };
+  const auto four = [&](int i) __attribute__((always_inline)) { return _mm512_mask_blend_epi8(bit5, pair(i), pair(i + 2)); };
+  const auto eight = [&](int i) __attribute__((always_inline)) { return _mm512_mask_blend_epi8(bit6, four(i), four(i + 4)); };
+  return {_mm512_mask_blend_epi8(bit7, eight(0), eight(8))};
+}
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

@@ -2,14 +2,8 @@
 // so that every isa computes the same bits.
 #pragma once
 
+#include "common/activation.h"
 #include "cpu/isa/vec.h"
-
-namespace pykernels {
-
-// The order is the order of kActivationNames in common/packed.h.
-enum class Activation : int { none, relu, relu6, hardswish, hardsigmoid, silu, sigmoid, gelu, tanh };
-
-}  // namespace pykernels
 
 namespace pykernels::PYKERNELS_ISA_NS {
 

@@ -42,6 +42,13 @@ PK_INLINE i32 load_i32(const int8_t* p, int = 1) { return *p; }
 PK_INLINE void store_i32(int32_t* p, i32 v, int = 1) { *p = v; }
 PK_INLINE void store_i32(uint8_t* p, i32 v, int = 1) { *p = uint8_t(v < 0 ? 0 : v > 255 ? 255 : v); }
 PK_INLINE void store_i32(int8_t* p, i32 v, int = 1) { *p = int8_t(v < -128 ? -128 : v > 127 ? 127 : v); }
+template <class Q>
+PK_INLINE void store4(Q* p, i32 a, i32 b, i32 c, i32 d) {
+  store_i32(p, a);
+  store_i32(p + 1, b);
+  store_i32(p + 2, c);
+  store_i32(p + 3, d);
+}
 PK_INLINE i32 set1_i32(int32_t v) { return v; }
 PK_INLINE i32 add(i32 a, i32 b) { return int32_t(uint32_t(a) + uint32_t(b)); }
 PK_INLINE i32 sub(i32 a, i32 b) { return int32_t(uint32_t(a) - uint32_t(b)); }
@@ -73,5 +80,11 @@ PK_INLINE u8 max_s8(u8 a, u8 b) { return int8_t(a) > int8_t(b) ? a : b; }
 PK_INLINE u8 min_s8(u8 a, u8 b) { return int8_t(a) < int8_t(b) ? a : b; }
 PK_INLINE u8 set1_u8(uint8_t v) { return v; }
 PK_INLINE u8 xor_u8(u8 a, u8 b) { return a ^ b; }
+
+struct ByteTable {
+  const uint8_t* entries;
+};
+PK_INLINE ByteTable byte_table(const uint8_t* entries) { return {entries}; }
+PK_INLINE u8 lookup(const ByteTable& t, u8 index) { return t.entries[index]; }
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

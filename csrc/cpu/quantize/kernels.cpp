@@ -1,14 +1,10 @@
-// Quantization of dense rows, once per isa. The formulas stand in kernels.h and cpu/isa/requantize.h.
-#include "cpu/quantize/kernels.h"
-
-#include "cpu/isa/requantize.h"
+// Real numbers to bytes and back, once per isa. The formulas stand in kernels.h and cpu/isa/requantize.h.
+#include "cpu/quantize/loops.h"
 
 namespace pykernels::PYKERNELS_ISA_NS {
 namespace {
 
 constexpr float kSmallestNormal = 1.17549435e-38f;
-
-PK_INLINE int lanes_left(int64_t left) { return left < kLanes ? static_cast<int>(left) : kLanes; }
 
 PK_INLINE float least_lane(f32 v) {
   float lanes[kLanes];
@@ -49,52 +45,87 @@ PK_INLINE void range(const X* x, int64_t n, float* least, float* greatest) {
 }
 
 template <class X, class Q>
-PK_INLINE void quantize(const X* x, int64_t n, Q* q, const Requantize& r) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store_i32(q + i, requantize(r, load(x + i)));
-  if (i < n) store_i32(q + i, requantize(r, load(x + i, lanes_left(n - i))), lanes_left(n - i));
+PK_INLINE void quantize_run(const X* x, int64_t n, Q* q, const Requantize& r) {
+  each_byte(q, n, [&](int64_t i, int lanes) PK_LAMBDA { return requantize(r, load(x + i, lanes)); });
 }
 
-template <class X>
-void quantize_row(const X* x, int64_t n, uint8_t* q, float* scale, int32_t* zero_point) {
-  float lo, hi;
-  range(x, n, &lo, &hi);
-  float s = (hi - lo) / 255.0f;
-  if (s < kSmallestNormal) {
-    s = 1.0f;
-    lo = 0.0f;
-  }
-  const float at_lo = __builtin_rintf(-lo / s);
-  *scale = s;
-  *zero_point = static_cast<int32_t>(at_lo < 255.0f ? at_lo : at_lo == at_lo ? 255.0f : 0.0f);  // inf/inf is NaN
-  quantize(x, n, q, requantizer(1.0f / s, *zero_point, q));
+void quantize_row_kernel(const void* x, bool bf16, int64_t n, uint8_t* q, float* scale, int32_t* zero_point) {
+  with_real(x, bf16, [&](const auto* p) {
+    float lo, hi;
+    range(p, n, &lo, &hi);
+    float s = (hi - lo) / 255.0f;
+    if (s < kSmallestNormal) {
+      s = 1.0f;
+      lo = 0.0f;
+    }
+    const float at_lo = __builtin_rintf(-lo / s);
+    *scale = s;
+    *zero_point = static_cast<int32_t>(at_lo < 255.0f ? at_lo : at_lo == at_lo ? 255.0f : 0.0f);  // inf/inf is NaN
+    quantize_run(p, n, q, requantizer(1.0f / s, *zero_point, q));
+  });
 }
 
-template <class X>
-void quantize_row(const X* x, int64_t n, int8_t* q, float* scale) {
-  float lo, hi;
-  range(x, n, &lo, &hi);
-  const float s = (-lo > hi ? -lo : hi) / 127.0f;
-  *scale = s < kSmallestNormal ? 1.0f : s;
-  quantize(x, n, q, requantizer(1.0f / *scale, 0, -127, 127));
+void quantize_row_s8_kernel(const void* x, bool bf16, int64_t n, int8_t* q, float* scale) {
+  with_real(x, bf16, [&](const auto* p) {
+    float lo, hi;
+    range(p, n, &lo, &hi);
+    const float s = (-lo > hi ? -lo : hi) / 127.0f;
+    *scale = s < kSmallestNormal ? 1.0f : s;
+    quantize_run(p, n, q, requantizer(1.0f / *scale, 0, -127, 127));
+  });
 }
 
-void quantize_row_u8(const void* x, bool bf16, int64_t n, uint8_t* q, float* scale, int32_t* zero_point) {
-  if (bf16)
-    quantize_row(static_cast<const bfloat16*>(x), n, q, scale, zero_point);
-  else
-    quantize_row(static_cast<const float*>(x), n, q, scale, zero_point);
+void quantize_kernel(const void* x, bool bf16, int64_t n, const QuantizedOutput& out) {
+  with_real(x, bf16, [&](const auto* p) {
+    with_bytes(out.data, out.s8,
+               [&](auto* q) { quantize_run(p, n, q, requantizer(out.inverse_scale, out.zero_point, q)); });
+  });
 }
 
-void quantize_row_s8(const void* x, bool bf16, int64_t n, int8_t* q, float* scale) {
-  if (bf16)
-    quantize_row(static_cast<const bfloat16*>(x), n, q, scale);
-  else
-    quantize_row(static_cast<const float*>(x), n, q, scale);
+void dequantize_kernel(const QuantizedInput& in, int64_t n, void* x, bool bf16) {
+  with_bytes(in.data, in.s8, [&](const auto* q) {
+    with_real(x, bf16, [&](auto* p) {
+      const auto a = reader(q, in);
+      each_real(p, n, [&](int64_t i, int lanes) PK_LAMBDA { return read(a, i, lanes); });
+    });
+  });
+}
+
+void quantize_channels_kernel(const void* x, bool bf16, int64_t rows, int64_t n, const ChannelParameters& channels,
+                       const QuantizedOutput& out) {
+  const i32 low = set1_i32(out.s8 ? -128 : 0), high = set1_i32(out.s8 ? 127 : 255);
+  with_real(x, bf16, [&](const auto* p) {
+    with_bytes(out.data, out.s8, [&](auto* q) {
+      for (int64_t r = 0; r < rows; ++r)
+        each_byte(q + r * n, n, [&](int64_t i, int lanes) PK_LAMBDA {
+          const i32 zero_point = load_i32(channels.zero_point + i, lanes);
+          const Requantize channel{load(channels.scale + i, lanes), to_f32(sub(low, zero_point)),
+                                   to_f32(sub(high, zero_point)), zero_point};
+          return requantize(channel, load(p + r * n + i, lanes));
+        });
+    });
+  });
+}
+
+void dequantize_channels_kernel(const QuantizedInput& in, int64_t rows, int64_t n, const ChannelParameters& channels, void* x,
+                         bool bf16) {
+  with_bytes(in.data, in.s8, [&](const auto* q) {
+    with_real(x, bf16, [&](auto* p) {
+      for (int64_t r = 0; r < rows; ++r)
+        each_real(p + r * n, n, [&](int64_t i, int lanes) PK_LAMBDA {
+          return dequantize(load_i32(q + r * n + i, lanes), load_i32(channels.zero_point + i, lanes),
+                            load(channels.scale + i, lanes));
+        });
+    });
+  });
 }
 
 }  // namespace
 
-const QuantizeKernels quantize_kernels = {quantize_row_u8, quantize_row_s8};
+const QuantizeKernels quantize_kernels = {
+    quantize_row_kernel,      quantize_row_s8_kernel,     quantize_kernel, dequantize_kernel,
+    quantize_channels_kernel, dequantize_channels_kernel, add_kernel,      mul_kernel,
+    requantize_kernel,        lookup_kernel,
+};
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

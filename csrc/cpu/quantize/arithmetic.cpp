@@ -1,0 +1,76 @@
+// Arithmetic from bytes to bytes, once per isa: dequantize, combine, requantize in registers.
+#include "cpu/isa/math.h"
+#include "cpu/quantize/loops.h"
+
+namespace pykernels::PYKERNELS_ISA_NS {
+namespace {
+
+// Relu and relu6 are bounds on the real value, and rounding is monotone: they become bounds on the integer.
+PK_INLINE Requantize clip(Requantize r, Activation activation, const QuantizedOutput& out) {
+  if (activation == Activation::relu || activation == Activation::relu6) r.low = max(r.low, set1(0.0f));
+  if (activation == Activation::relu6)
+    r.high = min(r.high, round(set1(6.0f * out.inverse_scale)));
+  return r;
+}
+
+// out[r, i] = q(f(a[r, i], b[..])) with f on real vectors.
+template <class F>
+PK_INLINE void combine(const QuantizedInput& a, const QuantizedInput& b, Operand operand, int64_t rows, int64_t n,
+                       const QuantizedOutput& out, Activation clipping, const F& f) {
+  with_bytes(a.data, a.s8, [&](const auto* qa) {
+    with_bytes(b.data, b.s8, [&](const auto* qb) {
+      with_bytes(out.data, out.s8, [&](auto* q) {
+        const Requantize r = clip(requantizer(out.inverse_scale, out.zero_point, q), clipping, out);
+        for (int64_t row = 0; row < rows; ++row, qa += n, q += n) {
+          const auto real_a = reader(qa, a);
+          if (operand == Operand::rows) {
+            const f32 value = dequantize(set1_i32(qb[row]), set1_i32(b.zero_point), set1(b.scale));
+            each_byte(q, n, [&](int64_t i, int lanes) PK_LAMBDA { return requantize(r, f(read(real_a, i, lanes), value)); });
+          } else {
+            const auto real_b = reader(operand == Operand::same ? qb + row * n : qb, b);
+            each_byte(q, n, [&](int64_t i, int lanes)
+                                PK_LAMBDA { return requantize(r, f(read(real_a, i, lanes), read(real_b, i, lanes))); });
+          }
+        }
+      });
+    });
+  });
+}
+
+}  // namespace
+
+void add_kernel(const QuantizedInput& a, const QuantizedInput& b, Operand operand, int64_t rows, int64_t n,
+                Activation activation, const QuantizedOutput& out) {
+  if (activation <= Activation::relu6)
+    combine(a, b, operand, rows, n, out, activation, [](f32 x, f32 y) PK_LAMBDA { return add(x, y); });
+  else
+    combine(a, b, operand, rows, n, out, Activation::none,
+            [&](f32 x, f32 y) PK_LAMBDA { return activate(activation, add(x, y)); });
+}
+
+void mul_kernel(const QuantizedInput& a, const QuantizedInput& b, Operand operand, int64_t rows, int64_t n,
+                const QuantizedOutput& out) {
+  combine(a, b, operand, rows, n, out, Activation::none, [](f32 x, f32 y) PK_LAMBDA { return mul(x, y); });
+}
+
+void requantize_kernel(const QuantizedInput& a, int64_t n, const QuantizedOutput& out) {
+  with_bytes(a.data, a.s8, [&](const auto* qa) {
+    with_bytes(out.data, out.s8, [&](auto* q) {
+      const Requantize r = requantizer(out.inverse_scale, out.zero_point, q);
+      const auto real_a = reader(qa, a);
+      each_byte(q, n, [&](int64_t i, int lanes) PK_LAMBDA { return requantize(r, read(real_a, i, lanes)); });
+    });
+  });
+}
+
+void lookup_kernel(const uint8_t* x, int64_t n, const uint8_t* table, uint8_t* y) {
+  const ByteTable t = byte_table(table);
+  int64_t i = 0;
+  for (; i + kBytes <= n; i += kBytes) store_u8(y + i, lookup(t, load_u8(x + i)));
+  if (i < n) {
+    const int rest = static_cast<int>(n - i);
+    store_u8(y + i, lookup(t, load_u8(x + i, rest)), rest);
+  }
+}
+
+}  // namespace pykernels::PYKERNELS_ISA_NS
