@@ -10,7 +10,13 @@ import torch
 
 from pykernels import _host
 
-hypothesis.settings.register_profile("pykernels", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.register_profile(
+    "pykernels",
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],  # `isa` and `seed` hold for all examples
+)
 hypothesis.settings.load_profile("pykernels")
 
 ISAS = [name for name, available in _host.isas().items() if available]
