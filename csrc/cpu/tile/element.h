@@ -1,0 +1,203 @@
+// What a dot product of 4-byte words is on each isa, for s8, bf16 and fp32 weights. For sources compiled once per isa.
+#pragma once
+
+#include "cpu/isa/vec.h"
+
+namespace pykernels::PYKERNELS_ISA_NS {
+namespace {
+
+PK_INLINE int32_t word_at(const uint8_t* p) {
+  int32_t w;
+  std::memcpy(&w, p, 4);
+  return w;
+}
+PK_INLINE float float_at(const uint8_t* p) {
+  float f;
+  std::memcpy(&f, p, 4);
+  return f;
+}
+
+#if defined(PYKERNELS_EMULATE) || defined(PYKERNELS_ISA_SCALAR)
+#define PK_PIN(x)
+#elif defined(PYKERNELS_ISA_AVX512) || defined(PYKERNELS_ISA_AVX512VNNI)
+#define PK_PIN(x) __asm__("" : "+v"(x))
+#else
+#define PK_PIN(x) __asm__("" : "+x"(x))
+#endif
+
+// An element type:
+//   kRegisters   accumulators of one row and panel          kBudget   accumulators a tile may hold
+//   kMaxRows     rows of the largest tile
+//   word(p)      the 4 bytes at p for every column           weight(b, q)   register q of the block at b
+//   mac(c, x, w) adds the product                            finish(c, out)  writes the 16 sums of a row and panel
+#if defined(PYKERNELS_ISA_SCALAR)
+
+struct Column16 {
+  int32_t v[16];
+};
+struct DotS8 {
+  static constexpr int kRegisters = 1, kBudget = 2, kRows = 2;
+  using Acc = Column16;
+  using Word = uint32_t;
+  using Weight = const int8_t*;
+  PK_INLINE Acc zero() { return {}; }
+  PK_INLINE Word word(const uint8_t* p) { return static_cast<uint32_t>(word_at(p)); }
+  PK_INLINE Weight weight(const uint8_t* b, int) { return reinterpret_cast<const int8_t*>(b); }
+  PK_INLINE void mac(Acc& c, Word x, Weight w) {
+    for (int j = 0; j < 16; ++j)
+      for (int k = 0; k < 4; ++k) c.v[j] += static_cast<int32_t>((x >> (8 * k)) & 255) * w[4 * j + k];
+  }
+  PK_INLINE void finish(const Acc* c, void* out) { std::memcpy(out, c->v, 64); }
+};
+struct Float16 {
+  float v[16];
+};
+struct DotF32 {
+  static constexpr int kRegisters = 1, kBudget = 2, kRows = 2;
+  using Acc = Float16;
+  using Word = float;
+  using Weight = const uint8_t*;
+  PK_INLINE Acc zero() { return {}; }
+  PK_INLINE Word word(const uint8_t* p) { return float_at(p); }
+  PK_INLINE Weight weight(const uint8_t* b, int) { return b; }
+  PK_INLINE void mac(Acc& c, Word x, Weight w) {
+    for (int j = 0; j < 16; ++j) c.v[j] += x * float_at(w + 4 * j);
+  }
+  PK_INLINE void finish(const Acc* c, void* out) { std::memcpy(out, c->v, 64); }
+};
+struct DotBF16 : DotF32 {
+  using Word = const bfloat16*;
+  using Weight = const bfloat16*;
+  PK_INLINE Word word(const uint8_t* p) { return reinterpret_cast<const bfloat16*>(p); }
+  PK_INLINE Weight weight(const uint8_t* b, int) { return reinterpret_cast<const bfloat16*>(b); }
+  PK_INLINE void mac(Acc& c, Word x, Weight w) {
+    for (int j = 0; j < 16; ++j)
+      for (int k = 0; k < 2; ++k) c.v[j] += load(x + k) * load(w + 2 * j + k);
+  }
+};
+
+#else  // vector isas
+
+constexpr int kPanelRegisters = 16 / kLanes;  // fp32 or s32 registers of 16 columns
+
+struct DotF32 {
+#if defined(PYKERNELS_ISA_AVX512) || defined(PYKERNELS_ISA_AVX512VNNI)
+  static constexpr int kBudget = 24, kRows = 12;
+#else
+  static constexpr int kBudget = 12, kRows = 6;
+#endif
+  static constexpr int kRegisters = kPanelRegisters;
+  using Acc = f32;
+  using Word = f32;
+  using Weight = f32;
+  PK_INLINE Acc zero() { return set1(0.0f); }
+  PK_INLINE Word word(const uint8_t* p) { return set1(float_at(p)); }
+  PK_INLINE Weight weight(const uint8_t* b, int q) { return load(reinterpret_cast<const float*>(b) + q * kLanes, kLanes); }
+  PK_INLINE void mac(Acc& c, Word x, Weight w) { c = fma(x, w, c); }
+  PK_INLINE void finish(const Acc* c, void* out) {
+    for (int q = 0; q < kRegisters; ++q) store(static_cast<float*>(out) + q * kLanes, c[q], kLanes);
+  }
+};
+
+// A pair of bf16 in one word becomes two fp32: the low half shifted up, the high half masked.
+struct DotBF16 : DotF32 {
+  static constexpr int kBudget = DotF32::kBudget * 2 / 3, kRows = DotF32::kRows * 2 / 3;
+  struct Pair {
+    f32 low, high;
+  };
+  using Word = Pair;
+  using Weight = Pair;
+  PK_INLINE Pair split(i32 v) {
+#if defined(PYKERNELS_ISA_AVX512) || defined(PYKERNELS_ISA_AVX512VNNI)
+    return {cast_f32(shift_left<16>(v)), cast_f32(_mm512_and_si512(v, set1_i32(static_cast<int32_t>(0xffff0000))))};
+#else
+    return {cast_f32(shift_left<16>(v)), cast_f32(_mm256_and_si256(v, set1_i32(static_cast<int32_t>(0xffff0000))))};
+#endif
+  }
+  PK_INLINE Word word(const uint8_t* p) { return split(set1_i32(word_at(p))); }
+  PK_INLINE Weight weight(const uint8_t* b, int q) {
+    return split(load_i32(reinterpret_cast<const int32_t*>(b) + q * kLanes, kLanes));
+  }
+  PK_INLINE void mac(Acc& c, Word x, Weight w) { c = fma(x.high, w.high, fma(x.low, w.low, c)); }
+};
+
+#if defined(PYKERNELS_ISA_AVX512VNNI)
+
+struct DotS8 {
+  static constexpr int kRegisters = 1, kBudget = 24, kRows = 12;
+  using Acc = i32;
+  using Word = i32;
+  using Weight = i32;
+  PK_INLINE Acc zero() { return set1_i32(0); }
+  PK_INLINE Word word(const uint8_t* p) { return set1_i32(word_at(p)); }
+  PK_INLINE Weight weight(const uint8_t* b, int) { return _mm512_loadu_si512(b); }
+  PK_INLINE void mac(Acc& c, Word x, Weight w) { c = _mm512_dpbusd_epi32(c, x, w); }
+  PK_INLINE void finish(const Acc* c, void* out) { store_i32(static_cast<int32_t*>(out), *c); }
+};
+
+#elif defined(PYKERNELS_ISA_AVXVNNI)
+
+struct DotS8 {
+  static constexpr int kRegisters = 2, kBudget = 12, kRows = 6;
+  using Acc = i32;
+  using Word = i32;
+  using Weight = i32;
+  PK_INLINE Acc zero() { return set1_i32(0); }
+  PK_INLINE Word word(const uint8_t* p) { return set1_i32(word_at(p)); }
+  PK_INLINE Weight weight(const uint8_t* b, int q) { return load_i32(reinterpret_cast<const int32_t*>(b) + q * 8); }
+  PK_INLINE void mac(Acc& c, Word x, Weight w) { c = _mm256_dpbusd_avx_epi32(c, x, w); }
+  PK_INLINE void finish(const Acc* c, void* out) {
+    for (int q = 0; q < 2; ++q) store_i32(static_cast<int32_t*>(out) + q * 8, c[q]);
+  }
+};
+
+#elif defined(PYKERNELS_ISA_AVX512)
+
+// Without VNNI: bytes widened to s16, pairs multiplied and added exactly (vpmaddwd). A register holds 8 columns, each as
+// two partial sums of two k, added at the end.
+struct DotS8 {
+  static constexpr int kRegisters = 2, kBudget = 24, kRows = 8;
+  using Acc = i32;
+  using Word = i32;
+  using Weight = i32;
+  PK_INLINE Acc zero() { return set1_i32(0); }
+  PK_INLINE Word word(const uint8_t* p) { return _mm512_cvtepu8_epi16(_mm256_set1_epi32(word_at(p))); }
+  PK_INLINE Weight weight(const uint8_t* b, int q) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 32 * q)));
+  }
+  PK_INLINE void mac(Acc& c, Word x, Weight w) { c = _mm512_add_epi32(c, _mm512_madd_epi16(x, w)); }
+  PK_INLINE void finish(const Acc* c, void* out) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    store_i32(static_cast<int32_t*>(out),
+              add(_mm512_permutex2var_epi32(c[0], even, c[1]), _mm512_permutex2var_epi32(c[0], odd, c[1])));
+  }
+};
+
+#else  // avx2
+
+// As avx512 without VNNI, a register holding 4 columns.
+struct DotS8 {
+  static constexpr int kRegisters = 4, kBudget = 12, kRows = 2;
+  using Acc = i32;
+  using Word = i32;
+  using Weight = i32;
+  PK_INLINE Acc zero() { return set1_i32(0); }
+  PK_INLINE Word word(const uint8_t* p) { return _mm256_cvtepu8_epi16(_mm_set1_epi32(word_at(p))); }
+  PK_INLINE Weight weight(const uint8_t* b, int q) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 16 * q)));
+  }
+  PK_INLINE void mac(Acc& c, Word x, Weight w) { c = _mm256_add_epi32(c, _mm256_madd_epi16(x, w)); }
+  PK_INLINE void finish(const Acc* c, void* out) {
+    for (int q = 0; q < 4; q += 2) {
+      const __m256i pairs = _mm256_hadd_epi32(c[q], c[q + 1]);  // columns 0 1 4 5 | 2 3 6 7
+      store_i32(static_cast<int32_t*>(out) + q * 4, _mm256_permute4x64_epi64(pairs, _MM_SHUFFLE(3, 1, 2, 0)));
+    }
+  }
+};
+
+#endif
+#endif
+
+}  // namespace
+}  // namespace pykernels::PYKERNELS_ISA_NS

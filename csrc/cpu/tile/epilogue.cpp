@@ -1,0 +1,93 @@
+// Epilogues: accumulators of a tile to output (formula in kernels.h). Columns outside, rows inside, so that per-channel
+// parameters are loaded once; a tail of columns goes through partial loads and stores.
+#include "cpu/isa/math.h"
+#include "cpu/tile/kernels.h"
+
+namespace pykernels::PYKERNELS_ISA_NS {
+namespace {
+
+PK_INLINE f32 load_residual(const Epilogue& e, int64_t at, int n) {
+  const f32 scale = set1(e.residual_scale);
+  const i32 zero_point = set1_i32(e.residual_zero_point);
+  switch (e.residual_dtype) {
+    case Dtype::f32: return load(static_cast<const float*>(e.residual) + at, n);
+    case Dtype::bf16: return load(static_cast<const bfloat16*>(e.residual) + at, n);
+    case Dtype::u8: return mul(to_f32(sub(load_i32(static_cast<const uint8_t*>(e.residual) + at, n), zero_point)), scale);
+    case Dtype::s8: return mul(to_f32(sub(load_i32(static_cast<const int8_t*>(e.residual) + at, n), zero_point)), scale);
+    case Dtype::s32: break;  // no residual is s32
+  }
+  return set1(0.0f);
+}
+
+template <Dtype kOut>
+PK_INLINE void store_out(const Epilogue& e, int64_t at, f32 f, int n) {
+  if constexpr (kOut == Dtype::f32) {
+    store(static_cast<float*>(e.out) + at, f, n);
+  } else if constexpr (kOut == Dtype::bf16) {
+    store(static_cast<bfloat16*>(e.out) + at, f, n);
+  } else {
+    const float low = kOut == Dtype::u8 ? 0.0f : -128.0f;
+    f = add(round(mul(f, set1(e.inverse_scale))), set1(e.zero_point));
+    const i32 q = to_i32(min(max(f, set1(low)), set1(low + 255.0f)));
+    if constexpr (kOut == Dtype::u8)
+      store_i32(static_cast<uint8_t*>(e.out) + at, q, n);
+    else
+      store_i32(static_cast<int8_t*>(e.out) + at, q, n);
+  }
+}
+
+template <bool kInteger, Dtype kOut>
+void run(const Epilogue& e, const EpilogueArgs& t) {
+  for (int64_t j = 0; j < t.columns; j += kLanes) {
+    const int n = t.columns - j < kLanes ? static_cast<int>(t.columns - j) : kLanes;
+    const f32 bias = e.bias ? load(e.bias + t.packed + j, n) : set1(0.0f);
+    f32 weight_scale = set1(1.0f), scale = set1(1.0f);
+    i32 sum = set1_i32(0), shift = set1_i32(0);
+    if constexpr (kInteger) {
+      weight_scale = load(e.scale + t.packed + j, n);
+      sum = load_i32(e.sum + t.packed + j, n);
+      scale = mul(set1(e.x_scale), weight_scale);
+      shift = mul(set1_i32(e.x_zero_point), sum);
+    }
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const int64_t at = (t.row + r) * e.out_stride + t.channel + j;
+      f32 f;
+      if constexpr (kInteger) {
+        if (e.row_scale) {
+          scale = mul(set1(e.row_scale[t.row + r]), weight_scale);
+          shift = mul(set1_i32(e.row_zero_point[t.row + r]), sum);
+        }
+        const i32 acc = sub(load_i32(static_cast<const int32_t*>(t.c) + r * t.ldc + j, kLanes), shift);
+        if constexpr (kOut == Dtype::s32) {
+          store_i32(static_cast<int32_t*>(e.out) + at, acc, n);
+          continue;
+        }
+        f = mul(to_f32(acc), scale);
+      } else {
+        f = load(static_cast<const float*>(t.c) + r * t.ldc + j, kLanes);
+      }
+      if (e.bias) f = add(f, bias);
+      if (e.residual && !e.residual_after) f = add(f, load_residual(e, at, n));
+      f = activate(e.activation, f);
+      if (e.residual && e.residual_after) f = add(f, load_residual(e, at, n));
+      store_out<kOut>(e, at, f, n);
+    }
+  }
+}
+
+template <bool kInteger>
+void epilogue(const Epilogue& e, const EpilogueArgs& t) {
+  switch (e.out_dtype) {
+    case Dtype::f32: return run<kInteger, Dtype::f32>(e, t);
+    case Dtype::bf16: return run<kInteger, Dtype::bf16>(e, t);
+    case Dtype::u8: return run<kInteger, Dtype::u8>(e, t);
+    case Dtype::s8: return run<kInteger, Dtype::s8>(e, t);
+    case Dtype::s32: return run<true, Dtype::s32>(e, t);
+  }
+}
+
+}  // namespace
+
+extern const EpilogueKernels epilogue_kernels = {&epilogue<true>, &epilogue<false>};
+
+}  // namespace pykernels::PYKERNELS_ISA_NS

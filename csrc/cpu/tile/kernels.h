@@ -1,0 +1,79 @@
+// The micro-kernels under every GEMM and convolution: a dot tile, and the epilogue that turns its accumulators into output.
+#pragma once
+
+#include "common/packed.h"
+#include "cpu/isa/isa.h"
+
+namespace pykernels {
+
+// One tile:  c[r][p * 16 + j] = sum over t < taps, w < words of dot(word w at a + tap_offset[t] + r * lda, block [t][w] of panel p, column j)
+// where a word is 4 bytes: 4 u8 against 4 s8 (s32 sums), 2 bf16 or 1 fp32 (fp32 sums).
+// The caller guarantees that every word is readable.
+struct DotArgs {
+  const uint8_t* a;
+  int64_t lda;  // bytes from one row to the next
+  const int64_t* tap_offset;
+  int64_t taps, words;
+  const uint8_t* panels;
+  int64_t panel_bytes;
+  void* c;  // [rows][panels * 16], s32 or fp32, 64-byte aligned
+};
+
+inline constexpr int kMaxRows = 12;
+inline constexpr int kMaxPanels = 8;
+inline constexpr int kMaxTile = 32 * 16;  // accumulators of one tile, any isa
+
+struct DotKernel {
+  int max_rows;
+  int max_panels[kMaxRows + 1];  // by rows
+  void (*tile[kMaxRows + 1][kMaxPanels + 1])(const DotArgs&);
+};
+
+struct DotKernels {
+  DotKernel s8, bf16, f32;
+};
+PYKERNELS_TABLE(DotKernels, dot_kernels)
+
+enum class Activation : int;
+enum class Dtype : int32_t { f32, bf16, u8, s8, s32 };
+
+// What happens to a tile on its way out; all arithmetic in fp32, multiplication and addition rounded apart:
+//   f = s32 ? float(acc - x_zero_point * sum[n]) * (x_scale * scale[n]) : acc
+//   f += bias[n];  f += residual (order "before");  f = activation(f);  f += residual (order "after")
+//   out = 8 bit ? clamp(rint(f * inverse_scale) + zero_point) : f
+// An s32 out takes acc - x_zero_point * sum[n] as it is.
+// The per-channel arrays are indexed by packed channel, residual and out by [row][out channel].
+struct Epilogue {
+  float x_scale;
+  int32_t x_zero_point;
+  const float* row_scale;         // per row instead of x_scale and x_zero_point, or null
+  const int32_t* row_zero_point;
+  const float* scale;
+  const int32_t* sum;
+  const float* bias;  // or null
+  Activation activation;
+  const void* residual;  // or null
+  Dtype residual_dtype;
+  bool residual_after;
+  float residual_scale;
+  int32_t residual_zero_point;
+  void* out;
+  Dtype out_dtype;
+  float inverse_scale, zero_point;
+  int64_t out_stride;  // elements from one row of out (and of residual) to the next
+};
+
+// Writes rows x columns of a tile: c is [rows][ldc]; the first row is output row `row`, the first column is packed channel
+// `packed` and output channel `channel`.
+struct EpilogueArgs {
+  const void* c;
+  int64_t ldc, row, rows, packed, channel, columns;
+};
+
+struct EpilogueKernels {
+  void (*s32)(const Epilogue&, const EpilogueArgs&);
+  void (*f32)(const Epilogue&, const EpilogueArgs&);
+};
+PYKERNELS_TABLE(EpilogueKernels, epilogue_kernels)
+
+}  // namespace pykernels
