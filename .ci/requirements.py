@@ -1,4 +1,4 @@
-"""Print requirements of pyproject.toml, one a line: those of the extras named, and with --dependencies the package's own.
+"""Print requirements of pyproject.toml, one a line: the named extras', and with --dependencies the package's own.
 
 For `pip install $(python .ci/requirements.py test)`: the environment is made before pykernels is built in it.
 """

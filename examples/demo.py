@@ -1,7 +1,7 @@
 """A real network on real photographs, before and after: `make demo`, or `python -m examples.demo`.
 
-EfficientNet-Lite0 with its ImageNet weights runs on 20 labelled photographs as PyTorch runs it, then as pykernels does in
-fp32 and in int8. Every figure printed comes from this run. int8 is calibrated on ten of the photographs; what it
+EfficientNet-Lite0 with its ImageNet weights runs on 20 labelled photographs as PyTorch runs it, then as pykernels does
+in fp32 and in int8. Every figure printed comes from this run. int8 is calibrated on ten of the photographs; what it
 answers is judged on all twenty, and on the ten it has not seen.
 """
 
@@ -166,7 +166,9 @@ def chart(entries: list[Entry], photographs: assets.Photographs, subtitle: str, 
     for axis in (left, middle, right):
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0)
-    figure.suptitle("EfficientNet-Lite0 before and after pykernels", x=0.07, ha="left", weight="bold", fontsize=14, y=1.06)
+    figure.suptitle(
+        "EfficientNet-Lite0 before and after pykernels", x=0.07, ha="left", weight="bold", fontsize=14, y=1.06
+    )
     figure.text(0.07, 0.965, subtitle, color=muted, fontsize=9)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=160, bbox_inches="tight", facecolor="white")
@@ -183,7 +185,12 @@ def main() -> None:
 
     console = Console()
     console.print(f"[bold]pykernels demo[/]  [dim]{machine()}[/]")
-    columns = (SpinnerColumn(finished_text="[green]✓[/]"), TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(finished_text="[green]✓[/]"),
+        TextColumn("{task.description}"),
+        BarColumn(24),
+        TimeElapsedColumn(),
+    )
     with torch.inference_mode(), Progress(*columns, console=console) as progress:
         with step(progress, "load EfficientNet-Lite0 and its weights"):
             model = assets.load_efficientnet_lite0()
@@ -215,8 +222,8 @@ def main() -> None:
     console.print()
     console.print(results(entries, photographs))
     console.print(
-        f"int8 was calibrated on {len(seen)} of these photographs; on the {len(photographs.images[unseen])} others it gives the "
-        f"same answer as eager on {entries[2].agreement(eager, unseen)}."
+        f"int8 was calibrated on {len(seen)} of these photographs; on the {len(photographs.images[unseen])} others "
+        f"it gives the same answer as eager on {entries[2].agreement(eager, unseen)}."
     )
     console.print()
     console.print(fused(int8.report()))

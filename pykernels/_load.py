@@ -1,8 +1,12 @@
-"""Finds and loads the ops libraries. Importing pykernels never fails for a missing library: the first call does, and says why."""
+"""Finds and loads the ops libraries.
+
+Importing pykernels never fails for a missing library: the first call of an op does, and says why.
+"""
 
 from __future__ import annotations
 
 import pathlib
+import warnings
 from typing import Any, NoReturn
 
 import torch
@@ -32,12 +36,22 @@ def load(name: str) -> str | None:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < TORCH_FLOOR:
         floor = ".".join(map(str, TORCH_FLOOR))
-        return f"pykernels needs torch {floor} or newer, this is torch {torch.__version__}: pip install 'torch>={floor}'"
+        return (
+            f"pykernels needs torch {floor} or newer, this is torch {torch.__version__}: pip install 'torch>={floor}'"
+        )
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         return f"{path} could not be loaded beside torch {torch.__version__}: {error}"
     return None
+
+
+def isa_complaint() -> str | None:
+    """What is wrong with the environment variable PYKERNELS_ISA, or None."""
+    from pykernels import _host
+
+    complaint: str | None = _host.choose_isa()[1]
+    return complaint
 
 
 class MissingOps:
@@ -56,3 +70,5 @@ CPU_ERROR: str | None = load("pykernels_cpu")
 if CPU_ERROR is not None:
     namespace: Any = torch.ops
     namespace.pykernels = MissingOps(CPU_ERROR)
+elif (complaint := isa_complaint()) is not None:
+    warnings.warn(f"{complaint}; running {torch.ops.pykernels._isa()}", RuntimeWarning, stacklevel=2)

@@ -67,7 +67,9 @@ def doctor() -> None:
     facts.add_row("torch", f"{found.torch}{', with CUDA' if torch.cuda.is_available() else ''}")
     facts.add_row("processor", f"{found.cpu}, {found.cores} logical cores")
     facts.add_row("threads", f"{found.threads} [dim](torch.set_num_threads or OMP_NUM_THREADS changes it)[/]")
-    facts.add_row("isa", f"[green]{found.isa}[/], {found.isa_reason}" if found.isa else f"[red]none[/], {found.isa_reason}")
+    facts.add_row(
+        "isa", f"[green]{found.isa}[/], {found.isa_reason}" if found.isa else f"[red]none[/], {found.isa_reason}"
+    )
     if found.isas:
         facts.add_row("", "  ".join(f"{name} {_tick(runs)}" for name, runs in found.isas.items()))
     facts.add_row("CPU ops", _tick(found.cpu_error is None, found.cpu_error))
@@ -91,10 +93,14 @@ def doctor() -> None:
 @app.command()
 def optimize(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="An exported program (.pt2), or module:callable that returns an nn.Module.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="An exported program (.pt2), or module:callable that returns an nn.Module."
+        ),
     ],
     input_shape: Annotated[
-        str, typer.Option(help="Shape of the example input, batch first: 1,3,224,224. Several inputs: separate with ';'.")
+        str,
+        typer.Option(help="Shape of the example input, batch first: 1,3,224,224. Several inputs: separate with ';'."),
     ],
     output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="Where the optimized network is saved.")],
     precision: Annotated[Precision, typer.Option(help="What the network computes in.")] = Precision.fp32,
@@ -110,7 +116,7 @@ def optimize(
 
     Prints each fused group, and each part left to torch with the reason.
 
-    [cyan]pykernels optimize mynets:resnet18 --input-shape 1,3,224,224 --precision int8 --calibration photos/ -o net.pk[/]
+    [cyan]pykernels optimize nets:resnet18 --input-shape 1,3,224,224 --precision int8 --calibration photos/ -o net.pk[/]
     """
     if calibration is not None and precision is not Precision.int8:
         fail("--calibration is only for --precision int8")
@@ -138,7 +144,9 @@ def optimize(
             progress.stop()
             fail(str(error))
     print(fast.report())
-    console.print(f"saved [bold]{output}[/] ({output.stat().st_size / 1e6:.1f} MB): net = pykernels.load({str(output)!r})")
+    console.print(
+        f"saved [bold]{output}[/] ({output.stat().st_size / 1e6:.1f} MB): net = pykernels.load({str(output)!r})"
+    )
 
 
 def _build(build: dict[str, str]) -> str:
@@ -181,10 +189,8 @@ def _load_model(name: str) -> torch.nn.Module:
     return found.eval()
 
 
-def _calibration(
-    folder: pathlib.Path, samples: int, shape: list[int], mean: str, std: str
-) -> Iterator[torch.Tensor]:
-    """The folder's images as fp32 [1, 3, H, W], prepared as torchvision's networks want them; or its tensors as they are."""
+def _calibration(folder: pathlib.Path, samples: int, shape: list[int], mean: str, std: str) -> Iterator[torch.Tensor]:
+    """The folder's images as fp32 [1, 3, H, W], prepared as torchvision's networks are fed; its tensors as they are."""
     if not folder.is_dir():
         fail(f"--calibration: {folder} is not a folder")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES | TENSORS)[:samples]
@@ -217,7 +223,9 @@ def _image(file: pathlib.Path, shape: list[int], mean: str, std: str) -> torch.T
     height, width = shape[2:]
     with Image.open(file) as opened:
         image = opened.convert("RGB")
-    scale = max(height / image.height, width / image.width) * 256 / 224  # the border that classifiers are trained to lose
+    scale = (
+        max(height / image.height, width / image.width) * 256 / 224
+    )  # the border that classifiers are trained to lose
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     image = image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))

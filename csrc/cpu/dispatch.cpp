@@ -11,22 +11,19 @@
 namespace pykernels {
 namespace {
 
-struct Choice {
-  std::atomic<int> isa;
-  const char* error;
-  Choice() { isa = static_cast<int>(choose_isa(&error)); }
-};
-
-Choice& choice() {
-  static Choice c;
-  return c;
+// Chosen once; what was wrong with PYKERNELS_ISA is told at import (pykernels/_load.py), not here.
+std::atomic<int>& choice() {
+  static std::atomic<int> isa = [] {
+    const char* complaint = nullptr;
+    return static_cast<int>(choose_isa(&complaint));
+  }();
+  return isa;
 }
 
 }  // namespace
 
-Isa current_isa() { return static_cast<Isa>(choice().isa.load(std::memory_order_relaxed)); }
-void set_isa(Isa isa) { choice().isa = static_cast<int>(isa); }
-const char* isa_error() { return choice().error; }
+Isa current_isa() { return static_cast<Isa>(choice().load(std::memory_order_relaxed)); }
+void set_isa(Isa isa) { choice() = static_cast<int>(isa); }
 
 PYKERNELS_DISPATCH(DepthwiseKernels, depthwise_kernels)
 PYKERNELS_DISPATCH(DotKernels, dot_kernels)

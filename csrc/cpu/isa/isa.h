@@ -14,8 +14,6 @@ namespace pykernels {
 // The isa in force: choose_isa()'s at load, or what set_isa() said last (tests run every isa in one process).
 Isa current_isa();
 void set_isa(Isa isa);
-// The complaint of choose_isa() at load, or null.
-const char* isa_error();
 
 }  // namespace pykernels
 

@@ -1,0 +1,227 @@
+"""What is built: an ops library for every torch, kernels that stay in their isa, a wheel that needs no compiler."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+import pykernels
+from pykernels import _host, _load
+
+ROOT = pathlib.Path(__file__).parent.parent
+ISAS = list(_host.isas())
+
+
+def output(*command: str | os.PathLike[str], **options: object) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, **options)  # type: ignore[call-overload]
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return str(done.stdout)
+
+
+def library(name: str = "pykernels_cpu") -> pathlib.Path:
+    path = _load.library_path(name)
+    assert path is not None
+    return path
+
+
+def build_folder() -> pathlib.Path:
+    """Where the objects of this installation were compiled: inside its environment, or in the checkout."""
+    folders = (pathlib.Path(sys.prefix) / "build", ROOT / "build")
+    found = [folder for folder in folders if (folder / "CMakeFiles").is_dir()]
+    if not found:
+        pytest.skip("installed from a wheel: its object files are not here")
+    return found[0]
+
+
+def objects(target: str) -> list[pathlib.Path]:
+    found = sorted((build_folder() / "CMakeFiles" / f"{target}.dir").rglob("*.o"))
+    assert found, f"no object files of {target}"
+    return found
+
+
+def python(code: str, site: pathlib.Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter; with `site`, that folder's pykernels and no other installation of it."""
+    env = {**os.environ, **environment}
+    command = [sys.executable, "-c", code]
+    if site is not None:
+        command.insert(1, "-S")  # an editable installation comes in through site
+        packages = pathlib.Path(torch.__file__).parent.parent
+        env["PYTHONPATH"] = f"{site}{os.pathsep}{packages}"
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=site)
+
+
+# ---- the libraries ---------------------------------------------------------------------------------------------------
+def test_ops_library_needs_only_the_stable_abi_and_the_c_plus_plus_runtime() -> None:
+    undefined = {line.split()[-1] for line in output("nm", "-D", "--undefined-only", library()).splitlines()}
+    runtime = re.compile(r".+@(GLIBC|GLIBCXX|CXXABI|GCC)_[\w.]+$|__gmon_start__$|_ITM_\w+$")
+    shims = re.compile(r"(aoti_torch|torch)_\w+$")
+    sanitizer = re.compile(r"__(a|ub)san_\w+$" if _host.build()["sanitizers"] else r"(?!)")
+    foreign = {name for name in undefined if not (runtime.match(name) or shims.match(name) or sanitizer.match(name))}
+    assert not foreign
+    assert any(shims.match(name) for name in undefined)
+
+
+def test_ops_library_exports_nothing() -> None:
+    assert not output("nm", "-D", "--defined-only", library()).split()
+
+
+@pytest.mark.parametrize("name", ["pykernels_cpu", "_host"])
+def test_library_names_no_folder_of_the_build_machine(name: str) -> None:
+    path = library() if name == "pykernels_cpu" else pathlib.Path(_host.__file__)
+    dynamic = output("readelf", "-d", path)
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+    if not _host.build()["sanitizers"]:  # debug information names folders
+        assert str(ROOT).encode() not in path.read_bytes()
+
+
+def test_host_module_needs_no_torch() -> None:
+    assert "torch" not in output("readelf", "-d", _host.__file__)
+
+
+# ---- isas ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "scalar"])
+def test_isa_objects_share_no_inline_function(isa: str) -> None:
+    """A weak copy of a shared inline built for this isa could be the one the linker keeps: SIGILL on an older CPU."""
+    own = f"9pykernels{len(isa)}{isa}"
+    for file in objects(f"kernels_{isa}"):
+        entries = [line.split() for line in output("nm", "--defined-only", file).splitlines() if line.strip()]
+        shared = [name for *_, kind, name in entries if kind in "WVuT" and own not in name]
+        assert not shared, f"{file.name} defines {shared} outside namespace pykernels::{isa}"
+
+
+@pytest.mark.parametrize(
+    ("target", "forbidden"),
+    [
+        ("pykernels_cpu", "[yz]mm"),
+        ("_host", "[yz]mm"),
+        ("kernels_scalar", "[yz]mm"),
+        ("kernels_avx2", "zmm"),
+        ("kernels_avxvnni", "zmm"),
+    ],
+)
+def test_vector_registers_stay_in_their_isa(target: str, forbidden: str) -> None:
+    for file in objects(target):
+        wide = re.findall(rf"^.*%{forbidden}\d+.*$", output("objdump", "-d", file), re.MULTILINE)
+        assert not wide, f"{file.name}: {wide[0].strip()}"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_environment_chooses_the_isa(isa: str) -> None:
+    done = python("import torch, pykernels; print(torch.ops.pykernels._isa())", PYKERNELS_ISA=isa)
+    assert done.returncode == 0, done.stderr
+    if _host.isas()[isa]:
+        assert done.stdout.strip() == isa
+        assert "PYKERNELS_ISA" not in done.stderr
+    else:
+        assert done.stdout.strip() != isa
+        assert "PYKERNELS_ISA names an isa that this CPU does not have" in done.stderr
+
+
+def test_unknown_isa_is_told_and_the_best_one_runs() -> None:
+    done = python("import torch, pykernels; print(torch.ops.pykernels._isa())", PYKERNELS_ISA="avx1024")
+    best = python("import torch, pykernels; print(torch.ops.pykernels._isa())", PYKERNELS_ISA="")
+    assert done.stdout == best.stdout
+    assert "PYKERNELS_ISA must be one of scalar, avx2, avxvnni, avx512, avx512vnni" in done.stderr
+
+
+def test_set_isa_names_what_it_takes() -> None:
+    with pytest.raises(RuntimeError, match=r"_set_isa: isa must be one of .*not 'neon'"):
+        torch.ops.pykernels._set_isa("neon")
+
+
+# ---- what is said when the library cannot be used --------------------------------------------------------------------
+def python_files(target: pathlib.Path) -> pathlib.Path:
+    """The package without any library, as a checkout that was never built."""
+    shutil.copytree(ROOT / "pykernels", target / "pykernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return target
+
+
+def test_import_without_the_library_succeeds_and_the_call_says_what_to_do(tmp_path: pathlib.Path) -> None:
+    code = "import torch, pykernels\nprint('imported')\ntorch.ops.pykernels.int8_mm(torch.ones(1), torch.ones(1))"
+    done = python(code, python_files(tmp_path))
+    assert "imported" in done.stdout, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("RuntimeError: torch.ops.pykernels.int8_mm is not there: pykernels_cpu.so is not in")
+    assert "pip install" in last
+
+
+def test_doctor_without_the_library_says_so(tmp_path: pathlib.Path) -> None:
+    site = python_files(tmp_path)
+    done = python("from pykernels.cli import app; app(['doctor'])", site, COLUMNS="200")
+    assert done.returncode == 1
+    assert "pykernels_cpu.so is not in" in done.stdout, done.stderr
+
+
+def test_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    assert _load.load("pykernels_cpu") == (
+        "pykernels needs torch 2.10 or newer, this is torch 2.9.1+cu128: pip install 'torch>=2.10'"
+    )
+
+
+def test_broken_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    broken = tmp_path / "pykernels_cpu.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(_load, "library_path", lambda name: broken)
+    reason = _load.load("pykernels_cpu")
+    assert reason is not None
+    assert str(broken) in reason
+    assert torch.__version__ in reason
+
+
+# ---- the wheel -------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    if importlib.util.find_spec("scikit_build_core") is None:
+        pytest.skip("needs the extra `build`")
+    target = tmp_path_factory.mktemp("wheel")
+    own = pathlib.Path(sys.prefix) / "build"  # made by `make build`: nothing is compiled again
+    folder = own if (own / "CMakeFiles").is_dir() else target / "build"
+    options = ["--no-build-isolation", "--no-deps", f"--config-settings=build-dir={folder}", "-w", str(target)]
+    environment = {**os.environ, "CMAKE_BUILD_PARALLEL_LEVEL": "2"}
+    output(sys.executable, "-m", "pip", "wheel", "--quiet", *options, str(ROOT), env=environment)
+    (found,) = target.glob("*.whl")
+    return found
+
+
+def test_wheel_holds_the_libraries_and_the_package_and_nothing_else(wheel: pathlib.Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert "pykernels/pykernels_cpu.so" in names
+    assert any(re.match(r"pykernels/_host\..*\.so$", name) for name in names)
+    assert {"pykernels/__init__.py", "pykernels/py.typed", "pykernels/cli.py"} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {name.split("/")[0] for name in names} == {"pykernels", f"pykernels-{pykernels.__version__}.dist-info"}
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".o")) or "__pycache__" in name]
+
+
+def test_wheel_runs_without_a_compiler(wheel: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = "import torch, pykernels; print(pykernels.__file__); print(torch.ops.pykernels._isa())"
+    done = python(code, tmp_path, PATH="")
+    assert done.returncode == 0, done.stderr
+    file, isa = done.stdout.split()
+    assert pathlib.Path(file).is_relative_to(tmp_path)
+    assert isa in ISAS
+
+
+# ---- numbers that stand in two places --------------------------------------------------------------------------------
+def test_version_and_torch_pin_agree_wherever_they_stand() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    constraints = (ROOT / "constraints.txt").read_text()
+    assert f'\nversion = "{pykernels.__version__}"\n' in project
+    (pin,) = re.findall(r"^torch==\S+$", constraints, re.MULTILINE)
+    assert f'"{pin}"' in project
+    floor = ".".join(map(str, _load.TORCH_FLOOR))
+    assert f'"torch>={floor}"' in project
+    major, minor = _load.TORCH_FLOOR
+    assert f"TORCH_TARGET_VERSION=0x{major:02x}{minor:02x}{0:012x}" in (ROOT / "CMakeLists.txt").read_text()
