@@ -5,11 +5,15 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 BUILD ?= build
+PREFIX ?= .
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TESTS ?= tests
 
 RUN := $(abspath $(VENV))/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+EMULATED := $(CURDIR)/build-emulate/package
+# The interpreter under the environment's: it does not run the editable install's hook, which would find its own pykernels first.
+BASE = $(shell $(RUN) -c 'import os, sys; print(os.path.realpath(sys.executable))')
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 
 help:  ## this list
@@ -20,6 +24,12 @@ demo: build  ## optimise a real network on real photographs: table, chart in out
 
 test: build  ## the whole test suite; TESTS=... or PYTEST_ADDOPTS=... to choose
 	$(RUN) -m pytest $(TESTS)
+
+emulate: $(VENV)/.packages  ## the test suite under every isa, those that this CPU may lack emulated on AVX2 (slow)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(MAKE) dev PYTHON=$(RUN) BUILD=build-emulate PREFIX=$(EMULATED) \
+	  CMAKE_ARGS="$(CMAKE_ARGS) -DPYKERNELS_EMULATE=ON"
+	cd $(EMULATED) && PYTHONPATH="$(EMULATED):$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'):$(CURDIR)" \
+	  $(BASE) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(TESTS))
 
 bench: build $(VENV)/.bench  ## the benchmarks beside every rival that installs
 	$(RUN) -m pykernels bench
@@ -67,12 +77,12 @@ $(VENV)/.installed: $(VENV)/.packages CMakeLists.txt $(shell find csrc -type f)
 dev:
 	cmake -S . -B $(BUILD) -G Ninja -DPython_EXECUTABLE=$(PYTHON) -DCMAKE_EXPORT_COMPILE_COMMANDS=ON $(CMAKE_ARGS) > /dev/null
 	cmake --build $(BUILD) -j$(JOBS)
-	cmake --install $(BUILD) --prefix . > /dev/null
+	cmake --install $(BUILD) --prefix $(PREFIX) > /dev/null
 
 clean:  ## forget every environment, build and output
-	rm -rf $(VENV) build out dist *.egg-info pykernels/*.so
+	rm -rf $(VENV) build build-emulate out dist *.egg-info pykernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format build dev clean
+.PHONY: help demo test emulate bench lint format build dev clean
 .DELETE_ON_ERROR:

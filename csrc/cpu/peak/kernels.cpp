@@ -11,7 +11,11 @@ namespace pykernels::PYKERNELS_ISA_NS {
 namespace {
 
 #define KEEP(value) asm volatile("" : "+x"(value))
+#ifdef PYKERNELS_EMULATE
+#define KEEP_WIDE(value) asm volatile("" : "+m"(value))  // 512 bits have no register there
+#else
 #define KEEP_WIDE(value) asm volatile("" : "+v"(value))
+#endif
 
 #if defined(PYKERNELS_ISA_SCALAR)
 
@@ -88,13 +92,7 @@ PK_INLINE i32 dot(i32 c, i32 a, i32 b) {
 }
 #elif defined(PYKERNELS_ISA_AVXVNNI)
 constexpr int kProducts = 32;
-PK_INLINE i32 dot(i32 c, i32 a, i32 b) {
-#ifdef PYKERNELS_EMULATE
-  return simde_mm256_dpbusd_epi32(c, a, b);
-#else
-  return _mm256_dpbusd_avx_epi32(c, a, b);
-#endif
-}
+PK_INLINE i32 dot(i32 c, i32 a, i32 b) { return _mm256_dpbusd_avx_epi32(c, a, b); }
 #else
 constexpr int kProducts = 16;
 PK_INLINE i32 dot(i32 c, i32 a, i32 b) {
