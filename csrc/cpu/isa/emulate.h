@@ -1,9 +1,11 @@
-// The AVX-512 (F, BW, VL, DQ, VNNI) and AVX-VNNI intrinsics that the kernels use, on AVX2: with -DPYKERNELS_EMULATE=ON every
-// isa runs on any AVX2 host, to be tested there. Each follows the operation that Intel's intrinsics guide gives for it.
+// The AVX-512 (F, BW, VL, DQ, VNNI) and AVX-VNNI intrinsics that the kernels use, on AVX2: with -DPYKERNELS_EMULATE=ON
+// every isa runs on any AVX2 host, to be tested there. Each follows the operation that Intel's intrinsics guide gives
+// for it.
 //
-// The functions stand in the isa's own namespace, where unqualified names find them before the compiler's global ones. A
-// 512-bit operation that works lane by lane (32-bit lanes, or 128-bit ones for shuffles and packs) is the 256-bit operation
-// on either half. A masked load or store touches the selected elements only, one by one, as sanitizers and page ends demand.
+// The functions stand in the isa's own namespace, where unqualified names find them before the compiler's global ones.
+// A 512-bit operation that works lane by lane (32-bit lanes, or 128-bit ones for shuffles and packs) is the 256-bit
+// operation on either half. A masked load or store touches the selected elements only, one by one, as sanitizers and
+// page ends demand.
 #pragma once
 
 #include <immintrin.h>
@@ -102,11 +104,13 @@ template <class T, class Mask, class Vector, class Test>
 PK_EMULATE Mask emulated_mask(Vector a, Vector b, Test test) {
   const auto x = Elements<T, Vector>::of(a), y = Elements<T, Vector>::of(b);
   Mask mask = 0;
-  for (int i = 0; i < x.kCount; ++i) mask = static_cast<Mask>(mask | (static_cast<Mask>(test(x.at[i], y.at[i]) ? 1 : 0) << i));
+  for (int i = 0; i < x.kCount; ++i)
+    mask = static_cast<Mask>(mask | (static_cast<Mask>(test(x.at[i], y.at[i]) ? 1 : 0) << i));
   return mask;
 }
 
-// ---- AVX-512F, fp32 ---------------------------------------------------------------------------------------------------
+// ---- AVX-512F, fp32
+// ---------------------------------------------------------------------------------------------------
 PK_EMULATE __m512 _mm512_set1_ps(float v) { return join(_mm256_set1_ps(v), _mm256_set1_ps(v)); }
 PK_EMULATE __m512 _mm512_setzero_ps() { return _mm512_set1_ps(0.0f); }
 PK_EMULATE __m512 _mm512_loadu_ps(const void* p) {
@@ -149,13 +153,16 @@ PK_EMULATE __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
   });
 }
 PK_EMULATE __m512 _mm512_mask_blend_ps(__mmask16 mask, __m512 a, __m512 b) { return emulated_blend<float>(mask, a, b); }
-PK_EMULATE __m512 _mm512_maskz_mov_ps(__mmask16 mask, __m512 a) { return emulated_blend<float>(mask, _mm512_setzero_ps(), a); }
+PK_EMULATE __m512 _mm512_maskz_mov_ps(__mmask16 mask, __m512 a) {
+  return emulated_blend<float>(mask, _mm512_setzero_ps(), a);
+}
 PK_EMULATE __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* p) {
   return emulated_load<float>(mask, _mm512_setzero_ps(), p);
 }
 PK_EMULATE void _mm512_mask_storeu_ps(void* p, __mmask16 mask, __m512 v) { emulated_store<float>(p, mask, v); }
 
-// ---- AVX-512F and BW, integers ----------------------------------------------------------------------------------------
+// ---- AVX-512F and BW, integers
+// ----------------------------------------------------------------------------------------
 PK_EMULATE __m512i _mm512_castps_si512(__m512 a) { return reinterpret_cast<__m512i>(a); }
 PK_EMULATE __m512 _mm512_castsi512_ps(__m512i a) { return reinterpret_cast<__m512>(a); }
 PK_EMULATE __m512i _mm512_castsi256_si512(__m256i a) { return join(a, _mm256_setzero_si256()); }
@@ -165,8 +172,8 @@ PK_EMULATE __m512i _mm512_set1_epi8(char v) { return join(_mm256_set1_epi8(v), _
 PK_EMULATE __m512i _mm512_set1_epi16(short v) { return join(_mm256_set1_epi16(v), _mm256_set1_epi16(v)); }
 PK_EMULATE __m512i _mm512_set1_epi32(int v) { return join(_mm256_set1_epi32(v), _mm256_set1_epi32(v)); }
 PK_EMULATE __m512i _mm512_setzero_si512() { return _mm512_set1_epi32(0); }
-PK_EMULATE __m512i _mm512_setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h, int i, int j, int k, int l, int m,
-                                     int n, int o, int p) {
+PK_EMULATE __m512i _mm512_setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h, int i, int j, int k, int l,
+                                     int m, int n, int o, int p) {
   return join(_mm256_setr_epi32(a, b, c, d, e, f, g, h), _mm256_setr_epi32(i, j, k, l, m, n, o, p));
 }
 PK_EMULATE __m512i _mm512_broadcast_i32x4(__m128i a) {
@@ -212,8 +219,12 @@ PK_HALVES_SHIFT(_mm512_srli_epi32, _mm256_srli_epi32)
 PK_HALVES_SHIFT(_mm512_srai_epi32, _mm256_srai_epi32)
 
 // Conversions. Of fp32 to s32 under the current rounding (to nearest even), out of range to 0x80000000, as 256 bits do.
-PK_EMULATE __m512i _mm512_cvtps_epi32(__m512 a) { return join(_mm256_cvtps_epi32(half(a, 0)), _mm256_cvtps_epi32(half(a, 1))); }
-PK_EMULATE __m512 _mm512_cvtepi32_ps(__m512i a) { return join(_mm256_cvtepi32_ps(half(a, 0)), _mm256_cvtepi32_ps(half(a, 1))); }
+PK_EMULATE __m512i _mm512_cvtps_epi32(__m512 a) {
+  return join(_mm256_cvtps_epi32(half(a, 0)), _mm256_cvtps_epi32(half(a, 1)));
+}
+PK_EMULATE __m512 _mm512_cvtepi32_ps(__m512i a) {
+  return join(_mm256_cvtepi32_ps(half(a, 0)), _mm256_cvtepi32_ps(half(a, 1)));
+}
 PK_EMULATE __m512i _mm512_cvtepu8_epi32(__m128i a) {
   return join(_mm256_cvtepu8_epi32(a), _mm256_cvtepu8_epi32(_mm_srli_si128(a, 8)));
 }
@@ -276,8 +287,12 @@ PK_EMULATE __mmask64 _mm512_test_epi8_mask(__m512i a, __m512i b) {
 PK_EMULATE __mmask16 _mm512_cmpgt_epi32_mask(__m512i a, __m512i b) {
   return emulated_mask<int32_t, __mmask16>(a, b, [](int32_t x, int32_t y) { return x > y; });
 }
-PK_EMULATE __m512i _mm512_mask_blend_epi8(__mmask64 mask, __m512i a, __m512i b) { return emulated_blend<uint8_t>(mask, a, b); }
-PK_EMULATE __m512i _mm512_mask_blend_epi32(__mmask16 mask, __m512i a, __m512i b) { return emulated_blend<uint32_t>(mask, a, b); }
+PK_EMULATE __m512i _mm512_mask_blend_epi8(__mmask64 mask, __m512i a, __m512i b) {
+  return emulated_blend<uint8_t>(mask, a, b);
+}
+PK_EMULATE __m512i _mm512_mask_blend_epi32(__mmask16 mask, __m512i a, __m512i b) {
+  return emulated_blend<uint32_t>(mask, a, b);
+}
 PK_EMULATE __m512i _mm512_mask_shuffle_epi8(__m512i otherwise, __mmask64 mask, __m512i a, __m512i index) {
   return emulated_blend<uint8_t>(mask, otherwise, _mm512_shuffle_epi8(a, index));
 }
@@ -298,10 +313,11 @@ PK_EMULATE void _mm512_mask_storeu_epi8(void* p, __mmask64 mask, __m512i v) { em
 PK_EMULATE void _mm256_mask_storeu_epi16(void* p, __mmask16 mask, __m256i v) { emulated_store<uint16_t>(p, mask, v); }
 PK_EMULATE void _mm_mask_storeu_epi8(void* p, __mmask16 mask, __m128i v) { emulated_store<uint8_t>(p, mask, v); }
 
-// ---- VNNI: each s32 of c plus four products u8 * s8, wrapping, nothing saturates ---------------------------------------
+// ---- VNNI: each s32 of c plus four products u8 * s8, wrapping, nothing saturates
+// ---------------------------------------
 PK_EMULATE __m256i _mm256_dpbusd_avx_epi32(__m256i c, __m256i a, __m256i b) {
-  // Widened to s16, a pair of products fits s32; hadd adds the pairs of a quartet within each 128-bit lane, and a lane of
-  // the low halves' results beside one of the high halves' is put back in order.
+  // Widened to s16, a pair of products fits s32; hadd adds the pairs of a quartet within each 128-bit lane, and a lane
+  // of the low halves' results beside one of the high halves' is put back in order.
   const __m256i low = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(a)),
                                         _mm256_cvtepi8_epi16(_mm256_castsi256_si128(b)));
   const __m256i high = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_extracti128_si256(a, 1)),
