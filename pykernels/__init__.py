@@ -5,4 +5,8 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 from pykernels import _load as _load
+
 from pykernels import _fake as _fake  # isort: skip  (needs the library)
+from pykernels.optimize import Optimized, load, optimize  # isort: skip
+
+__all__ = ["Optimized", "__version__", "load", "optimize"]

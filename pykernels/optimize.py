@@ -1,0 +1,219 @@
+"""`optimize`: a PyTorch model in, the same network on our kernels out; `load` reads what `Optimized.save` wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+import zipfile
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from pykernels.surgery.capture import Captured, capture, dynamic_batch_shapes, example_for_export, plain, prepare
+from pykernels.surgery.lower import lower
+from pykernels.surgery.report import Report
+
+__all__ = ["Optimized", "load", "optimize"]
+
+_PRECISIONS = ("fp32", "bf16", "int8")
+_FORMAT = 1
+_EXTRA = "pykernels.json"
+
+
+class Optimized(nn.Module):
+    """A network lowered to our kernels. Call it as the model was called; it is for inference only.
+
+    Inputs and outputs have the dtypes, shapes and nesting of the original model's. ``report()`` tells what was done,
+    ``save(path)`` writes one file that `load` reads without the model's Python code.
+
+    Attributes:
+        program: the lowered graph, from flat inputs to a flat tuple of outputs.
+        dynamic: whether the batch size may differ from the example's.
+    """
+
+    def __init__(
+        self,
+        program: fx.GraphModule,
+        report: Report,
+        in_spec: pytree.TreeSpec,
+        out_spec: pytree.TreeSpec,
+        example: list[Any],
+        dynamic: bool,
+    ) -> None:
+        super().__init__()
+        self.program = program
+        self.dynamic = dynamic
+        self._report = report
+        self._in_spec = in_spec
+        self._out_spec = out_spec
+        self._example = [torch.zeros_like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in example]
+        # The ordinary case, tensors in and one tensor out, costs no pytree work a call.
+        args, kwargs = pytree.tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
+        self._flat = not kwargs and list(args) == list(range(in_spec.num_leaves))
+        self._single = out_spec.is_leaf()
+        super().train(False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's answer."""
+        if not kwargs and self._flat:
+            outputs = self.program(*args)
+        else:
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            if spec != self._in_spec:
+                raise ValueError(f"inputs are nested as {spec}, the model was optimized for {self._in_spec}")
+            outputs = self.program(*leaves)
+        return outputs[0] if self._single else pytree.tree_unflatten(outputs, self._out_spec)
+
+    def train(self, mode: bool = True) -> Optimized:
+        """Only ``train(False)`` is possible: packed weights cannot be trained."""
+        if mode:
+            raise RuntimeError("an optimized network is for inference; train the original model and optimize it again")
+        return super().train(False)
+
+    def report(self) -> Report:
+        """What was fused, what stayed with torch and why, and the size of the weights; printable."""
+        return self._report
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the network to one file (a ``torch.export`` archive). Packed weights are the same on every machine."""
+        args = tuple(self._example)
+        shapes = dynamic_batch_shapes(args, {}) if self.dynamic else None
+        with torch.no_grad():
+            program = torch.export.export(self.program, args, dynamic_shapes=shapes, strict=False)
+        extra = {
+            "format": _FORMAT,
+            "dynamic": self.dynamic,
+            "in_spec": pytree.treespec_dumps(self._in_spec),
+            "out_spec": pytree.treespec_dumps(self._out_spec),
+            "report": self._report.to_json(),
+        }
+        torch.export.save(program, path, extra_files={_EXTRA: json.dumps(extra)})
+
+
+def optimize(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | torch.Tensor,
+    precision: str = "fp32",
+    calibration: Iterable[Any] | None = None,
+    dynamic_batch: bool = True,
+    example_kwargs: dict[str, Any] | None = None,
+) -> Optimized:
+    """Rewrite a model onto our kernels: batch norm folded, activations and residual adds fused, weights packed.
+
+    The model itself is not changed, and is exported in evaluation mode whatever its mode is.
+
+    Args:
+        model: the network, or for int8 also a converted PT2E graph module with quantize/dequantize calls.
+        example_inputs: positional inputs of one call (a lone tensor stands for a tuple of one); shapes other than the
+            batch size are those the result will accept.
+        precision: ``fp32``; ``bf16`` (weights and activations between fp32 inputs and outputs); or ``int8`` (8-bit
+            weights and activations, see docs/optimize.md).
+        calibration: for int8: inputs to observe the ranges of activations with, each a tensor or a tuple of positional
+            inputs. Without it ranges come from synthetic inputs; the report says so, and accuracy suffers.
+        dynamic_batch: accept any batch size (dimension 0). When export cannot, the report says why and the size is
+            fixed.
+        example_kwargs: keyword inputs of one call.
+
+    Returns:
+        An `Optimized` module that is called like `model`.
+
+    Raises:
+        ValueError: unknown `precision`, or `calibration` given for a precision that has no use for it.
+        NotExportable: torch.export cannot capture the model; `pykernels.swap` works on any module.
+    """
+    if precision not in _PRECISIONS:
+        raise ValueError(f"precision: {precision!r} is none of {', '.join(_PRECISIONS)}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: an nn.Module is needed, not {type(model).__name__}")
+    if calibration is not None and precision != "int8":
+        raise ValueError(f"calibration: only int8 is calibrated, precision is {precision!r}")
+    args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
+    kwargs = dict(example_kwargs or {})
+    modes = {module: module.training for module in model.modules()}
+    _evaluation(model)
+    try:
+        if precision == "int8" and not _quantized(model):
+            captured = _quantize(model, args, kwargs, calibration, dynamic_batch)
+        else:
+            captured = capture(model, args, kwargs, dynamic_batch)
+        prepare(captured)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    program, report = lower(captured.module, precision)
+    if precision != "int8" or not _quantized(model):
+        report.bytes_before = _bytes_of(model)
+    report.notes = [*captured.notes, *report.notes]
+    return Optimized(program, report, captured.in_spec, captured.out_spec, captured.example, captured.dynamic)
+
+
+def _evaluation(model: nn.Module) -> None:
+    for module in model.modules():  # exported graph modules refuse eval(), the attribute is what export reads
+        module.training = False
+
+
+def _bytes_of(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers, shared ones once."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _quantized(model: nn.Module) -> bool:
+    return isinstance(model, fx.GraphModule) and any("quantized_decomposed" in str(n.target) for n in model.graph.nodes)
+
+
+def _quantize(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], calibration: Iterable[Any] | None, dynamic: bool
+) -> Captured:
+    """Quantize with our recipe, then capture the Q/DQ graph."""
+    from pykernels.quantization import recipes
+
+    if kwargs:
+        raise ValueError("example_kwargs: int8 takes positional inputs only")
+    notes: list[str] = []
+    if calibration is None:
+        notes.append("no calibration inputs: ranges come from synthetic ones; expect less accuracy")
+    (args, _), shapes = example_for_export(args, {}) if dynamic else ((args, {}), None)
+    converted = recipes.quantize(model, args, calibration, dynamic_shapes=shapes)
+    module, in_spec, out_spec = plain(converted)
+    flat = pytree.tree_leaves((args, {}))
+    return Captured(module, in_spec, out_spec, flat, shapes is not None, notes)
+
+
+def load(path: str | os.PathLike[str]) -> Optimized:
+    """Read a network that `Optimized.save` wrote. The model's own Python code is not needed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, damaged, or not one of ours.
+    """
+    path = os.fspath(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"path: {path} does not exist")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"path: {path} is truncated or was not written by pykernels")
+    extra = {_EXTRA: ""}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} fails its checksum")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            program = torch.export.load(path, extra_files=extra)
+            if not extra[_EXTRA]:
+                raise ValueError("it is a torch.export archive without the part that pykernels adds")
+        facts = json.loads(extra[_EXTRA])
+        if facts["format"] != _FORMAT:
+            raise ValueError(f"its format {facts['format']} is not {_FORMAT}: another version of pykernels wrote it")
+        report = Report.from_json(facts["report"])
+        in_spec, out_spec = pytree.treespec_loads(facts["in_spec"]), pytree.treespec_loads(facts["out_spec"])
+    except Exception as error:
+        raise ValueError(f"path: {path} cannot be loaded: {error}") from error
+    module, _, _ = plain(program.module())
+    example = pytree.tree_leaves(program.example_inputs)
+    return Optimized(module, report, in_spec, out_spec, example, bool(facts["dynamic"]))

@@ -1,0 +1,220 @@
+"""From a model to a plain graph: ``torch.export`` with a dynamic batch size, flat inputs and outputs, one run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from pykernels.surgery.canonical import functionalize, normalize, raise_quantizers, share_quantizers
+from pykernels.surgery.fold import fold
+from pykernels.surgery.graph import annotate
+
+__all__ = [
+    "Captured",
+    "NotExportable",
+    "capture",
+    "dynamic_batch_shapes",
+    "example_for_export",
+    "flat_leaves",
+    "plain",
+    "prepare",
+]
+
+
+class NotExportable(RuntimeError):
+    """``torch.export`` cannot capture the model as one graph; ``pykernels.swap`` needs no graph."""
+
+
+@dataclass
+class Captured:
+    """A plain graph with what is needed to call it like the model.
+
+    Attributes:
+        module: one placeholder for each flat input, one flat tuple of outputs.
+        in_spec: how ``(args, kwargs)`` flatten into the inputs.
+        out_spec: how the flat outputs make up the answer.
+        example: flat example inputs the graph was captured with.
+        dynamic: whether the batch size may change.
+        notes: remarks for the report.
+    """
+
+    module: fx.GraphModule
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    example: list[Any]
+    dynamic: bool
+    notes: list[str] = field(default_factory=list)
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool) -> Captured:
+    """Export `model` in its present mode. A static graph with a note when only the dynamic batch size is in the way.
+
+    Raises:
+        NotExportable: torch.export fails on the model; the message names its reason.
+    """
+    notes: list[str] = []
+    example, shapes = example_for_export(args, kwargs) if dynamic_batch else ((args, kwargs), None)
+    if dynamic_batch and shapes is None:
+        notes.append("no tensor input with a batch dimension: shapes are fixed")
+    program = None
+    if shapes is not None:
+        try:
+            program = _export(model, *example, shapes)
+        except Exception as error:
+            reason = _reason(error)
+            example, shapes = (args, kwargs), None
+            notes.append(f"the batch size is fixed: export with a dynamic one failed ({reason})")
+    if program is None:
+        try:
+            program = _export(model, args, kwargs, None)
+        except Exception as error:
+            raise NotExportable(
+                f"torch.export cannot capture {type(model).__name__} as one graph: {_reason(error)}\n"
+                "pykernels.swap(model) works module by module and needs no graph."
+            ) from error
+    module, in_spec, out_spec = plain(program.module())
+    flat, _ = pytree.tree_flatten(example)
+    return Captured(module, in_spec, out_spec, flat, shapes is not None, notes)
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+) -> torch.export.ExportedProgram:
+    with torch.no_grad():
+        return torch.export.export(model, args, kwargs or None, dynamic_shapes=shapes, strict=False)
+
+
+def example_for_export(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Any | None]:
+    """Inputs and dynamic shapes that let export see the batch as a size of its own.
+
+    Export specializes sizes 0 and 1, so a batch of one is doubled. The batch is dimension 0 of the first tensor input;
+    every tensor input of the same first size shares it. Shapes are None when no input has a batch dimension.
+    """
+    leaves = pytree.tree_leaves((args, kwargs))
+    sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() > 0]
+    if not sizes:
+        return (args, kwargs), None
+
+    def double(leaf: Any) -> Any:
+        return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == 1 else leaf
+
+    if sizes[0] == 1:
+        args, kwargs = pytree.tree_map(double, (args, kwargs))
+    return (args, kwargs), dynamic_batch_shapes(args, kwargs)
+
+
+def dynamic_batch_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
+    """``dynamic_shapes`` for torch.export: dimension 0 of every tensor input that shares the first one's batch size."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    batched = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() > 0]
+    if not batched:
+        return None
+    batched = [leaf for leaf in batched if leaf.shape[0] == batched[0].shape[0]]
+    batch = torch.export.Dim("batch")
+    if kwargs:  # a tuple has no place for names
+        by_tensor = torch.export.ShapesCollection()
+        for leaf in batched:
+            by_tensor[leaf] = {0: batch}
+        return by_tensor
+    return pytree.tree_map(lambda leaf: {0: batch} if any(leaf is other for other in batched) else None, tuple(args))
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an export error that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = lines[0] if lines else ""
+    return f"{type(error).__name__}: {line[:300]}" if line else type(error).__name__
+
+
+def plain(module: fx.GraphModule) -> tuple[fx.GraphModule, pytree.TreeSpec, pytree.TreeSpec]:
+    """Strip the pytree wrapping and the guards of an exported module: flat inputs, a flat tuple of outputs.
+
+    Works on what ``ExportedProgram.module()`` and torchao's ``convert_pt2e`` yield. The module is copied, its
+    parameters and buffers are shared.
+    """
+    info = getattr(module.graph._codegen, "pytree_info", None)
+    result, out_spec = flat_leaves(module)
+    if info is not None:
+        return result, info.in_spec, info.out_spec if info.out_spec is not None else out_spec
+    count = sum(node.op == "placeholder" for node in result.graph.nodes)
+    return result, pytree.tree_structure(((0,) * count, {})), out_spec
+
+
+def flat_leaves(module: fx.GraphModule) -> tuple[fx.GraphModule, pytree.TreeSpec]:
+    """The graph with a flat tuple of outputs and no guards, and how the outputs were nested."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    out_spec = pytree.tree_structure(())
+    for node in module.graph.nodes:
+        if node.op == "call_module":  # the input guards; ours checks its inputs op by op
+            if node.users:
+                raise NotExportable(f"the exported graph calls a module: {node.target}")
+        elif node.op == "call_function" and "_assert" in str(node.target) and not node.users:
+            continue
+        elif node.op == "output":
+            leaves, out_spec = pytree.tree_flatten(node.args[0])
+            graph.output(tuple(copies[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves))
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    constants = sorted({str(node.target) for node in graph.nodes if node.op == "get_attr"})
+    root = nn.Module()
+    for name in constants:
+        _share(module, root, name)
+    result = fx.GraphModule(root, graph)
+    for name in constants:  # a graph module copies what it finds under a dotted path, shares are shares
+        _share(module, result, name)
+    return result, out_spec
+
+
+def _share(source: nn.Module, root: nn.Module, path: str) -> None:
+    """Put the tensor at a dotted path of one module at the same path of another, without a copy."""
+    *parents, leaf = path.split(".")
+    value: Any = source
+    for part in parents:
+        value = getattr(value, part)
+    value = getattr(value, leaf)
+    owner = root
+    for part in parents:
+        if not isinstance(getattr(owner, part, None), nn.Module):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = value
+        else:
+            owner.register_buffer(leaf, value)
+    else:
+        setattr(owner, leaf, value)
+
+
+def prepare(captured: Captured) -> fx.GraphModule:
+    """Canonicalize and fold a captured graph in place, ready to be matched.
+
+    In-place calls on memory that something else can see are functionalized by torch itself, which costs seconds and is
+    therefore not done for every model.
+    """
+    if functionalize(captured.module):
+        captured.module = _functionalized_by_torch(captured)
+    annotate(captured.module, captured.example)
+    normalize(captured.module)
+    fold(captured.module)
+    share_quantizers(captured.module)
+    raise_quantizers(captured.module)
+    captured.module.graph.lint()
+    captured.module.recompile()
+    return captured.module
+
+
+def _functionalized_by_torch(captured: Captured) -> fx.GraphModule:
+    args = tuple(captured.example)
+    shapes = dynamic_batch_shapes(args, {}) if captured.dynamic else None
+    program = _export(captured.module, args, {}, shapes).run_decompositions({})
+    module, _, _ = plain(program.module())
+    return module
