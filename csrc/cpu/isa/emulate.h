@@ -168,6 +168,9 @@ PK_EMULATE __m512 _mm512_castsi512_ps(__m512i a) { return reinterpret_cast<__m51
 PK_EMULATE __m512i _mm512_castsi256_si512(__m256i a) { return join(a, _mm256_setzero_si256()); }
 PK_EMULATE __m256i _mm512_castsi512_si256(__m512i a) { return half(a, 0); }
 PK_EMULATE __m256i _mm512_extracti64x4_epi64(__m512i a, int k) { return half(a, k); }
+PK_EMULATE __m512i _mm512_inserti64x4(__m512i a, __m256i b, int k) {
+  return k ? join(half(a, 0), b) : join(b, half(a, 1));
+}
 PK_EMULATE __m512i _mm512_set1_epi8(char v) { return join(_mm256_set1_epi8(v), _mm256_set1_epi8(v)); }
 PK_EMULATE __m512i _mm512_set1_epi16(short v) { return join(_mm256_set1_epi16(v), _mm256_set1_epi16(v)); }
 PK_EMULATE __m512i _mm512_set1_epi32(int v) { return join(_mm256_set1_epi32(v), _mm256_set1_epi32(v)); }

@@ -1,8 +1,10 @@
 // Dot tiles: rows x panels of 16 columns held in registers over the whole reduction (see kernels.h for the formula and
-// common/packed.h for the weights). One loop nest; the element type says how a word is broadcast, a weight register loaded
-// and the two multiplied. Rows and panels are template parameters, so a tail is a smaller tile and never wasted work.
+// common/packed.h for the weights). One loop nest; the element type says how a word is broadcast, a weight register
+// loaded and the two multiplied. Rows and panels are template parameters, so a tail is a smaller tile and never wasted
+// work.
 //
-// GCC 12 spills the whole tile in every step unless the accumulators are pinned to registers at the end of the loop.
+// GCC 12 spills the whole tile in every step unless the loops over registers are unrolled early (PK_FOR) and the
+// accumulators pinned at the end of the loop; tests/test_disassembly.py looks.
 #include "cpu/tile/element.h"
 #include "cpu/tile/kernels.h"
 
@@ -12,47 +14,47 @@ namespace {
 template <class Dot, int kRows, int kPanels>
 __attribute__((noinline)) void tile(const DotArgs& g) {
   typename Dot::Acc acc[kRows][kPanels][Dot::kRegisters];
-  for (int r = 0; r < kRows; ++r)
-    for (int p = 0; p < kPanels; ++p)
-      for (int q = 0; q < Dot::kRegisters; ++q) acc[r][p][q] = Dot::zero();
+  PK_FOR (r, kRows)
+    PK_FOR (p, kPanels)
+      PK_FOR (q, Dot::kRegisters) acc[r][p][q] = Dot::zero();
 
   // Three rows (or panels) to a base register: base, base + stride, base + 2 * stride are all addressing modes.
   constexpr int kBasesA = (kRows + 2) / 3, kBasesB = (kPanels + 2) / 3;
   const int64_t lda = g.lda, ldb = g.panel_bytes;
   const uint8_t* b[kBasesB];
-  for (int i = 0; i < kBasesB; ++i) b[i] = g.panels + 3 * i * ldb;
+  PK_FOR (i, kBasesB) b[i] = g.panels + 3 * i * ldb;
   for (int64_t t = 0; t < g.taps; ++t) {
     const uint8_t* a[kBasesA];
-    for (int i = 0; i < kBasesA; ++i) a[i] = g.a + g.tap_offset[t] + 3 * i * lda;
+    PK_FOR (i, kBasesA) a[i] = g.a + g.tap_offset[t] + 3 * i * lda;
     for (int64_t w = g.words; w > 0; --w) {
       if constexpr (kRows < kPanels * Dot::kRegisters) {  // hold the words, stream the weights
         typename Dot::Word x[kRows];
-        for (int r = 0; r < kRows; ++r) x[r] = Dot::word(a[r / 3] + (r % 3) * lda);
-        for (int p = 0; p < kPanels; ++p)
-          for (int q = 0; q < Dot::kRegisters; ++q) {
+        PK_FOR (r, kRows) x[r] = Dot::word(a[r / 3] + (r % 3) * lda);
+        PK_FOR (p, kPanels)
+          PK_FOR (q, Dot::kRegisters) {
             const typename Dot::Weight y = Dot::weight(b[p / 3] + (p % 3) * ldb, q);
-            for (int r = 0; r < kRows; ++r) Dot::mac(acc[r][p][q], x[r], y);
+            PK_FOR (r, kRows) Dot::mac(acc[r][p][q], x[r], y);
           }
       } else {  // hold the weights, stream the words
         typename Dot::Weight y[kPanels][Dot::kRegisters];
-        for (int p = 0; p < kPanels; ++p)
-          for (int q = 0; q < Dot::kRegisters; ++q) y[p][q] = Dot::weight(b[p / 3] + (p % 3) * ldb, q);
-        for (int r = 0; r < kRows; ++r) {
+        PK_FOR (p, kPanels)
+          PK_FOR (q, Dot::kRegisters) y[p][q] = Dot::weight(b[p / 3] + (p % 3) * ldb, q);
+        PK_FOR (r, kRows) {
           const typename Dot::Word x = Dot::word(a[r / 3] + (r % 3) * lda);
-          for (int p = 0; p < kPanels; ++p)
-            for (int q = 0; q < Dot::kRegisters; ++q) Dot::mac(acc[r][p][q], x, y[p][q]);
+          PK_FOR (p, kPanels)
+            PK_FOR (q, Dot::kRegisters) Dot::mac(acc[r][p][q], x, y[p][q]);
         }
       }
-      for (int i = 0; i < kBasesA; ++i) a[i] += 4;
-      for (int i = 0; i < kBasesB; ++i) b[i] += kBlockBytes;
-      for (int r = 0; r < kRows; ++r)
-        for (int p = 0; p < kPanels; ++p)
-          for (int q = 0; q < Dot::kRegisters; ++q) PK_PIN(acc[r][p][q]);
+      PK_FOR (i, kBasesA) a[i] += 4;
+      PK_FOR (i, kBasesB) b[i] += kBlockBytes;
+      PK_FOR (r, kRows)
+        PK_FOR (p, kPanels)
+          PK_FOR (q, Dot::kRegisters) PK_PIN(acc[r][p][q]);
     }
   }
   auto* c = static_cast<uint8_t*>(g.c);
-  for (int r = 0; r < kRows; ++r)
-    for (int p = 0; p < kPanels; ++p) Dot::finish(acc[r][p], c + (r * kPanels + p) * kBlockBytes);
+  PK_FOR (r, kRows)
+    PK_FOR (p, kPanels) Dot::finish(acc[r][p], c + (r * kPanels + p) * kBlockBytes);
 }
 
 template <class Dot>

@@ -17,6 +17,10 @@ PK_INLINE float float_at(const uint8_t* p) {
   return f;
 }
 
+// A loop over register arrays. Unrolled this early, GCC sees constant indices and keeps the arrays in registers; where the
+// optimizer unrolls by itself, later, the accumulators go through the stack in every step.
+#define PK_FOR(i, n) _Pragma("GCC unroll 32") for (int i = 0; i < (n); ++i)
+
 #if defined(PYKERNELS_EMULATE) || defined(PYKERNELS_ISA_SCALAR)
 #define PK_PIN(x)
 #elif defined(PYKERNELS_ISA_AVX512) || defined(PYKERNELS_ISA_AVX512VNNI)
