@@ -6,7 +6,7 @@ sizes, so they compute with sizes only and never read a packed tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -110,3 +110,165 @@ def _(
 @fake("qlookup")
 def _(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return _like(x, table.dtype)
+
+
+# ---- linear: leading dimensions are kept, the result is contiguous ----
+
+
+def _rows(x: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], columns), dtype=dtype)
+
+
+@fake("int8_mm")
+def _(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    torch._check(a.shape[-1] == b.shape[0], lambda: f"int8_mm: a has shape {a.shape}, b {b.shape}")
+    return _rows(a, b.shape[1], torch.int32)
+
+
+@fake("linear")
+def _(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    out_features: int,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+    residual_order: str = "before",
+) -> torch.Tensor:
+    return _rows(x, out_features, x.dtype)
+
+
+@fake("int8_linear")
+def _(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    out_features: int,
+    x_scale: float | None = None,
+    x_zero_point: int = 0,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+    out_dtype: torch.dtype | None = None,
+    activation: str = "none",
+) -> torch.Tensor:
+    return _rows(x, out_features, out_dtype or (x.dtype if x.dtype.is_floating_point else torch.float32))
+
+
+# ---- conv: the result is channels_last whatever the input is ----
+
+
+def _packed_bytes(element: int, groups: int, n: int, k: int, taps: int) -> int:
+    """The size of a packed tensor, as csrc/common/packed.h lays it out."""
+    padded = (n + 15) // 16 * 16
+    depthwise = k == 1 and n == 1 and groups > 1
+    if depthwise:
+        groups, padded, words = 1, (groups + 15) // 16 * 16, (taps * element + 3) // 4
+    else:
+        words = taps * ((k * element + 3) // 4)
+    return 128 + groups * padded * (4 * words + 12)
+
+
+@fake("linear_pack")
+def _(weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    n, k = weight.shape
+    return weight.new_empty((_packed_bytes(weight.dtype.itemsize, 1, n, k, 1),), dtype=torch.uint8)
+
+
+@fake("int8_linear_pack")
+def _(weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    n, k = weight.shape
+    return weight.new_empty((_packed_bytes(1, 1, n, k, 1),), dtype=torch.uint8)
+
+
+@fake("conv2d_pack")
+def _(weight: torch.Tensor, bias: torch.Tensor | None = None, groups: int = 1) -> torch.Tensor:
+    o, k, kh, kw = weight.shape
+    size = _packed_bytes(weight.dtype.itemsize, groups, o // groups, k, kh * kw)
+    return weight.new_empty((size,), dtype=torch.uint8)
+
+
+@fake("qconv2d_pack")
+def _(
+    weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None = None, groups: int = 1
+) -> torch.Tensor:
+    o, k, kh, kw = weight.shape
+    return weight.new_empty((_packed_bytes(1, groups, o // groups, k, kh * kw),), dtype=torch.uint8)
+
+
+def _convolved(
+    x: torch.Tensor,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    n, _, h, w = x.shape
+    left, right, top, bottom = padding
+    (kh, kw), (sh, sw), (dh, dw) = kernel_size, stride, dilation
+    oh = (h + top + bottom - dh * (kh - 1) - 1) // sh + 1
+    ow = (w + left + right - dw * (kw - 1) - 1) // sw + 1
+    return torch.empty(
+        (n, out_channels, oh, ow), dtype=dtype, device=x.device, memory_format=torch.channels_last
+    )
+
+
+@fake("conv2d")
+def _(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+    residual_order: str = "before",
+) -> torch.Tensor:
+    return _convolved(x, out_channels, kernel_size, stride, padding, dilation, x.dtype)
+
+
+@fake("qconv2d")
+def _(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    x_scale: float,
+    x_zero_point: int,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+    out_dtype: torch.dtype = torch.uint8,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+    residual_scale: float = 1.0,
+    residual_zero_point: int = 0,
+    residual_order: str = "before",
+) -> torch.Tensor:
+    return _convolved(x, out_channels, kernel_size, stride, padding, dilation, out_dtype)
+
+
+@fake("conv_bn_act")
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    eps: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str = "relu",
+    residual: torch.Tensor | None = None,
+    residual_order: str = "before",
+) -> torch.Tensor:
+    return _convolved(x, weight.shape[0], weight.shape[2:], stride, padding, dilation, x.dtype)

@@ -1,6 +1,7 @@
 // Epilogues: accumulators of a tile to output (formula in kernels.h). Columns outside, rows inside, so that per-channel
 // parameters are loaded once; a tail of columns goes through partial loads and stores.
 #include "cpu/isa/math.h"
+#include "cpu/isa/requantize.h"
 #include "cpu/tile/kernels.h"
 
 namespace pykernels::PYKERNELS_ISA_NS {
@@ -12,32 +13,29 @@ PK_INLINE f32 load_residual(const Epilogue& e, int64_t at, int n) {
   switch (e.residual_dtype) {
     case Dtype::f32: return load(static_cast<const float*>(e.residual) + at, n);
     case Dtype::bf16: return load(static_cast<const bfloat16*>(e.residual) + at, n);
-    case Dtype::u8: return mul(to_f32(sub(load_i32(static_cast<const uint8_t*>(e.residual) + at, n), zero_point)), scale);
-    case Dtype::s8: return mul(to_f32(sub(load_i32(static_cast<const int8_t*>(e.residual) + at, n), zero_point)), scale);
+    case Dtype::u8: return dequantize(load_i32(static_cast<const uint8_t*>(e.residual) + at, n), zero_point, scale);
+    case Dtype::s8: return dequantize(load_i32(static_cast<const int8_t*>(e.residual) + at, n), zero_point, scale);
     case Dtype::s32: break;  // no residual is s32
   }
   return set1(0.0f);
 }
 
 template <Dtype kOut>
-PK_INLINE void store_out(const Epilogue& e, int64_t at, f32 f, int n) {
-  if constexpr (kOut == Dtype::f32) {
+PK_INLINE void store_out(const Epilogue& e, const Requantize& q, int64_t at, f32 f, int n) {
+  if constexpr (kOut == Dtype::f32)
     store(static_cast<float*>(e.out) + at, f, n);
-  } else if constexpr (kOut == Dtype::bf16) {
+  else if constexpr (kOut == Dtype::bf16)
     store(static_cast<bfloat16*>(e.out) + at, f, n);
-  } else {
-    const float low = kOut == Dtype::u8 ? 0.0f : -128.0f;
-    f = add(round(mul(f, set1(e.inverse_scale))), set1(e.zero_point));
-    const i32 q = to_i32(min(max(f, set1(low)), set1(low + 255.0f)));
-    if constexpr (kOut == Dtype::u8)
-      store_i32(static_cast<uint8_t*>(e.out) + at, q, n);
-    else
-      store_i32(static_cast<int8_t*>(e.out) + at, q, n);
-  }
+  else if constexpr (kOut == Dtype::u8)
+    store_i32(static_cast<uint8_t*>(e.out) + at, requantize(q, f), n);
+  else
+    store_i32(static_cast<int8_t*>(e.out) + at, requantize(q, f), n);
 }
 
 template <bool kInteger, Dtype kOut>
 void run(const Epilogue& e, const EpilogueArgs& t) {
+  const int32_t low = kOut == Dtype::s8 ? -128 : 0;
+  const Requantize q = requantizer(e.inverse_scale, e.zero_point, low, low + 255);
   for (int64_t j = 0; j < t.columns; j += kLanes) {
     const int n = t.columns - j < kLanes ? static_cast<int>(t.columns - j) : kLanes;
     const f32 bias = e.bias ? load(e.bias + t.packed + j, n) : set1(0.0f);
@@ -70,7 +68,7 @@ void run(const Epilogue& e, const EpilogueArgs& t) {
       if (e.residual && !e.residual_after) f = add(f, load_residual(e, at, n));
       f = activate(e.activation, f);
       if (e.residual && e.residual_after) f = add(f, load_residual(e, at, n));
-      store_out<kOut>(e, at, f, n);
+      store_out<kOut>(e, q, at, f, n);
     }
   }
 }

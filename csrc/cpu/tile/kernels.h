@@ -40,7 +40,7 @@ enum class Dtype : int32_t { f32, bf16, u8, s8, s32 };
 // What happens to a tile on its way out; all arithmetic in fp32, multiplication and addition rounded apart:
 //   f = s32 ? float(acc - x_zero_point * sum[n]) * (x_scale * scale[n]) : acc
 //   f += bias[n];  f += residual (order "before");  f = activation(f);  f += residual (order "after")
-//   out = 8 bit ? clamp(rint(f * inverse_scale) + zero_point) : f
+//   out = 8 bit ? requantize(f) of cpu/isa/requantize.h : f
 // An s32 out takes acc - x_zero_point * sum[n] as it is.
 // The per-channel arrays are indexed by packed channel, residual and out by [row][out channel].
 struct Epilogue {
@@ -59,7 +59,8 @@ struct Epilogue {
   int32_t residual_zero_point;
   void* out;
   Dtype out_dtype;
-  float inverse_scale, zero_point;
+  float inverse_scale;
+  int32_t zero_point;
   int64_t out_stride;  // elements from one row of out (and of residual) to the next
 };
 

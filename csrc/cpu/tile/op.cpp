@@ -111,7 +111,7 @@ void set_out(const char* op, Epilogue& e, ScalarType out_dtype, std::optional<do
     check_scale(op, "out_scale", *out_scale);
     check_zero_point(op, "out_zero_point", out_zero_point, out_dtype);
     e.inverse_scale = 1.0f / static_cast<float>(*out_scale);
-    e.zero_point = static_cast<float>(out_zero_point);
+    e.zero_point = static_cast<int32_t>(out_zero_point);
   } else {
     PK_CHECK(!out_scale.has_value(), op, ": out_scale makes no sense for out_dtype ", dtype_name(out_dtype));
   }
