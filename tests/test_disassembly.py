@@ -1,0 +1,96 @@
+"""The machine code of the dot tiles, read without running it, so of every isa on any host.
+
+What is looked for was seen: GCC 12 keeps a tile's accumulators on the stack unless the source is written with care, and
+the kernel then computes the right numbers at a third of its speed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from pykernels import _host
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOT = re.compile(r"vpdpbusd|vpmaddwd|vfmadd")
+EXPECTED = {
+    ("avx2", "DotS8"): r"vpmaddwd .*%ymm",
+    ("avx2", "DotF32"): r"vfmadd\d+ps .*%ymm",
+    ("avxvnni", "DotS8"): r"\{vex\} vpdpbusd .*%ymm",
+    ("avxvnni", "DotF32"): r"vfmadd\d+ps .*%ymm",
+    ("avx512", "DotS8"): r"vpmaddwd .*%zmm",
+    ("avx512", "DotF32"): r"vfmadd\d+ps .*%zmm",
+    ("avx512vnni", "DotS8"): r"vpdpbusd .*%zmm",
+    ("avx512vnni", "DotF32"): r"vfmadd\d+ps .*%zmm",
+}
+
+pytestmark = pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
+
+
+def dot_object(isa: str) -> pathlib.Path:
+    if _host.build()["emulated"]:
+        pytest.skip("this build emulates what it would read here")
+    if not _host.build()["compiler"].startswith("GNU") or _host.build()["sanitizers"]:
+        pytest.skip("the tiles are tuned to an unsanitized build by GCC")
+    for folder in (pathlib.Path(sys.prefix) / "build", ROOT / "build"):
+        path = folder / f"CMakeFiles/kernels_{isa}.dir/csrc/cpu/tile/dot.cpp.o"
+        if path.exists():
+            return path
+    pytest.skip("installed from a wheel: its object files are not here")
+
+
+def tiles(path: pathlib.Path) -> Iterator[tuple[str, list[tuple[int, str]]]]:
+    """Each tile function: "DotS8, 12, 2" (element, rows, panels) and its instructions with their addresses."""
+    listing = subprocess.run(
+        ["objdump", "-dC", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=True
+    ).stdout
+    for function in re.split(r"\n(?=[0-9a-f]+ <)", listing):
+        name = re.match(r"[0-9a-f]+ <.*\btile<.*?(Dot\w+, \d+, \d+)>.*>:\n", function)
+        if name:
+            instructions = re.findall(r"^\s+([0-9a-f]+):\s+(.*)$", function, re.M)
+            yield name[1], [(int(address, 16), text) for address, text in instructions]
+
+
+def inner_loops(instructions: list[tuple[int, str]]) -> list[list[str]]:
+    """The innermost loops that multiply: from the target of a backward jump to the jump, none inside another."""
+    at = {address: i for i, (address, _) in enumerate(instructions)}
+    spans = []
+    for i, (_, text) in enumerate(instructions):
+        jump = re.match(r"j\w+\s+([0-9a-f]+)", text)
+        if jump and at.get(int(jump[1], 16), i + 1) <= i:
+            span = (at[int(jump[1], 16)], i)
+            if any(DOT.search(body) for _, body in instructions[span[0] : i + 1]):
+                spans.append(span)
+    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+    return [[text for _, text in instructions[first : last + 1]] for first, last in inner]
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avxvnni", "avx512", "avx512vnni"])
+def test_inner_loops_of_the_dot_tiles_stay_in_registers(isa: str) -> None:
+    seen = 0
+    for name, instructions in tiles(dot_object(isa)):
+        for loop in inner_loops(instructions):
+            seen += 1
+            stack = [text for text in loop if "%rsp" in text or "%rbp)" in text]
+            assert not [text for text in stack if "mm" in text], f"{name} spills: {stack}"
+    assert seen >= 26
+
+
+@pytest.mark.parametrize(("isa", "element"), EXPECTED)
+def test_dot_tiles_multiply_with_the_instruction_of_their_isa(isa: str, element: str) -> None:
+    for name, instructions in tiles(dot_object(isa)):
+        dot, rows, panels = name.split(", ")
+        if dot != element:
+            continue
+        products = [text for text in itertools.chain(*inner_loops(instructions)) if DOT.search(text)]
+        registers = {"vpmaddwd": 512 // 256 if isa.startswith("avx512") else 512 // 128}.get(products[0].split()[0])
+        registers = registers or (1 if isa.startswith("avx512") else 2)
+        assert len(products) == int(rows) * int(panels) * registers, f"{name}: {products}"
+        assert all(re.match(EXPECTED[isa, element], text) for text in products), f"{name}: {products}"
