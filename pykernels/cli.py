@@ -17,6 +17,7 @@ from rich.table import Table
 
 import pykernels
 from pykernels import machine as machines
+from pykernels.bench.command import bench
 
 app = typer.Typer(
     name="pykernels",
@@ -147,6 +148,9 @@ def optimize(
     console.print(
         f"saved [bold]{output}[/] ({output.stat().st_size / 1e6:.1f} MB): net = pykernels.load({str(output)!r})"
     )
+
+
+app.command()(bench)
 
 
 def _build(build: dict[str, str]) -> str:

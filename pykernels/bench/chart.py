@@ -1,0 +1,134 @@
+"""A run as a picture: bars beside the rivals, and where every entry stands under the machine's roofline."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from pykernels.bench.harness import Result, Run
+from pykernels.bench.peaks import Peaks
+from pykernels.bench.report import pairs
+
+COLORS = {"fp32": "#4c72b0", "bf16": "#dd8452", "int8": "#55a868"}
+DETAILED = 8
+"""With at most so many cases every entry has its bar; with more, ours and the fastest rival of each precision."""
+
+
+def draw(run: Run, path: pathlib.Path) -> pathlib.Path:
+    """Draw `run` to a PNG and return its path.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: nothing was timed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"the chart needs matplotlib: pip install matplotlib ({error})") from error
+    timed = [r for r in run.results if r.median_ms is not None]
+    if not timed:
+        raise ValueError("run: nothing was timed, so there is nothing to draw")
+    bars = _bars(timed)
+    roofline = run.peaks is not None and any(r.work > 0 for r in timed)
+    height = max(5.0, 0.24 * sum(len(entries) + 1 for _, entries in bars) + 1.5)
+    figure = Figure(figsize=(17 if roofline else 10, min(height, 60.0)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2 if roofline else 1, squeeze=False)[0]
+    _draw_bars(axes[0], bars)
+    if roofline:
+        assert run.peaks is not None
+        _draw_roofline(axes[1], timed, run.peaks)
+    facts = run.machine
+    figure.suptitle(
+        f"{facts.get('cpu')}, {run.settings.get('threads')} threads, {facts.get('isa')} · pykernels "
+        f"{run.versions.get('pykernels', '')}, torch {run.versions.get('torch', '')} · {run.date[:10]}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _bars(timed: Sequence[Result]) -> list[tuple[str, list[Result]]]:
+    cases: dict[str, list[Result]] = {}
+    for r in timed:
+        cases.setdefault(r.case if r.family in ("network", "gemm") else f"{r.group} {r.case}", []).append(r)
+    if len(cases) <= DETAILED:
+        return [(name, sorted(entries, key=_median)) for name, entries in cases.items()]
+    short: dict[str, list[Result]] = {}
+    for name, _, ours, rival in pairs(timed):
+        short.setdefault(name, []).extend((ours, rival))
+    return [(name, sorted(entries, key=_median)) for name, entries in (short or cases).items()]
+
+
+def _median(r: Result) -> float:
+    assert r.median_ms is not None
+    return r.median_ms
+
+
+def _draw_bars(axes: Any, bars: list[tuple[str, list[Result]]]) -> None:
+    position = 0.0
+    ticks: list[float] = []
+    labels: list[str] = []
+    for name, entries in bars:
+        axes.text(
+            0.0, position, f" {name}", fontweight="bold", fontsize=8, va="center", transform=axes.get_yaxis_transform()
+        )
+        position += 1
+        for r in entries:
+            color = COLORS[r.precision]
+            axes.barh(position, _median(r), color=color, alpha=1.0 if r.ours else 0.4, edgecolor=color, height=0.8)
+            axes.text(_median(r), position, f" {_median(r):.3g} ms", va="center", fontsize=7)
+            ticks.append(position)
+            labels.append(r.label)
+            position += 1
+    axes.set_yticks(ticks, labels, fontsize=7)
+    for tick, label in zip(axes.get_yticklabels(), labels, strict=True):
+        if label.startswith("pykernels"):
+            tick.set_fontweight("bold")
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high * 1.6)
+    axes.set_ylim(position, -1)
+    axes.set_xlabel("median ms a call (log; shorter is better)")
+    axes.set_title("beside the rivals (ours in full colour)", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_roofline(axes: Any, timed: Sequence[Result], peaks: Peaks) -> None:
+    points = [(r.work / r.traffic, r.gops, r) for r in timed if r.work > 0 and r.traffic > 0 and r.gops]
+    low = min(x for x, _, _ in points) / 2
+    high = max(x for x, _, _ in points) * 2
+    used = {r.precision for r in timed}
+    top = max(peaks.operations[p] for p in used) / 1e9
+    for level in peaks.levels:
+        bandwidth = level.read / 1e9
+        ends = [low, min(high, max(low, top / bandwidth))]
+        axes.plot(ends, [v * bandwidth for v in ends], color="grey", linewidth=1, linestyle="--")
+        axes.annotate(
+            f"{level.name} {bandwidth:.0f} GB/s", (low, low * bandwidth), fontsize=7, color="grey", va="bottom"
+        )
+    for precision in used:
+        peak = peaks.operations[precision] / 1e9
+        axes.axhline(peak, color=COLORS[precision], linewidth=1)
+        axes.annotate(
+            f"{precision} peak {peak:.0f} GOP/s",
+            (high, peak),
+            fontsize=7,
+            ha="right",
+            va="bottom",
+            color=COLORS[precision],
+        )
+    for x, y, r in points:
+        color = COLORS[r.precision]
+        axes.scatter(
+            [x], [y], s=30 if r.ours else 14, marker="o" if r.ours else "x", color=color, alpha=1.0 if r.ours else 0.6
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(low, high)
+    axes.set_xlabel("operations a byte that must move")
+    axes.set_ylabel("GOP/s (median)")
+    axes.set_title("roofline: circles ours, crosses rivals", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)

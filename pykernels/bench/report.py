@@ -1,0 +1,145 @@
+"""What a run found, for people (a table) and for machines (JSON)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from pykernels.bench.harness import Result, Run
+from pykernels.bench.peaks import Level, Peaks
+
+FORMAT = 1
+"""Of the JSON; a reader refuses another."""
+
+
+def case_table(results: Sequence[Result]) -> Group:
+    """The results of one case, the fastest first; below it who is not there, and why."""
+    timed = sorted((r for r in results if r.median_ms is not None), key=lambda r: r.median_ms or 0.0)
+    title = f"{results[0].group} {results[0].case}".strip()
+    if results[0].family == "network":
+        title = results[0].case or title
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    table.add_column("", min_width=28)
+    for name in ("median ms", "best ms", "GOP/s", "of the limit", "error", "ours is"):
+        table.add_column(name, justify="right")
+    for r in timed:
+        assert r.median_ms is not None and r.best_ms is not None
+        against = min(
+            (o.median_ms for o in timed if o.ours and o.precision == r.precision and o.median_ms), default=None
+        )
+        ratio = "" if r.ours or against is None else f"{r.median_ms / against:.2f}x"
+        table.add_row(
+            Text(r.label, style="bold green" if r.ours else ""),
+            f"{r.median_ms:.3f}",
+            f"{r.best_ms:.3f}" + (" ~" if (r.spread or 0) > 0.2 else ""),
+            f"{r.gops:.0f}" if r.gops else "",
+            "" if r.share is None else f"{100 * r.share:.0f} % {r.limit}",
+            "" if r.error is None else f"{r.error:.2g}",
+            Text(ratio, style="green" if ratio and r.median_ms > (against or 0) else "red"),
+        )
+    absent = [Text(f"  {r.label}: {r.reason}", style="dim") for r in results if r.median_ms is None]
+    return Group(table, *absent, Text(""))
+
+
+def summary(run: Run) -> Table:
+    """For each case and precision: ours, the fastest rival, and how many times faster ours is."""
+    table = Table(title="ours beside the fastest rival", title_justify="left", title_style="bold", header_style="bold")
+    for name, where in (("case", "left"), ("precision", "left"), ("ours ms", "right"), ("rival ms", "right")):
+        table.add_column(name, justify="left" if where == "left" else "right")
+    table.add_column("fastest rival")
+    table.add_column("ours is", justify="right")
+    for title, precision, ours, rival in pairs(run.results):
+        assert ours.median_ms is not None and rival.median_ms is not None
+        ratio = rival.median_ms / ours.median_ms
+        style = "green" if ratio >= 1 else "red"
+        table.add_row(
+            title,
+            precision,
+            f"{ours.median_ms:.3f}",
+            f"{rival.median_ms:.3f}",
+            rival.rival,
+            f"[{style}]{ratio:.2f}x[/]",
+        )
+    return table
+
+
+def pairs(results: Sequence[Result]) -> list[tuple[str, str, Result, Result]]:
+    """(case, precision, our fastest, the fastest rival) wherever both were timed."""
+    grouped: dict[tuple[str, str, str, str], list[Result]] = {}
+    for r in results:
+        if r.median_ms is not None:
+            grouped.setdefault((r.family, r.group, r.case, r.precision), []).append(r)
+    found = []
+    for (family, group, case, precision), entries in grouped.items():
+        ours = [r for r in entries if r.ours]
+        others = [r for r in entries if not r.ours]
+        if ours and others:
+            title = case if family in ("network", "gemm") else f"{group} {case}"
+            found.append((title, precision, min(ours, key=_median), min(others, key=_median)))
+    return found
+
+
+def _median(r: Result) -> float:
+    assert r.median_ms is not None
+    return r.median_ms
+
+
+def machine_table(run: Run) -> Table:
+    """The machine, its measured ceilings and the versions."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    facts = run.machine
+    table.add_row("machine", f"{facts.get('cpu')}, {run.settings.get('threads')} threads, isa {facts.get('isa')}")
+    if run.peaks is not None:
+        table.add_row("peak", ", ".join(f"{k} {v / 1e9:.0f} GOP/s" for k, v in run.peaks.operations.items()))
+        levels = (
+            f"{level.name} {level.read / 1e9:.0f} (copy {level.copy / 1e9:.0f}) GB/s" for level in run.peaks.levels
+        )
+        table.add_row("bandwidth", ", ".join(levels))
+    table.add_row("versions", ", ".join(f"{k} {v}" for k, v in run.versions.items()))
+    return table
+
+
+def print_run(run: Run, console: Console) -> None:
+    """The closing tables; each case's own was printed when it was done."""
+    console.print(machine_table(run))
+    console.print()
+    if pairs(run.results):
+        console.print(summary(run))
+
+
+def save(run: Run, path: pathlib.Path) -> None:
+    """Write `run` as JSON."""
+    data = {"format": FORMAT, **dataclasses.asdict(run)}
+    path.write_text(json.dumps(data, indent=1, allow_nan=False, default=str) + "\n")
+
+
+def load(path: pathlib.Path) -> Run:
+    """Read what `save` wrote.
+
+    Raises:
+        ValueError: not such a file, of another format, or with missing or unknown fields.
+    """
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+        raise ValueError(f"{path}: not a benchmark of format {FORMAT}")
+    try:
+        found = data.pop("peaks")
+        ceilings = None
+        if found is not None:
+            ceilings = Peaks(found["operations"], tuple(Level(**level) for level in found["levels"]))
+        results = tuple(Result(**result) for result in data.pop("results"))
+        return Run(results=results, peaks=ceilings, **data)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: a field is missing or unknown: {error}") from error

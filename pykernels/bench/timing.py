@@ -1,0 +1,83 @@
+"""Interleaved timing: every entry runs once a round, so that a disturbance or a change of clock meets them all
+alike."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+SAMPLE_SECONDS = 2e-3
+"""A sample shorter than this is repeated within the round: the watch and the loop must not count."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call, one number a round, in the order taken."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def best(self) -> float:
+        return min(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """The interquartile range over the median: above 0.2 the machine was busy."""
+        if len(self.samples) < 4:
+            return 0.0
+        low, _, high = statistics.quantiles(self.samples, n=4)
+        return (high - low) / self.median
+
+
+def interleave(
+    calls: Sequence[Callable[[], object]],
+    rounds: int = 15,
+    seconds: float = 10.0,
+    pause: float = 5e-3,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[Timing]:
+    """Time `calls` round by round and return a `Timing` for each.
+
+    Within a round each call gets a pause (the worker threads of the call before may spin on a core for some
+    milliseconds), one run that is not counted (its code and weights come back into the caches) and one sample of one
+    or more runs. At least three rounds are made, then more until `rounds` are done or `seconds` have passed.
+
+    Raises:
+        ValueError: `rounds` is below 1.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds: must be at least 1, not {rounds}")
+    repeats = []
+    for call in calls:
+        call()
+        start = clock()
+        call()
+        repeats.append(max(1, min(1000, round(SAMPLE_SECONDS / max(clock() - start, 1e-7)))))
+    samples: list[list[float]] = [[] for _ in calls]
+    begin = clock()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for done in range(rounds):
+            if done >= 3 and clock() - begin > seconds:
+                break
+            for k in range(len(calls)):
+                i = (k + done) % len(calls)  # nobody always runs after the same neighbour's pause
+                sleep(pause)
+                calls[i]()
+                start = clock()
+                for _ in range(repeats[i]):
+                    calls[i]()
+                samples[i].append((clock() - start) / repeats[i])
+    finally:
+        if collecting:
+            gc.enable()
+    return [Timing(tuple(taken)) for taken in samples]
