@@ -190,7 +190,7 @@ def _load_model(name: str) -> torch.nn.Module:
     found = factory if isinstance(factory, torch.nn.Module) else factory()
     if not isinstance(found, torch.nn.Module):
         fail(f"MODEL: {name} returned {type(found).__name__}, not an nn.Module")
-    return found.eval()
+    return found
 
 
 def _calibration(folder: pathlib.Path, samples: int, shape: list[int], mean: str, std: str) -> Iterator[torch.Tensor]:

@@ -1,0 +1,171 @@
+"""The command `pykernels`: what it prints, what it writes, and what it says when it is held wrong."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import pykernels as pk
+from pykernels import _load, machine
+from pykernels.cli import app
+
+NETWORK = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    ).eval()
+
+def nothing():
+    return 3
+"""
+
+
+def pykernels(*arguments: object, status: int = 0) -> str:
+    """Run the command; its whole output, colours taken out and line breaks undone."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == status, done.output
+    return re.sub(r"\x1b\[[0-9;]*m", "", done.output)
+
+
+@pytest.fixture
+def nets(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """A working folder with a module of the user's own, named so that no test sees another's."""
+    name = f"nets_{abs(hash(tmp_path))}"
+    (tmp_path / f"{name}.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    return pathlib.Path(name)
+
+
+def test_help_names_every_command() -> None:
+    text = pykernels("--help")
+    for command in ("doctor", "optimize", "bench"):
+        assert re.search(rf"\b{command}\b", text)
+        assert "Usage" in pykernels(command, "--help")
+
+
+def test_version() -> None:
+    assert pykernels("--version").strip() == pk.__version__
+
+
+# ---- doctor ----------------------------------------------------------------------------------------------------------
+def test_doctor_tells_torch_threads_and_the_isa_in_force() -> None:
+    text = pykernels("doctor")
+    assert torch.__version__ in text
+    assert re.search(rf"^threads +{torch.get_num_threads()} ", text, re.MULTILINE)
+    assert re.search(rf"^isa +{torch.ops.pykernels._isa()}, ", text, re.MULTILINE)
+    for isa in ("scalar yes", "avx2", "avxvnni", "avx512", "avx512vnni"):
+        assert isa in text
+
+
+def test_doctor_lists_every_public_op_as_the_dispatcher_knows_it() -> None:
+    text = pykernels("doctor")
+    support = {op.name: op for op in machine.op_support()}
+    assert support
+    assert not [name for name in support if name.startswith("_")]
+    for name, op in support.items():
+        assert re.search(rf"\b{name} +│ +{'yes' if op.cpu else 'no'} ", text), name
+        assert not op.cuda
+
+
+def test_doctor_says_why_there_is_no_cuda() -> None:
+    assert "no: no CUDA kernels in this build" in pykernels("doctor")
+
+
+def test_doctor_fails_and_says_why_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_load, "CPU_ERROR", "the library is on holiday")
+    text = pykernels("doctor", status=1)
+    assert "the library is on holiday" in text
+    assert "isa        none, the CPU library is not loaded" in text
+
+
+# ---- optimize --------------------------------------------------------------------------------------------------------
+def test_optimize_saves_a_network_that_answers_as_the_model(nets: pathlib.Path) -> None:
+    text = pykernels("optimize", f"{nets}:build", "--input-shape", "1,3,16,16", "-o", "net.pk")
+    assert "fused" in text
+    model = __import__(str(nets)).build()
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(pk.load("net.pk")(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_optimize_takes_an_exported_program(nets: pathlib.Path) -> None:
+    pykernels("--version")
+    namespace: dict[str, object] = {}
+    exec(NETWORK, namespace)
+    model = namespace["build"]()  # type: ignore[operator]
+    x = torch.randn(1, 3, 16, 16)
+    torch.export.save(torch.export.export(model, (x,)), "net.pt2")
+    pykernels("optimize", "net.pt2", "--input-shape", "1,3,16,16", "-o", "net.pk")
+    torch.testing.assert_close(pk.load("net.pk")(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_optimize_calibrates_int8_on_photographs_and_tensors(nets: pathlib.Path) -> None:
+    folder = pathlib.Path("photographs")
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    np.save(folder / "b.npy", np.zeros((2, 3, 16, 16), np.float32))
+    torch.save(torch.ones(1, 3, 16, 16), folder / "c.pt")
+    arguments = ["--precision", "int8", "--calibration", folder, "--input-shape", "1,3,16,16", "-o", "net.pk"]
+    assert "int8" in pykernels("optimize", f"{nets}:build", *arguments)
+    model = __import__(str(nets)).build()
+    x = torch.rand(1, 3, 16, 16)
+    reference = model(x)
+    assert (pk.load("net.pk")(x) - reference).norm() < 0.1 * reference.norm()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{nets}:build", "--input-shape", "1,x"], "--input-shape: '1,x' is not a list of numbers"),
+        (["{nets}:build", "--input-shape", "1,0"], "--input-shape: sizes are whole numbers of at least 1"),
+        (["{nets}", "--input-shape", "1"], "is neither a .pt2 file nor module:callable"),
+        (["{nets}:absent", "--input-shape", "1"], "has no attribute 'absent'"),
+        (["{nets}:nothing", "--input-shape", "1"], "returned int, not an nn.Module"),
+        (["absent.pt2", "--input-shape", "1"], "there is no file absent.pt2"),
+        (["no_such_module_here:build", "--input-shape", "1"], "No module named 'no_such_module_here'"),
+        (["{nets}:build", "--input-shape", "1,3,8,8", "-o", "absent/net.pk"], "the folder absent does not exist"),
+        (["{nets}:build", "--input-shape", "1,3,8,8", "--calibration", "."], "only for --precision int8"),
+        (
+            ["{nets}:build", "--input-shape", "1,3,8,8", "--precision", "int8", "--calibration", "absent"],
+            "--calibration: absent is not a folder",
+        ),
+    ],
+)
+def test_optimize_names_the_argument_that_is_wrong(nets: pathlib.Path, arguments: list[str], message: str) -> None:
+    given = [argument.format(nets=nets) for argument in arguments]
+    if "-o" not in given:
+        given += ["-o", "net.pk"]
+    text = pykernels("optimize", *given, status=1)
+    assert message in text
+    assert not pathlib.Path("net.pk").exists()
+
+
+def test_optimize_refuses_an_empty_calibration_folder_and_a_tensor_of_another_shape(nets: pathlib.Path) -> None:
+    folder = pathlib.Path("empty")
+    folder.mkdir()
+    arguments = [
+        f"{nets}:build",
+        "--precision",
+        "int8",
+        "--calibration",
+        folder,
+        "--input-shape",
+        "1,3,16,16",
+        "-o",
+        "net.pk",
+    ]
+    assert "holds no image and no .pt or .npy file" in pykernels("optimize", *arguments, status=1)
+    np.save(folder / "b.npy", np.zeros((2, 3, 8, 8), np.float32))
+    assert "must hold one tensor of shape [N, 3, 16, 16]" in pykernels("optimize", *arguments, status=1)
