@@ -8,12 +8,22 @@ BUILD ?= build
 PREFIX ?= .
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TESTS ?= tests
+SANITIZED_TESTS ?= tests/ops
+CXX ?= c++
 
 RUN := $(abspath $(VENV))/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
-EMULATED := $(CURDIR)/build-emulate/package
-# The interpreter under the environment's: it does not run the editable install's hook, which would find its own pykernels first.
+# The interpreter under the environment's: it does not run the editable install's hook, which would find its own pykernels.
 BASE = $(shell $(RUN) -c 'import os, sys; print(os.path.realpath(sys.executable))')
+PACKAGES = $(shell $(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+comma := ,
+# $(call variant,NAME,CMAKE_ARGS,ENVIRONMENT): build into build-NAME a package beside the one in use, and run pytest on it.
+define variant
+PATH="$(abspath $(VENV))/bin:$$PATH" $(MAKE) dev PYTHON=$(RUN) BUILD=build-$(1) PREFIX=$(CURDIR)/build-$(1)/package \
+  CMAKE_ARGS="$(CMAKE_ARGS) $(2)"
+cd build-$(1)/package && PYTHONPATH="$(CURDIR)/build-$(1)/package:$(PACKAGES):$(CURDIR)" $(3) \
+  $(BASE) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR)
+endef
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 
 help:  ## this list
@@ -26,10 +36,13 @@ test: build  ## the whole test suite; TESTS=... or PYTEST_ADDOPTS=... to choose
 	$(RUN) -m pytest $(TESTS)
 
 emulate: $(VENV)/.packages  ## the test suite under every isa, those that this CPU may lack emulated on AVX2 (slow)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(MAKE) dev PYTHON=$(RUN) BUILD=build-emulate PREFIX=$(EMULATED) \
-	  CMAKE_ARGS="$(CMAKE_ARGS) -DPYKERNELS_EMULATE=ON"
-	cd $(EMULATED) && PYTHONPATH="$(EMULATED):$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'):$(CURDIR)" \
-	  $(BASE) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(TESTS))
+	$(call variant,emulate,-DPYKERNELS_EMULATE=ON) $(addprefix $(CURDIR)/,$(TESTS))
+
+# libstdc++ is preloaded, too: the sanitizer looks for __cxa_throw before torch brings it. Python itself leaks.
+sanitize: $(VENV)/.packages  ## the ops' tests with AddressSanitizer and UndefinedBehaviorSanitizer in our libraries (slow)
+	$(call variant,sanitize,-DPYKERNELS_SANITIZE=address$(comma)undefined,\
+	  LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1) $(CURDIR)/$(SANITIZED_TESTS)
 
 bench: build $(VENV)/.bench  ## the benchmarks beside every rival that installs
 	$(RUN) -m pykernels bench
@@ -80,9 +93,9 @@ dev:
 	cmake --install $(BUILD) --prefix $(PREFIX) > /dev/null
 
 clean:  ## forget every environment, build and output
-	rm -rf $(VENV) build build-emulate out dist *.egg-info pykernels/*.so
+	rm -rf $(VENV) build build-emulate build-sanitize out dist *.egg-info pykernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test emulate bench lint format build dev clean
+.PHONY: help demo test emulate sanitize bench lint format build dev clean
 .DELETE_ON_ERROR:
