@@ -187,7 +187,7 @@ def _max_pool_indices(module: fx.GraphModule, node: fx.Node) -> None:
 def _pad(module: fx.GraphModule, node: fx.Node) -> None:
     values = arguments(node)
     if values["mode"] == "constant":
-        replace(node, aten.constant_pad_nd.default, (values["input"], values["pad"], values.get("value") or 0))
+        replace(node, aten.constant_pad_nd.default, (values["self"], values["pad"], values.get("value") or 0))
 
 
 _RULES = {
