@@ -24,6 +24,7 @@ from rich.table import Table
 
 import pykernels as pk
 from benchmarks import assets
+from pykernels.cli import hush
 from pykernels.machine import machine
 
 CALIBRATION = 10  # photographs, every second one
@@ -191,7 +192,8 @@ def main() -> None:
         BarColumn(24),
         TimeElapsedColumn(),
     )
-    with torch.inference_mode(), Progress(*columns, console=console) as progress:
+    hush()
+    with Progress(*columns, console=console) as progress, torch.no_grad():
         with step(progress, "load EfficientNet-Lite0 and its weights"):
             model = assets.load_efficientnet_lite0()
         with step(progress, "load 20 labelled photographs"):

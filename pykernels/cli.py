@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import importlib
+import logging
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,12 @@ def fail(message: str) -> NoReturn:
     """Say what is wrong on stderr and leave with status 1."""
     Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {message}", highlight=False)
     raise typer.Exit(1)
+
+
+def hush() -> None:
+    """Keep the terminal for our own words: torchao, when imported, logs each CUDA library that did not load."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @app.callback(invoke_without_command=True)
@@ -134,6 +141,7 @@ def optimize(
             fail("--calibration serves networks of one input; call pykernels.optimize from Python for others")
         inputs = list(_calibration(calibration, samples, shapes[0], mean, std))
     network = _load_model(model)
+    hush()
     console = Console(stderr=True)
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task(f"optimizing {model} to {precision.value}", total=None)

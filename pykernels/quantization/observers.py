@@ -125,7 +125,7 @@ class PerChannelMSEObserver(UniformQuantizationObserverBase):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Choose the scale of each channel of the weight ``x`` and return it unchanged."""
-        seen = (x.data_ptr(), x._version)
+        seen = (x.data_ptr(), 0 if x.is_inference() else x._version)  # inference tensors count no versions
         if seen == self._seen:  # a frozen weight passes here with every calibration batch
             return x
         self._seen = seen
