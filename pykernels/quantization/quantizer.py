@@ -206,9 +206,8 @@ class Int8Quantizer(Quantizer):
         for node in model.graph.nodes:
             if node.name in self.keep_float:
                 continue
-            if node in of_output or (node.op == "placeholder" and is_float_tensor(node)):
-                capable.add(node)
-            elif self._is_light(node) and all(value in capable for value in _values(node)):
+            source = node in of_output or (node.op == "placeholder" and is_float_tensor(node))
+            if source or (self._is_light(node) and all(value in capable for value in _values(node))):
                 capable.add(node)
         return capable
 
@@ -351,7 +350,7 @@ def _fusable_relu(add: Node) -> Node | None:
 
 
 def _read_only_by(value: Node, reader: Node) -> bool:
-    """True when ``reader`` alone reads ``value`` and, through pass-through calls, what ``value`` shares a scale with."""
+    """True when ``reader`` alone reads ``value`` and whatever shares its scale through pass-through calls."""
     while True:
         if len(value.users) != 1 or reader not in value.users or value.op == "placeholder":
             return False

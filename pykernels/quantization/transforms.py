@@ -6,7 +6,7 @@ They run before annotation (``Int8Quantizer.transform_for_annotation``), in this
 2. evaluation-mode dropout disappears;
 3. spelled-out activations become one call: ``x * sigmoid(x)`` is silu, ``relu6(x + 3) / 6`` is hardsigmoid and
    ``x * hardsigmoid(x)`` is hardswish;
-4. a batch norm that no convolution precedes (pre-activation networks: DenseNet, ResNet-v2) becomes a depthwise 1×1
+4. a batch norm that no convolution precedes (pre-activation networks: DenseNet, ResNet-v2) becomes a depthwise 1x1
    convolution: its weights are one number per channel, which symmetric per-channel int8 holds without error.
 """
 
@@ -63,7 +63,7 @@ def functionalize(model: GraphModule) -> None:
 
 
 def _aliased(overwritten: Node, writer: Node, order: dict[Node, int]) -> bool:
-    """True when a view of ``overwritten``, or what it is a view of, is read after ``writer``: it would see the write."""
+    """True when a view of ``overwritten``, or what it views, is read after ``writer``: it would see the write."""
     base = overwritten
     while is_view(base):
         base = base.args[0]  # type: ignore[assignment]
@@ -121,7 +121,7 @@ def _replace(model: GraphModule, node: Node, target: object, value: Node) -> Non
 
 
 def batch_norm_to_convolution(model: GraphModule) -> None:
-    """Turn each remaining evaluation-mode batch norm of a 3-D or 4-D tensor into a depthwise 1×1 convolution."""
+    """Turn each remaining evaluation-mode batch norm of a 3-D or 4-D tensor into a depthwise 1x1 convolution."""
     for node in list(model.graph.nodes):
         if not is_call(node, BATCH_NORMS) or is_call(node.args[0], CONVOLUTIONS | LINEARS):
             continue

@@ -1,0 +1,313 @@
+"""Layer by layer, choose int8 weights and biases that best reproduce what the fp32 network computes.
+
+Rounding each weight to its nearest int8 value minimises the error of the weights; what matters is the error of the
+layer's result. For ``y = W x + b`` with the layer's real inputs, one pass through the network does, for each layer:
+
+1. *rounding with compensation* (GPTQ: Frantar et al. 2022, after Optimal Brain Surgeon): weights are rounded one input
+   at a time and the error of each is made up for by the weights not rounded yet, weighed by the covariance of the inputs;
+2. *bias correction* (Nagel et al. 2019, "Data-free quantization through weight equalization and bias correction"): the
+   mean of each output channel over the calibration samples is made the fp32 network's.
+
+Inputs are those the *quantized* network sees, corrected layers before it included; the aim is what the fp32 network
+computes for the same samples, so a layer also makes up for some of the error it inherits.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import GraphModule, Node
+
+from .patterns import CONVOLUTIONS, HEAVY, LINEARS, argument, is_call
+from .transforms import constant_of
+
+quantized = torch.ops.quantized_decomposed
+QUANTIZES = frozenset({quantized.quantize_per_tensor.default})
+DEQUANTIZES = frozenset({quantized.dequantize_per_tensor.default})
+WEIGHT_DEQUANTIZES = frozenset({quantized.dequantize_per_channel.default})
+
+MEMORY = 2 << 30  # bytes of activations kept at once, about
+MAX_SAMPLES = 48
+MIN_SAMPLES = 8
+DAMPING = 0.01  # of the mean variance of the inputs, added to each variance
+BLOCK = 64  # weights rounded between two updates of the rest
+
+
+def float_weights(model: GraphModule) -> dict[str, torch.Tensor]:
+    """The constant weight of every convolution and linear of a prepared (not yet converted) graph, by node name."""
+    weights = {}
+    for node in model.graph.nodes:
+        if is_call(node, HEAVY):
+            source = node.args[1]
+            while isinstance(source, Node) and source.op == "call_module":  # the weight's observer
+                source = source.args[0]
+            weight = constant_of(model, source)
+            if weight is not None:
+                weights[node.name] = weight.clone()
+    return weights
+
+
+def refine(model: GraphModule, weights: dict[str, torch.Tensor], samples: Sequence[tuple[Any, ...]]) -> list[str]:
+    """Replace int8 weights and biases of a converted graph, in place; returns the names of the layers refined.
+
+    Args:
+        model: the result of ``convert_pt2e``: int8 weights in buffers behind ``dequantize_per_channel``.
+        weights: the fp32 weights by node name, from :func:`float_weights` before the conversion.
+        samples: calibration inputs, each a tuple of the network's inputs; as many are used as memory allows.
+    """
+    with torch.no_grad():
+        names = _Reconstruction(model, weights).run(samples)
+    model.recompile()
+    return names
+
+
+class _Reconstruction:
+    """Runs the network once, node by node, on all samples: the fp32 network and the quantized one side by side.
+
+    ``exact`` and ``inexact`` hold a node's value in either, as a list with one entry for each batch of samples.
+    """
+
+    def __init__(self, model: GraphModule, weights: dict[str, torch.Tensor]) -> None:
+        self.model = model
+        self.weights = weights
+        self.exact: dict[Node, list[Any]] = {}
+        self.inexact: dict[Node, list[Any]] = {}
+        self.generator = torch.Generator().manual_seed(0)
+
+    def run(self, samples: Sequence[tuple[Any, ...]]) -> list[str]:
+        nodes = list(self.model.graph.nodes)
+        reads = {node: node.all_input_nodes for node in nodes}
+        last_use = {used: node for node in nodes for used in reads[node]}
+        batches = self._fitting(samples)
+        placeholders = [node for node in nodes if node.op == "placeholder"]
+        refined = []
+        for node in nodes:
+            if node.op == "output":
+                break
+            if node in placeholders:
+                self.exact[node] = self.inexact[node] = [batch[placeholders.index(node)] for batch in batches]
+                continue
+            if self._refinable(node):
+                self._refine(node, len(batches))
+                refined.append(node.name)
+            else:
+                self._compute(node, len(batches))
+            for used in reads[node]:
+                if last_use[used] is node:
+                    self.exact.pop(used, None), self.inexact.pop(used, None)
+        return refined
+
+    def _fitting(self, samples: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """As many batches as fit in memory, judged by the largest values of the graph."""
+        largest = 1
+        for node in self.model.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor) and node.op == "call_function" and value.ndim > 1:
+                largest = max(largest, _elements_of_one(value))
+        # An inverted residual block holds about three large values at a time, in each of the two networks.
+        limit = min(MAX_SAMPLES, max(MIN_SAMPLES, MEMORY // (4 * 6 * largest)))
+        batches, count = [], 0
+        for sample in samples:
+            if count >= limit:
+                break
+            batches.append(sample)
+            count += sample[0].shape[0]
+        return batches
+
+    def _refinable(self, node: Node) -> bool:
+        if node.name not in self.weights or not is_call(node.args[1], WEIGHT_DEQUANTIZES):
+            return False
+        stored = node.args[1].args[0]
+        return constant_of(self.model, stored) is not None and len(stored.users) == 1 and len(node.args[1].users) == 1
+
+    def _compute(self, node: Node, count: int) -> None:
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(self.model)
+            self.exact[node] = self.inexact[node] = [value] * count
+            return
+        function = self.model.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+        if is_call(node, QUANTIZES | DEQUANTIZES):  # the fp32 network has none
+            self.exact[node] = self.exact[node.args[0]]
+        else:
+            self.exact[node] = [_call(function, node, self.exact, i) for i in range(count)]
+        self.inexact[node] = [_call(function, node, self.inexact, i) for i in range(count)]
+
+    def _refine(self, node: Node, count: int) -> None:
+        """Round the weight of a convolution or linear anew, then correct its bias; computes the node's values."""
+        dequantize = node.args[1]
+        weight, scale = self.weights[node.name], constant_of(self.model, dequantize.args[1])
+        rows = _Rows(node, weight, self.inexact[node.args[0]], self.generator)
+        rounded = round_with_compensation(rows.weight(weight), rows.covariance(), scale)
+        stored = operator.attrgetter(str(dequantize.args[0].target))(self.model)
+        stored.copy_(rounded.reshape(weight.shape).to(torch.int8))
+        in_effect = stored.float() * scale.float().reshape(-1, *[1] * (weight.ndim - 1))
+
+        channel = 1 if is_call(node, CONVOLUTIONS) else -1
+
+        def apply(inputs: list[Any], kernel: torch.Tensor) -> list[torch.Tensor]:
+            return [node.target(inputs[i], kernel, *self._rest(node, i), **node.kwargs) for i in range(count)]
+
+        exact = apply(self.exact[node.args[0]], weight)
+        inexact = apply(self.inexact[node.args[0]], in_effect)
+        shift = _channel_mean(exact, channel) - _channel_mean(inexact, channel)
+        self._add_to_bias(node, shift)
+        shape = [1] * exact[0].ndim
+        shape[channel] = -1
+        self.exact[node] = exact
+        self.inexact[node] = [value.add_(shift.reshape(shape)) for value in inexact]
+
+    def _rest(self, node: Node, batch: int) -> list[Any]:
+        """Arguments after the weight; the bias is the same in both networks until it is corrected."""
+        return [torch.fx.map_arg(a, lambda n: self.exact[n][batch]) for a in node.args[2:]]
+
+    def _add_to_bias(self, node: Node, shift: torch.Tensor) -> None:
+        bias = constant_of(self.model, argument(node, 2, "bias"))
+        name = f"{node.name}_corrected_bias"
+        self.model.register_buffer(name, shift if bias is None else bias + shift)
+        with self.model.graph.inserting_before(node):
+            corrected = self.model.graph.get_attr(name)
+        old = node.args[2] if len(node.args) > 2 else None
+        corrected.meta = dict(old.meta) if isinstance(old, Node) else {}
+        node.args = (*node.args[:2], corrected, *node.args[3:])
+        if isinstance(old, Node) and not old.users:
+            self.model.graph.erase_node(old)
+
+
+def round_with_compensation(weight: torch.Tensor, covariance: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """GPTQ: the int8 values (as fp32) of ``weight`` that least disturb its products with inputs of this covariance.
+
+    Args:
+        weight: fp32 [groups, N, K]: each group's rows; N output channels of K inputs.
+        covariance: fp32 or fp64 [groups, K, K] of the inputs (any positive factor).
+        scale: fp32 [groups * N], one for each row.
+
+    Returns:
+        fp32 [groups, N, K] of integers in [-127, 127].
+    """
+    groups, rows, size = weight.shape
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    # Inputs that vary most are rounded first, while many others can still make up for the error.
+    order = variance.argsort(dim=-1, descending=True)
+    damping = (DAMPING * variance.mean(-1)).clamp_min(1e-12)
+    covariance = covariance.double() + torch.diag_embed(damping.double()[:, None].expand(groups, size))
+    covariance = covariance.gather(1, order[:, :, None].expand(-1, -1, size))
+    covariance = covariance.gather(2, order[:, None, :].expand(-1, size, -1))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    left = weight.gather(2, order[:, None, :].expand(-1, rows, -1)).clone()
+    step = scale.float().reshape(groups, rows)
+    result = torch.empty_like(left)
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        errors = torch.empty(groups, rows, stop - start)
+        for k in range(start, stop):
+            value = left[:, :, k]
+            result[:, :, k] = torch.round(value / step).clamp(-127, 127)
+            error = (value - result[:, :, k] * step) / factor[:, k, k, None]
+            left[:, :, k:stop] -= error[:, :, None] * factor[:, k, None, k:stop]
+            errors[:, :, k - start] = error
+        left[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
+    return torch.empty_like(result).scatter_(2, order[:, None, :].expand(-1, rows, -1), result)
+
+
+class _Rows:
+    """A layer as ``y = W x``: samples of its input vectors x, [positions, groups, K]."""
+
+    def __init__(
+        self, node: Node, weight: torch.Tensor, values: list[torch.Tensor], generator: torch.Generator
+    ) -> None:
+        self.groups = 1
+        if is_call(node, LINEARS):
+            wanted = self._wanted(weight.shape[1])
+            flat = [value.reshape(-1, value.shape[-1]) for value in values]
+            each = -(-wanted // len(flat))
+            picked = [torch.randperm(len(rows), generator=generator)[:each] for rows in flat]
+            self.inputs = torch.cat([rows[at] for rows, at in zip(flat, picked, strict=True)])[:, None]
+        else:
+            self.groups = int(argument(node, 6, "groups", 1))  # type: ignore[call-overload]
+            wanted = self._wanted(weight[0].numel())
+            each = -(-wanted // len(values))
+            patches = [_patches(node, weight, value, each, generator) for value in values]
+            self.inputs = torch.cat(patches).reshape(-1, self.groups, weight[0].numel())
+
+    @staticmethod
+    def _wanted(size: int) -> int:
+        """Positions to look at for rows of ``size`` inputs."""
+        return max(1024, 3 * size)
+
+    def weight(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.reshape(self.groups, -1, weight[0].numel())
+
+    def covariance(self) -> torch.Tensor:
+        """fp32 [groups, K, K]; about the mean, because a shift of the mean is the bias's to correct.
+
+        Of few samples no covariance can be learned: it is shrunk towards its diagonal by K / (K + positions), so that
+        rounding falls back to the nearest value instead of fitting the samples.
+        """
+        centred = (self.inputs - self.inputs.mean(0)).transpose(0, 1)
+        positions, size = centred.shape[1:]
+        covariance = centred.transpose(1, 2) @ centred / positions
+        kept = positions / (positions + size)
+        return covariance * kept + torch.diag_embed(covariance.diagonal(dim1=1, dim2=2) * (1 - kept))
+
+
+def _patches(
+    node: Node, weight: torch.Tensor, value: torch.Tensor, wanted: int, generator: torch.Generator
+) -> torch.Tensor:
+    """``wanted`` random receptive fields of a convolution: [positions, C, taps]."""
+    kernel = list(weight.shape[2:])
+    spatial = len(kernel)
+    stride, padding, dilation = (argument(node, i, n, d) for i, n, d in _GEOMETRY)
+    stride, dilation = _each(stride, spatial), _each(dilation, spatial)
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if isinstance(padding, str):
+        before = [r // 2 if padding == "same" else 0 for r in reach]
+        after = [r - b if padding == "same" else 0 for r, b in zip(reach, before, strict=True)]
+    else:
+        before = after = _each(padding, spatial)
+    value = F.pad(value, [p for pair in zip(before[::-1], after[::-1], strict=True) for p in pair]).contiguous()
+    places = [(s - r - 1) // t + 1 for s, r, t in zip(value.shape[2:], reach, stride, strict=True)]
+    strides = value.stride()
+    windows = value.as_strided(
+        (*value.shape[:2], *kernel, *places),
+        (
+            *strides[:2],
+            *(s * d for s, d in zip(strides[2:], dilation, strict=True)),
+            *(s * t for s, t in zip(strides[2:], stride, strict=True)),
+        ),
+    )
+    # Batch and places first, so that one index picks whole receptive fields.
+    windows = windows.permute(0, *range(2 + spatial, 2 + 2 * spatial), 1, *range(2, 2 + spatial))
+    at = [torch.randint(size, (wanted,), generator=generator) for size in windows.shape[: 1 + spatial]]
+    return windows[tuple(at)].flatten(2)
+
+
+_GEOMETRY = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+
+
+def _each(value: Any, count: int) -> list[int]:
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return values * count if len(values) == 1 else values
+
+
+def _call(function: Callable[..., Any], node: Node, values: dict[Node, list[Any]], batch: int) -> Any:
+    arguments = torch.fx.map_arg((node.args, node.kwargs), lambda n: values[n][batch])
+    return function(*arguments[0], **arguments[1])
+
+
+def _channel_mean(values: list[torch.Tensor], channel: int) -> torch.Tensor:
+    total = sum(value.movedim(channel, 0).flatten(1).double().sum(1) for value in values)
+    count = sum(value.numel() for value in values) // values[0].shape[channel]
+    return (total / count).float()  # type: ignore[operator]
+
+
+def _elements_of_one(value: torch.Tensor) -> int:
+    """Elements of one sample's share of a value: everything but the first dimension."""
+    elements = 1
+    for size in value.shape[1:]:
+        elements *= int(size) if isinstance(size, int) else 1
+    return elements
