@@ -51,7 +51,7 @@ class QuantizationRecord:
 
 def export_graph(
     model: torch.nn.Module | ExportedProgram,
-    example_inputs: Sequence[Any],
+    example_inputs: Sequence[Any] | torch.Tensor,
     *,
     dynamic_shapes: Any = None,
     training: bool = False,
@@ -68,7 +68,7 @@ def export_graph(
     """
     if isinstance(model, ExportedProgram):
         return model.module()  # type: ignore[return-value]
-    inputs = tuple(example_inputs)
+    inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     if not any(isinstance(x, torch.Tensor) for x in inputs):
         raise ValueError("example_inputs: expected a tuple holding at least one tensor, such as (x,)")
     attempts: list[tuple[tuple[Any, ...], Any]] = []
@@ -105,7 +105,7 @@ def export_graph(
 
 def quantize(
     model: torch.nn.Module | ExportedProgram,
-    example_inputs: Sequence[Any],
+    example_inputs: Sequence[Any] | torch.Tensor,
     calibration: Iterable[Any] | None = None,
     *,
     dynamic_shapes: Any = None,
@@ -116,7 +116,7 @@ def quantize(
 
     Args:
         model: a module, or its ``ExportedProgram``. The module itself is not changed.
-        example_inputs: a tuple of inputs, as for ``torch.export``.
+        example_inputs: a tuple of inputs, as for ``torch.export``; a lone tensor stands for a tuple of one.
         calibration: inputs that look like those of production, 50 to 500 samples: an iterable of tensors, or of tuples
             of which the first ``len(example_inputs)`` entries are used (so a loader of ``(image, label)`` serves as it
             is). None: ranges come from generated inputs, with a warning; expect to lose accuracy.
@@ -133,7 +133,7 @@ def quantize(
         ValueError: ``example_inputs`` holds no tensor, ``calibration`` is empty or holds NaN or infinity.
         TypeError: an entry of ``calibration`` is not a tensor or a tuple of tensors.
     """
-    inputs = tuple(example_inputs)
+    inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     record = QuantizationRecord("post-training")
     graph = export_graph(model, inputs, dynamic_shapes=dynamic_shapes)
     samples = _generated(inputs, record) if calibration is None else _samples(calibration, len(inputs), record)

@@ -4,7 +4,7 @@ Rounding each weight to its nearest int8 value minimises the error of the weight
 layer's result. For ``y = W x + b`` with the layer's real inputs, one pass through the network does, for each layer:
 
 1. *rounding with compensation* (GPTQ: Frantar et al. 2022, after Optimal Brain Surgeon): weights are rounded one input
-   at a time and the error of each is made up for by the weights not rounded yet, weighed by the covariance of the inputs;
+   at a time and the error of each is made up for by the weights not rounded yet, weighed by the inputs' covariance;
 2. *bias correction* (Nagel et al. 2019, "Data-free quantization through weight equalization and bias correction"): the
    mean of each output channel over the calibration samples is made the fp32 network's.
 

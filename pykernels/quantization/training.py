@@ -29,7 +29,7 @@ EPSILONS = "pykernels_batch_norm_epsilons"
 
 def prepare_qat(
     model: torch.nn.Module,
-    example_inputs: Sequence[Any],
+    example_inputs: Sequence[Any] | torch.Tensor,
     *,
     dynamic_shapes: Any = None,
     keep_float: Iterable[str] = (),

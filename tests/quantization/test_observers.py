@@ -31,7 +31,7 @@ def test_outliers_do_not_cost_everyone_else_precision() -> None:
     observer(x)
     scale, zero_point = observer.calculate_qparams()
     minmax = (x.max() - x.min()).item() / 255
-    assert squared_error(x, float(scale), int(zero_point)) < squared_error(x, minmax, round(35 / minmax)) / 2
+    assert squared_error(x, float(scale), int(zero_point)) < squared_error(x, minmax, round(35 / minmax)) * 0.8
 
 
 def test_batches_add_up_to_the_whole() -> None:

@@ -91,7 +91,8 @@ def test_without_calibration_a_warning_says_what_it_costs(net: nn.Module) -> Non
 
 
 @pytest.mark.parametrize(
-    ("calibration", "error"), [([], ValueError), ([3], TypeError), ([()], TypeError), ([torch.full((1, 3, 16, 16), torch.nan)], ValueError)],
+    ("calibration", "error"),
+    [([], ValueError), ([3], TypeError), ([()], TypeError), ([torch.full((1, 3, 16, 16), torch.nan)], ValueError)],
     ids=["empty", "not a tensor", "too few inputs", "nan"],
 )  # fmt: skip
 def test_bad_calibration_is_named(net: nn.Module, calibration: list[object], error: type[Exception]) -> None:

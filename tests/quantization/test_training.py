@@ -1,4 +1,4 @@
-"""Quantization on scikit-learn's digits: a small residual network keeps its accuracy, after training and with training."""
+"""Quantization on scikit-learn's digits: a small residual network keeps its accuracy, after training and with it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .graphs import aten, calls, is_int8, relative_error
 
 datasets = pytest.importorskip("sklearn.datasets")
 TRAINED_ON = 1300
+Digits = tuple[torch.Tensor, torch.Tensor]  # images fp32 [N, 1, 8, 8], labels [N]
 
 
 class Block(nn.Module):
@@ -34,14 +35,12 @@ class Block(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
+def digits() -> Digits:
     images, labels = datasets.load_digits(return_X_y=True)
     return torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.tensor(labels)
 
 
-def train(
-    model: Callable[..., torch.Tensor], parameters: object, digits: tuple[torch.Tensor, ...], epochs: int, rate: float
-) -> None:
+def train(model: Callable[..., torch.Tensor], parameters: object, digits: Digits, epochs: int, rate: float) -> None:
     images, labels = digits
     optimizer = torch.optim.Adam(parameters, lr=rate)
     for _ in range(epochs):
@@ -52,13 +51,13 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(model: Callable[..., torch.Tensor], digits: tuple[torch.Tensor, torch.Tensor]) -> float:
+def accuracy(model: Callable[..., torch.Tensor], digits: Digits) -> float:
     images, labels = digits
     return float((model(images[TRAINED_ON:]).argmax(1) == labels[TRAINED_ON:]).float().mean())
 
 
 @pytest.fixture(scope="module")
-def net(digits: tuple[torch.Tensor, torch.Tensor]) -> nn.Module:
+def net(digits: Digits) -> nn.Module:
     torch.manual_seed(0)
     net = nn.Sequential(
         Block(1, 12),
@@ -73,16 +72,12 @@ def net(digits: tuple[torch.Tensor, torch.Tensor]) -> nn.Module:
     return net.eval()
 
 
-def test_accuracy_survives_post_training_quantization(
-    net: nn.Module, digits: tuple[torch.Tensor, torch.Tensor]
-) -> None:
+def test_accuracy_survives_post_training_quantization(net: nn.Module, digits: Digits) -> None:
     graph = quantize(net, (digits[0][:2],), digits[0][:300].split(50))
     assert accuracy(graph, digits) >= accuracy(net, digits) - 0.01
 
 
-def test_accuracy_survives_quantization_aware_training(
-    net: nn.Module, digits: tuple[torch.Tensor, torch.Tensor]
-) -> None:
+def test_accuracy_survives_quantization_aware_training(net: nn.Module, digits: Digits) -> None:
     before = {name: value.clone() for name, value in net.state_dict().items()}
     prepared = prepare_qat(net, (digits[0][:2],))
     train(prepared, prepared.parameters(), digits, epochs=2, rate=5e-4)
@@ -98,9 +93,7 @@ def test_accuracy_survives_quantization_aware_training(
         assert is_int8(call.args[0]) and is_int8(call.args[1])
 
 
-def test_switching_modes_keeps_dropout_rate_and_epsilon(
-    net: nn.Module, digits: tuple[torch.Tensor, torch.Tensor]
-) -> None:
+def test_switching_modes_keeps_dropout_rate_and_epsilon(net: nn.Module, digits: Digits) -> None:
     prepared = prepare_qat(net, (digits[0][:2],))
     train_mode(eval_mode(prepared))
     (dropout,) = calls(prepared, aten.dropout.default)
