@@ -1,7 +1,7 @@
 """Shape functions of the ops: what torch.compile and torch.export see instead of a kernel.
 
-Each follows its op's section in csrc/schema.cpp. They must be right for contiguous and channels_last inputs and for symbolic
-sizes, so they compute with sizes only and never read a packed tensor.
+Each follows its op's section in csrc/schema.cpp. They must be right for contiguous and channels_last inputs and for
+symbolic sizes, so they compute with sizes only and never read a packed tensor.
 """
 
 from __future__ import annotations
@@ -207,9 +207,7 @@ def _convolved(
     (kh, kw), (sh, sw), (dh, dw) = kernel_size, stride, dilation
     oh = (h + top + bottom - dh * (kh - 1) - 1) // sh + 1
     ow = (w + left + right - dw * (kw - 1) - 1) // sw + 1
-    return torch.empty(
-        (n, out_channels, oh, ow), dtype=dtype, device=x.device, memory_format=torch.channels_last
-    )
+    return torch.empty((n, out_channels, oh, ow), dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
 @fake("conv2d")

@@ -1,7 +1,7 @@
 """The oracle: every op in plain torch, written for clarity. Tests and benchmarks import it; nothing else does.
 
-Integer results are exact: kernels agree with them bit for bit, except behind silu, sigmoid, gelu and tanh, where the kernels'
-own exp and erf may differ from torch's by a rounding, so a quantized result by one.
+Integer results are exact: kernels agree with them bit for bit, except behind silu, sigmoid, gelu and tanh, where the
+kernels' own exp and erf may differ from torch's by a rounding, so a quantized result by one.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class MSEObserver(UniformQuantizationObserverBase):
             self.histogram[BINS // 4 : BINS // 4 * 3] = half
             self.span *= 2
 
-    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale fp32 [1] and zero point int64 [1] of the range of least squared error."""
         if self.max_val < self.min_val:
             raise RuntimeError("calibration: an observer saw no data; calibrate before converting")
@@ -143,7 +143,7 @@ class PerChannelMSEObserver(UniformQuantizationObserverBase):
         self.min_val, self.max_val = -best, best
         return x
 
-    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale fp32 [channels] and zero point 0 int64 [channels]."""
         if self.max_val.numel() == 0:
             raise RuntimeError("calibration: a weight observer saw no weight; calibrate before converting")
