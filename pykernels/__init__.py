@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 from pykernels import _load as _load
 
 from pykernels import _fake as _fake  # isort: skip  (needs the library)
+from pykernels import _autograd as _autograd  # isort: skip
 from pykernels.optimize import Optimized, load, optimize  # isort: skip
 
 __all__ = ["Optimized", "__version__", "load", "optimize"]
