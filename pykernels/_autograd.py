@@ -75,7 +75,8 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         u = u + residual.float()
     grad_u = activation_backward(ctx.activation, grad.float(), u)
 
-    needs = ctx.needs_input_grad
+    given = len(ctx.needs_input_grad)  # the dispatcher leaves out trailing arguments that are at their defaults
+    needs = (*ctx.needs_input_grad, *[False] * (15 - given))
     grad_gamma = _sum_to_channels(grad_u * normal).to(gamma.dtype) if needs[5] else None
     grad_beta = _sum_to_channels(grad_u).to(beta.dtype) if needs[6] else None
     grad_residual = None
@@ -94,7 +95,8 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
             )  # fmt: skip
             if grad_x is not None and not symmetric:
                 grad_x = grad_x[:, :, top : top + x.shape[2], left : left + x.shape[3]]
-    return (grad_x, grad_weight, grad_bias, None, None, grad_gamma, grad_beta, *[None] * 6, grad_residual, None)
+    gradients = (grad_x, grad_weight, grad_bias, None, None, grad_gamma, grad_beta, *[None] * 6, grad_residual, None)
+    return gradients[:given]
 
 
 def with_gradient(op: str, backward: Any, setup: Any) -> None:

@@ -1,0 +1,93 @@
+"""Pooling layers on our kernels in evaluation; in training, and where a gradient is wanted, torch's own."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+
+class Pool(nn.Module):
+    """What the pools share: when the kernel is used."""
+
+    original: ClassVar[type[nn.Module]]
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16)
+
+    def ready(self, x: torch.Tensor) -> bool:
+        """Whether the kernel computes this call."""
+        if self.training or not isinstance(x, torch.Tensor) or x.device.type != "cpu":
+            return False
+        if x.dtype not in self.dtypes or x.dim() != 4 or (x.requires_grad and torch.is_grad_enabled()):
+            return False
+        return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
+
+    def run(self, x: torch.Tensor) -> Any:
+        """The pooling by our kernel."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """In evaluation our kernel, else torch's."""
+        return self.run(x) if self.ready(x) else super().forward(x)
+
+
+class MaxPool2d(Pool, nn.MaxPool2d):
+    """`torch.nn.MaxPool2d` on our kernel in evaluation; takes uint8 and int8 there, too."""
+
+    original = nn.MaxPool2d
+    dtypes = (torch.float32, torch.bfloat16, torch.uint8, torch.int8)
+
+    def run(self, x: torch.Tensor) -> Any:
+        """The maximum, with indices if `return_indices`."""
+        kernel, stride, padding, dilation = (
+            _pair(v) for v in (self.kernel_size, self.stride, self.padding, self.dilation)
+        )
+        op = torch.ops.pykernels.max_pool2d_with_indices if self.return_indices else torch.ops.pykernels.max_pool2d
+        return op(x, kernel, stride, padding, dilation, self.ceil_mode)
+
+
+class AvgPool2d(Pool, nn.AvgPool2d):
+    """`torch.nn.AvgPool2d` on our kernel in evaluation."""
+
+    original = nn.AvgPool2d
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """The average."""
+        kernel, stride, padding = (_pair(v) for v in (self.kernel_size, self.stride, self.padding))
+        return torch.ops.pykernels.avg_pool2d(
+            x, kernel, stride, padding, self.ceil_mode, self.count_include_pad, self.divisor_override
+        )
+
+
+class AdaptiveAvgPool2d(Pool, nn.AdaptiveAvgPool2d):
+    """`torch.nn.AdaptiveAvgPool2d` on our kernel in evaluation; (1, 1) is global pooling."""
+
+    original = nn.AdaptiveAvgPool2d
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """The averages of `output_size` windows."""
+        return torch.ops.pykernels.adaptive_avg_pool2d(x, _output_size(self.output_size, x))
+
+
+class AdaptiveMaxPool2d(Pool, nn.AdaptiveMaxPool2d):
+    """`torch.nn.AdaptiveMaxPool2d` on our kernel in evaluation; takes uint8 and int8 there, too."""
+
+    original = nn.AdaptiveMaxPool2d
+    dtypes = (torch.float32, torch.bfloat16, torch.uint8, torch.int8)
+
+    def run(self, x: torch.Tensor) -> Any:
+        """The maxima of `output_size` windows, with indices if `return_indices`."""
+        size = _output_size(self.output_size, x)
+        if self.return_indices:
+            return torch.ops.pykernels.adaptive_max_pool2d_with_indices(x, size)
+        return torch.ops.pykernels.adaptive_max_pool2d(x, size)
+
+
+def _pair(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _output_size(size: Any, x: torch.Tensor) -> list[int]:
+    """None keeps the size of the input, as in torch."""
+    pair = [size, size] if isinstance(size, int) or size is None else list(size)
+    return [x.shape[2 + i] if n is None else n for i, n in enumerate(pair)]

@@ -1,0 +1,323 @@
+"""Module surgery in place: the layers of a model become ours without a change to its forward, names or checkpoints.
+
+A module is swapped by giving the same object the class of `pykernels.nn` that subclasses its own: parameters, buffers,
+hooks, attributes and every reference to it stay. What happens in training and evaluation is told in `pykernels.nn`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pykernels.nn import conv, linear, pool
+from pykernels.nn._chain import Chain, Follower, Head, Member
+from pykernels.nn.follow import ACTIVATIONS, NORMS
+from pykernels.surgery.adjacency import Adjacency, adjacency
+from pykernels.surgery.report import Fused, Left, Report
+
+__all__ = ["swap"]
+
+PRECISIONS = ("fp32", "bf16", "int8")
+_CONVS: dict[type[nn.Module], tuple[type[Head], type[Head], type[nn.Module]]] = {
+    nn.Conv1d: (conv.Conv1d, conv.Int8Conv1d, nn.BatchNorm1d),
+    nn.Conv2d: (conv.Conv2d, conv.Int8Conv2d, nn.BatchNorm2d),
+}
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
+_POOLS: dict[type[nn.Module], type[nn.Module]] = {
+    cls.original: cls for cls in (pool.MaxPool2d, pool.AvgPool2d, pool.AdaptiveAvgPool2d, pool.AdaptiveMaxPool2d)
+}
+# What computes nothing in evaluation needs no account.
+_SILENT = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def swap(
+    model: nn.Module,
+    precision: str = "fp32",
+    calibration: Iterable[Any] | None = None,
+    example_inputs: Any = None,
+) -> Report:
+    """Swap the layers of `model` for ours, in place.
+
+    `nn.Conv1d`, `nn.Conv2d`, `nn.Linear` and the two-dimensional pools are swapped; batch norms and activations that
+    provably follow a convolution or a linear layer, and alone read it, are computed by its kernel. The model stays the
+    same `nn.Module` with the same `state_dict`, hooks and forward; `train()` gives torch's own layers back, `eval()` ours.
+    A model swapped before is swapped anew.
+
+    Args:
+        model: any module with layers on the CPU in float32 or bfloat16.
+        precision: ``"fp32"`` keeps the dtype of the weights; ``"bf16"`` multiplies in bfloat16 with fp32 sums;
+            ``"int8"`` makes linear layers int8 with scales per token and, with `calibration`, convolutions int8 with static
+            scales. Between modules values keep the dtype of the weights.
+        calibration: inputs of the model, each a tensor, a tuple of arguments or a dict of keyword arguments; only int8
+            reads them. 100 typical samples are plenty.
+        example_inputs: one such input. With it the fused model is compared with the original before `swap` returns.
+
+    Returns:
+        What was fused, what was swapped alone, and what stayed with torch and why.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: `precision` is unknown, or calibration is empty or yields NaN.
+        RuntimeError: on `example_inputs` the fused model differs from the original, because its layers are not only
+            called as its forward says. The model is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not '{precision}'")
+    restore(model)
+    report = Report(precision=precision, bytes_before=_bytes(model.parameters()) + _bytes(model.buffers()))
+    names: dict[int, str] = {}
+    for name, module in model.named_modules():
+        names.setdefault(id(module), name or type(module).__name__)
+    modules = {id(module): module for module in model.modules()}
+    found = adjacency(model)
+    chains = _chains(modules, found)
+    refused = {key: reason for key, module in modules.items() if (reason := _refusal(module))}
+    expected = None if example_inputs is None else _evaluate(model, example_inputs)
+    ranges = _calibrate(model, modules, refused, calibration) if precision == "int8" and calibration is not None else {}
+
+    plain = "bf16" if precision == "bf16" else "fp32"
+    heads: list[Head] = []
+    for key, module in modules.items():
+        if type(module) in _LAYERS and key not in refused:
+            heads.append(_swap_layer(module, chains.get(key, []), found, modules, plain))
+        elif type(module) in _POOLS and key not in refused:
+            module.__class__ = _POOLS[type(module)]
+    if expected is not None:
+        _compare(model, expected, example_inputs, precision)
+    if precision == "int8":
+        for head in heads:
+            _make_int8(head, ranges.get(id(head)))
+        floats = [names[id(head)] for head in heads if isinstance(head, conv.Conv) and head.precision != "int8"]
+        if floats and calibration is None:
+            report.notes.append("convolutions stay fp32: int8 needs calibration inputs for their scales")
+        elif floats:
+            report.notes.append(f"stay fp32 because no calibration input reached them: {', '.join(floats)}")
+        report.conversions = sum(isinstance(head, conv.Conv) for head in heads) - len(floats)
+    for name, reason in found.opaque.items():
+        report.notes.append(
+            f"{name or type(model).__name__} cannot be traced, so the layers that it calls itself are not fused ({reason})"
+        )
+    _account(report, modules, names, refused, found)
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `swap`: every module gets its class of `torch.nn` back."""
+    for module in model.modules():
+        if isinstance(module, Member | pool.Pool):
+            module.__class__ = module.original
+            for name in ("chain", "packed", "precision", "x_scale", "x_zero_point", "_key", "_sources"):
+                module.__dict__.pop(name, None)
+
+
+def _chains(modules: dict[int, nn.Module], found: Adjacency) -> dict[int, list[nn.Module]]:
+    """For each layer the batch norm and the activation that follow it."""
+    chains: dict[int, list[nn.Module]] = {}
+    for key, module in modules.items():
+        if type(module) not in _LAYERS:
+            continue
+        chain: list[nn.Module] = []
+        last = module
+        norm = _CONVS[type(module)][2] if type(module) in _CONVS else None
+        while (follower := modules.get(found.follower(last) or 0)) is not None and not _refusal(follower):
+            if type(follower) is norm and not chain and follower.running_mean is not None:
+                chain.append(follower)
+            elif type(follower) in ACTIVATIONS and getattr(follower, "approximate", "none") == "none":
+                chain.append(follower)
+                break
+            else:
+                break
+            last = follower
+        chains[key] = chain
+    return chains
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Why a module that could be swapped by its class is not."""
+    if not isinstance(module, (*_LAYERS, *_POOLS, *NORMS, *ACTIVATIONS)):
+        return None
+    cls = type(module)
+    if not any(cls is known for known in (*_LAYERS, *_POOLS, *NORMS, *ACTIVATIONS)):
+        return f"{cls.__name__} is a subclass: it may compute something else"
+    if "forward" in module.__dict__:
+        return "the object has a forward of its own"
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return f"padding_mode is '{module.padding_mode}'"
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        if type(tensor) not in (torch.Tensor, nn.Parameter):
+            return f"{name} is a {type(tensor).__name__}"
+        if tensor.device.type != "cpu":
+            return f"{name} is on {tensor.device.type}; our kernels here are for the CPU"
+        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.bfloat16):
+            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}; kernels take float32 and bfloat16"
+    return None
+
+
+def _swap_layer(
+    head: nn.Module, followers: list[nn.Module], found: Adjacency, modules: dict[int, nn.Module], precision: str
+) -> Head:
+    norm = activation = None
+    between: set[int] = set()
+    last = head
+    for module in followers:
+        between |= found.between(id(last), id(module))
+        last = module
+        if type(module) in NORMS:
+            norm = module
+            module.__class__ = NORMS[type(module)]
+        else:
+            activation = module
+            module.__class__ = ACTIVATIONS[type(module)]
+    head.__class__ = _CONVS[type(head)][0] if type(head) in _CONVS else linear.Linear
+    assert isinstance(head, Head)
+    head.join(Chain(head, norm, activation, tuple(modules[key] for key in between)), precision)
+    return head
+
+
+def _make_int8(head: Head, parameters: tuple[float, int] | None) -> None:
+    if isinstance(head, conv.Conv):
+        if parameters is None:
+            return
+        head.__class__ = _CONVS[head.original][1]
+        head.x_scale, head.x_zero_point = parameters
+    else:
+        head.__class__ = linear.Int8Linear
+    head.packed = None
+    head.join(head.chain, "int8")
+
+
+def _calibrate(
+    model: nn.Module, modules: dict[int, nn.Module], refused: dict[int, str], calibration: Iterable[Any]
+) -> dict[int, tuple[float, int]]:
+    """Scale and zero point (u8) of the input of every convolution that calibration reaches."""
+    from pykernels.quantization.observers import MSEObserver  # needs torchao, which takes a while to import
+
+    observers = {key: MSEObserver() for key, m in modules.items() if type(m) in _CONVS and key not in refused}
+    handles = [modules[key].register_forward_pre_hook(_watch(observer)) for key, observer in observers.items()]
+    samples = 0
+    try:
+        for sample in calibration:
+            _evaluate(model, sample)
+            samples += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    if samples == 0:
+        raise ValueError("calibration must yield at least one input; an iterator may have been used up before")
+    ranges: dict[int, tuple[float, int]] = {}
+    for key, observer in observers.items():
+        if float(observer.max_val) >= float(observer.min_val):
+            scale, zero_point = observer.calculate_qparams()
+            ranges[key] = (float(scale), int(zero_point))
+    return ranges
+
+
+def _watch(observer: Any) -> Any:
+    def look(_: nn.Module, args: tuple[Any, ...]) -> None:
+        observer(args[0])
+
+    return look
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation, each back in its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            if module.training != mode:
+                module.training = mode
+
+
+def _evaluate(model: nn.Module, sample: Any) -> Any:
+    with _evaluation(model), torch.no_grad():
+        if isinstance(sample, dict):
+            return model(**sample)
+        return model(*sample) if isinstance(sample, tuple | list) else model(sample)
+
+
+def _compare(model: nn.Module, expected: Any, example_inputs: Any, precision: str) -> None:
+    from torch.utils import _pytree as pytree
+
+    tolerance = 0.1 if precision == "bf16" else 1e-3  # int8 is compared while its layers are still fp32
+    actual = _evaluate(model, example_inputs)
+    for ours, theirs in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+        if not isinstance(ours, torch.Tensor) or not ours.is_floating_point():
+            continue
+        size = float(theirs.double().norm())
+        error = float((ours.double() - theirs.double()).norm())
+        if not error <= tolerance * max(size, 1e-12):
+            restore(model)
+            raise RuntimeError(
+                f"example_inputs: the swapped model differs from the original by {error / max(size, 1e-12):.2g} of its norm; "
+                "some code calls layers of the model otherwise than its forward does"
+            )
+
+
+def _account(
+    report: Report, modules: dict[int, nn.Module], names: dict[int, str], refused: dict[int, str], found: Adjacency
+) -> None:
+    packed = 0
+    for key, module in modules.items():
+        name = names[key]
+        if isinstance(module, Head):
+            chain = (module, *module.chain.followers)
+            what = " + ".join(member.original.__name__ for member in chain)
+            report.fused.append(Fused(_op(module), what, ", ".join(names[id(member)] for member in chain)))
+            packed += _packed_bytes(module)
+        elif isinstance(module, pool.Pool):
+            report.fused.append(Fused(_snake(module.original), module.original.__name__, name))
+        elif isinstance(module, (Follower, *_SILENT)):
+            continue
+        elif key in refused:
+            report.left.append(Left(type(module).__name__, name, refused[key]))
+        elif type(module).__module__.startswith("torch.nn."):
+            report.left.append(Left(type(module).__name__, name, _why_left(module, found)))
+    report.bytes_after = packed
+
+
+def _op(head: Head) -> str:
+    if isinstance(head, conv.Conv):
+        return "qconv2d" if head.precision == "int8" else "conv2d"
+    return "int8_linear" if head.precision == "int8" else "linear"
+
+
+def _why_left(module: nn.Module, found: Adjacency) -> str:
+    if type(module) in NORMS or type(module) in ACTIVATIONS:
+        calls = found.calls.get(id(module), [])
+        if len(calls) > 1:
+            return f"called in {len(calls)} places, not always after the same layer"
+        if not calls and found.opaque:
+            return "not proved to follow a layer: its caller cannot be traced"
+        if not calls:
+            return "not called in evaluation"
+        return "what it reads is not the output of a layer that it alone reads"
+    if any(True for _ in module.children()):
+        return "a layer of torch with code of its own; the layers inside are swapped alone"
+    return "no kernel for it"
+
+
+def _packed_bytes(head: Head) -> int:
+    """Bytes of the packed weights, also of a head that is in training and has none yet."""
+    if head.packed is not None:
+        return head.packed.numel()
+    with torch.no_grad():
+        return int(head.pack(*head.chain.folded()).numel())
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _snake(cls: type[nn.Module]) -> str:
+    name = "".join("_" + letter.lower() if letter.isupper() else letter for letter in cls.__name__)
+    return name.lstrip("_")
