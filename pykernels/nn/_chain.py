@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _PLAIN = (nn.Parameter, torch.Tensor)  # no subclass: what such a weight holds is its own affair
@@ -203,7 +204,7 @@ class Head(Member):
         norm = self.chain.norm
         if norm is not None and norm.num_batches_tracked is not None:
             sources.append(norm.num_batches_tracked)  # counts updates of the statistics, which bump no version
-        key = tuple((t.data_ptr(), _version(t), t.stride()) for t in sources)
+        key = (_steps, *((t.data_ptr(), _version(t), t.stride()) for t in sources))
         if key != self._key or self.packed is None:
             self._pack()
             self._key = key
@@ -276,6 +277,17 @@ class _Differentiable(torch.autograd.Function):
             y = ctx.chain.plain(*tensors)
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=again, allow_unused=True))
         return (None, None, *(next(found) if need else None for need in needs))
+
+
+_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _steps  # steps of any optimizer: the fused ones change parameters without a new version
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def _version(t: torch.Tensor) -> Any:
