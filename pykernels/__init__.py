@@ -9,5 +9,6 @@ from pykernels import _load as _load
 from pykernels import _fake as _fake  # isort: skip  (needs the library)
 from pykernels import _autograd as _autograd  # isort: skip
 from pykernels.optimize import Optimized, load, optimize  # isort: skip
+from pykernels.surgery.swap import swap  # isort: skip
 
-__all__ = ["Optimized", "__version__", "load", "optimize"]
+__all__ = ["Optimized", "__version__", "load", "optimize", "swap"]

@@ -39,13 +39,14 @@ class Conv(Head):
 
     def run(self, x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
         """The convolution, its batch norm and its activation."""
-        low = x.bfloat16() if self.precision == "bf16" else x
+        low = x.bfloat16() if self.precision == "bf16" and x.dtype != torch.bfloat16 else x
         kernel_size, stride, padding, dilation = self._geometry()
         y = torch.ops.pykernels.conv2d(
             self._planes(low), packed, self.out_channels, kernel_size, stride, padding, dilation, self.groups,
             self.activation_name,
         )  # fmt: skip
-        return self._unplane(y).to(x.dtype)
+        y = self._unplane(y)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def plain(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The convolution alone, as torch has it."""

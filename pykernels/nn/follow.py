@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
 
 from pykernels.nn._chain import Follower
 
 
-class BatchNorm1d(Follower, nn.BatchNorm1d):
+class Norm(Follower):
+    """A batch norm that a kernel folds into its weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Its input where the head has done the work, else as torch has it."""
+        if isinstance(x, fx.Proxy) and not self.training:  # torch's own forward asks a symbol for its rank
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        return super().forward(x)
+
+
+class BatchNorm1d(Norm, nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d`, folded into the weights of the convolution before it in evaluation."""
 
     original = nn.BatchNorm1d
 
 
-class BatchNorm2d(Follower, nn.BatchNorm2d):
+class BatchNorm2d(Norm, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d`, folded into the weights of the convolution before it in evaluation."""
 
     original = nn.BatchNorm2d
