@@ -44,7 +44,8 @@ def _sum_to_channels(t: torch.Tensor) -> torch.Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, bias, mean, var, gamma, beta, eps, stride, padding, dilation, groups, activation, residual, order = inputs
+    x, weight, bias, mean, var, gamma, beta, eps = inputs[:8]
+    stride, padding, dilation, groups, activation, residual, order = inputs[8:]
     ctx.save_for_backward(x, weight, bias, mean, var, gamma, beta, residual if order == "before" else None)
     ctx.eps, ctx.stride, ctx.padding, ctx.dilation, ctx.groups = eps, stride, padding, dilation, groups
     ctx.activation, ctx.residual_dtype = activation, None if residual is None else residual.dtype

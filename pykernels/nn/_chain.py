@@ -1,9 +1,9 @@
 """A layer with packed weights, and the batch norm and activation that it computes in the same pass.
 
 The modules of this package *are* the modules of `torch.nn` (subclasses with the same parameters, names and hooks). In
-training they run torch's own code. In evaluation the first module of a chain, the head, computes the whole chain with one
-kernel on packed weights, and its followers hand their input on. Each module decides this for itself from the same question,
-`Chain.ready`, so all of a chain always agree.
+training they run torch's own code. In evaluation the first module of a chain, the head, computes the whole chain with
+one kernel on packed weights, and its followers hand their input on. Each module decides this for itself from the same
+question, `Chain.ready`, so all of a chain always agree.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PLAIN = (nn.Parameter, torch.Tensor)  # no subclass: what such a weight holds i
 
 
 class Chain:
-    """Head, norm (or None) and activation (or None), which follow each other and whose values between nobody else reads.
+    """Head, norm (or None) and activation (or None): each alone reads the one before, and reads nothing else.
 
     Attributes:
         between: containers left or entered on the way from the head to its followers; a hook on one of them would see
@@ -29,8 +29,8 @@ class Chain:
     def __init__(
         self,
         head: Head,
-        norm: nn.Module | None = None,
-        activation: nn.Module | None = None,
+        norm: Any = None,
+        activation: Any = None,
         between: tuple[nn.Module, ...] = (),
     ) -> None:
         self.head = head
@@ -46,8 +46,9 @@ class Chain:
     def ready(self, x: torch.Tensor) -> bool:
         """Whether the head computes the whole chain for `x`, the input of any of its modules.
 
-        Not so in training, under autocast (whose choice of dtypes then holds), off the CPU, in other dtypes than float32
-        and bfloat16, when a hook watches the values between the modules, and while other code traces or transforms.
+        Not so in training, under autocast (whose choice of dtypes then holds), off the CPU, in other dtypes than
+        float32 and bfloat16, when a hook watches the values between the modules, and while other code traces or
+        transforms.
         """
         if not isinstance(x, torch.Tensor) or torch.is_autocast_enabled("cpu"):
             return False
@@ -86,13 +87,14 @@ class Chain:
     def plain(self, x: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
         """The chain in torch, differentiable, with the given `parameters`."""
         weight, bias, gamma, beta, mean, var = parameters
+        assert weight is not None
         y = self.head.plain(x, weight, bias)
         if self.norm is not None:
             y = nn.functional.batch_norm(y, mean, var, gamma, beta, False, 0.0, self.norm.eps)
         return y if self.activation is None else self.activation.plain(y)
 
     def folded(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias with the batch norm in them: w * a and (b - mean) * a + beta, a = gamma / sqrt(var + eps), in fp64."""
+        """Weight and bias with the batch norm in them: w a, (b - mean) a + beta, a = gamma rsqrt(var + eps), fp64."""
         weight, bias, gamma, beta, mean, var = (None if t is None else t.detach() for t in self.parameters())
         assert weight is not None
         if self.norm is None:
@@ -110,7 +112,7 @@ class Chain:
 
 
 def _watched(module: nn.Module, inputs: bool) -> bool:
-    """Whether a hook sees the module's output (or, with `inputs`, its input), or its forward was replaced by another."""
+    """Whether a hook sees the module's output (or, with `inputs`, its input), or its forward was replaced."""
     if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__:
         return True
     return inputs and bool(module._forward_pre_hooks)
@@ -120,7 +122,7 @@ class Member(nn.Module):
     """What every module of a chain does: it tells the head when weights may have changed."""
 
     original: ClassVar[type[nn.Module]]  # the class of torch.nn that this one stands for
-    chain: Chain
+    chain: Any  # a Chain; a name to mypy would be one of a Tensor or a Module
 
     def train(self, mode: bool = True) -> Any:
         """As in torch; `eval()` packs the weights anew."""
@@ -143,10 +145,11 @@ class Member(nn.Module):
 class Head(Member):
     """A layer whose weights are packed for a kernel, together with its followers.
 
-    Packed weights are kept in a plain attribute, no buffer, so that `state_dict`, `buffers()` and what synchronizes them
-    stay as they were. They are packed again when a tensor they came from was replaced or changed in place (its data
-    pointer or version differs), and whenever the module enters evaluation, is moved or is loaded. A compiled program
-    cannot look at versions: it reads the packed weights as they are, which every event of the second kind renews in place.
+    Packed weights are kept in a plain attribute, no buffer, so that `state_dict`, `buffers()` and what synchronizes
+    them stay as they were. They are packed again when a tensor they came from was replaced or changed in place (its
+    data pointer or version differs), and whenever the module enters evaluation, is moved or is loaded. A compiled
+    program cannot look at versions: it reads the packed weights as they are, which every event of the second kind
+    renews in place.
     """
 
     ranks: ClassVar[tuple[int, ...]]
@@ -157,14 +160,15 @@ class Head(Member):
     _sources: tuple[torch.Tensor, ...] = ()  # kept alive so that no new tensor can come to stand at the same address
 
     weight: torch.Tensor
-    bias: torch.Tensor | None
+    bias: Any  # Tensor or None, which torch's own layers annotate in different ways
 
     def join(self, chain: Chain, precision: str = "fp32") -> None:
         """Become the head of `chain`, whose followers are `Member`s already."""
         if precision not in self.precisions:
             raise ValueError(f"precision must be one of {', '.join(self.precisions)}, not '{precision}'")
         self.precision = precision
-        for module in (self, *chain.followers):
+        members: tuple[Any, ...] = (self, *chain.followers)
+        for module in members:
             module.chain = chain
         self.refresh()
 

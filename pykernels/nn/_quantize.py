@@ -6,7 +6,7 @@ import torch
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric s8 per output channel (dimension 0): values in [-127, 127] and fp32 scales [channels], w ~ q * scale."""
+    """Symmetric s8 per output channel (dimension 0): q in [-127, 127] and fp32 scale [channels], w ~ q * scale."""
     weight = weight.float()
     extreme = weight.flatten(1).abs().amax(1) if weight.numel() else weight.new_zeros(weight.shape[0])
     scale = (extreme / 127).clamp_min(torch.finfo(torch.float32).tiny * 2**20)  # its reciprocal is finite

@@ -15,9 +15,13 @@ from pykernels.nn.follow import BY_NAME, BatchNorm2d
 class Conv(Head):
     """What one- and two-dimensional convolutions share: the kernels see [N, C, H, W], a line being H = 1."""
 
-    in_channels: int
-    out_channels: int
+    kernel_size: Any
+    stride: Any
+    dilation: Any
     groups: int
+    out_channels: int
+    _reversed_padding_repeated_twice: list[int]
+    _conv_forward: Any
 
     def _geometry(self) -> tuple[list[int], list[int], list[int], list[int]]:
         """kernel_size, stride, padding (left, right, top, bottom) and dilation as the ops take them."""
@@ -63,9 +67,10 @@ class Conv2d(Conv, nn.Conv2d):
     """`torch.nn.Conv2d` that runs `torch.ops.pykernels.conv2d` on packed weights in evaluation.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device, dtype: as `torch.nn.Conv2d`.
-        precision: ``"fp32"`` computes in the dtype of the weights; ``"bf16"`` rounds input and weights to bfloat16 for the
-            product, sums in fp32 and returns the input's dtype.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device, dtype: as
+        `torch.nn.Conv2d`.
+        precision: ``"fp32"`` computes in the dtype of the weights; ``"bf16"`` rounds input and weights to
+            bfloat16, sums in fp32 and returns the input's dtype.
 
     Shape: x [N, C, H, W] float32 or bfloat16, any layout -> [N, out_channels, H', W'] of the same dtype, channels_last.
     """

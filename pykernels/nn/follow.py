@@ -17,9 +17,7 @@ class Norm(Follower):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Its input where the head has done the work, else as torch has it."""
         if isinstance(x, fx.Proxy) and not self.training:  # torch's own forward asks a symbol for its rank
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            )
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         return super().forward(x)
 
 

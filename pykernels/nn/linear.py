@@ -17,8 +17,8 @@ class Linear(Head, nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as `torch.nn.Linear`.
-        precision: ``"fp32"`` computes in the dtype of the weights; ``"bf16"`` rounds input and weights to bfloat16 for the
-            product, sums in fp32 and returns the input's dtype.
+        precision: ``"fp32"`` computes in the dtype of the weights; ``"bf16"`` rounds input and weights to
+            bfloat16, sums in fp32 and returns the input's dtype.
 
     Shape: x [..., in_features] float32 or bfloat16 -> [..., out_features] of the same dtype.
     """
@@ -49,10 +49,10 @@ class Linear(Head, nn.Linear):
 
 
 class Int8Linear(Linear):
-    """`torch.nn.Linear` in int8 in evaluation: weights symmetric s8 per output channel, input quantized while it is read.
+    """`torch.nn.Linear` in int8 in evaluation: s8 weights, symmetric per output channel, and u8 input.
 
-    Without `x_scale` each row (token) of the input gets its own scale and zero point, which needs no calibration; with it
-    the whole tensor has this scale and zero point (u8). Parameters stay float; training is torch's own.
+    Without `x_scale` each row (token) of the input gets its own scale and zero point, which needs no calibration; with
+    it the whole tensor has this scale and zero point (u8). Parameters stay float; training is torch's own.
 
     Args:
         in_features, out_features, bias, device, dtype: as `torch.nn.Linear`.

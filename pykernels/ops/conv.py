@@ -27,8 +27,8 @@ def conv_bn_relu(
 ) -> torch.Tensor:
     """act((conv2d(x, weight) + bias - mean) / sqrt(var + eps) * gamma + beta [+ residual]), batch norm in evaluation.
 
-    Differentiable in x, weight, bias, gamma, beta and residual; the running statistics are constants. It folds and packs the
-    weights at every call: `pykernels.nn.ConvBNReLU` does so once.
+    Differentiable in x, weight, bias, gamma, beta and residual; the running statistics are constants. It folds and
+    packs the weights at every call: `pykernels.nn.ConvBNReLU` does so once.
 
     Args:
         x: [N, C, H, W], float32 or bfloat16, any layout.

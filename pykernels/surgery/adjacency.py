@@ -1,8 +1,9 @@
 """Which modules of a model follow each other: proved by tracing `forward` symbolically (torch.fx), never guessed.
 
-A module's forward proves what it traces to. Where a forward cannot be traced (it branches on values or shapes), its children
-are traced one by one, and nothing is proved of how it joins them; `nn.Sequential` is the common child that can be. That a
-module is called through its forward, and that no code reaches past it for its children, is taken for granted.
+A module's forward proves what it traces to. Where a forward cannot be traced (it branches on values or shapes), its
+children are traced one by one, and nothing is proved of how it joins them; `nn.Sequential` is the common child that can
+be. That a module is called through its forward, and that no code reaches past it for its children, is taken for
+granted.
 
 Nothing is run and the model is not touched: what is traced is a shadow of it, module objects with the same parameters.
 """
@@ -25,7 +26,7 @@ _MOST_VARIANTS = 8
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a module: the module that alone makes its input, the one that alone reads its output, where it stands."""
+    """One call of a module: which module alone makes its input, which alone reads its output, where it stands."""
 
     reads: int | None
     read_by: int | None
@@ -46,7 +47,7 @@ class Adjacency:
     opaque_children: set[int] = field(default_factory=set)
 
     def follower(self, module: nn.Module) -> int | None:
-        """The id of the one module that alone reads every output of `module` and reads nothing else; None if there is none."""
+        """The id of the module that alone reads every output of `module` and reads nothing else; None without one."""
         if id(module) in self.opaque_children:
             return None
         readers = {call.read_by for call in self.calls.get(id(module), ())}
@@ -80,6 +81,7 @@ def _prove(
 ) -> None:
     if _is_torch_leaf(module):
         return
+    calls: dict[int, list[_Call]] | None
     try:
         calls = _trace(module, opaque, originals)
     except Exception as error:  # a forward may fail in any way on a symbol instead of a tensor

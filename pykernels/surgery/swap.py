@@ -31,7 +31,15 @@ _POOLS: dict[type[nn.Module], type[nn.Module]] = {
     cls.original: cls for cls in (pool.MaxPool2d, pool.AvgPool2d, pool.AdaptiveAvgPool2d, pool.AdaptiveMaxPool2d)
 }
 # What computes nothing in evaluation needs no account.
-_SILENT = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_SILENT = (
+    nn.Identity,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.modules.dropout._DropoutNd,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.Sequential,
+)
 
 
 def swap(
@@ -44,14 +52,14 @@ def swap(
 
     `nn.Conv1d`, `nn.Conv2d`, `nn.Linear` and the two-dimensional pools are swapped; batch norms and activations that
     provably follow a convolution or a linear layer, and alone read it, are computed by its kernel. The model stays the
-    same `nn.Module` with the same `state_dict`, hooks and forward; `train()` gives torch's own layers back, `eval()` ours.
-    A model swapped before is swapped anew.
+    same `nn.Module` with the same `state_dict`, hooks and forward; `train()` gives torch's own layers back, `eval()`
+    ours. A model swapped before is swapped anew.
 
     Args:
         model: any module with layers on the CPU in float32 or bfloat16.
         precision: ``"fp32"`` keeps the dtype of the weights; ``"bf16"`` multiplies in bfloat16 with fp32 sums;
-            ``"int8"`` makes linear layers int8 with scales per token and, with `calibration`, convolutions int8 with static
-            scales. Between modules values keep the dtype of the weights.
+            ``"int8"`` makes linear layers int8 with scales per token and, with `calibration`, convolutions int8 with
+            static scales. Between modules values keep the dtype of the weights.
         calibration: inputs of the model, each a tensor, a tuple of arguments or a dict of keyword arguments; only int8
             reads them. 100 typical samples are plenty.
         example_inputs: one such input. With it the fused model is compared with the original before `swap` returns.
@@ -101,7 +109,7 @@ def swap(
         report.conversions = sum(isinstance(head, conv.Conv) for head in heads) - len(floats)
     for name, reason in found.opaque.items():
         report.notes.append(
-            f"{name or type(model).__name__} cannot be traced, so the layers that it calls itself are not fused ({reason})"
+            f"{name or type(model).__name__} cannot be traced, so layers that it calls itself are not fused ({reason})"
         )
     _account(report, modules, names, refused, found)
     return report
@@ -111,7 +119,7 @@ def restore(model: nn.Module) -> None:
     """Undo `swap`: every module gets its class of `torch.nn` back."""
     for module in model.modules():
         if isinstance(module, Member | pool.Pool):
-            module.__class__ = module.original
+            module.__class__ = module.original  # type: ignore[assignment]
             for name in ("chain", "packed", "precision", "x_scale", "x_zero_point", "_key", "_sources"):
                 module.__dict__.pop(name, None)
 
@@ -180,7 +188,7 @@ def _swap_layer(
     return head
 
 
-def _make_int8(head: Head, parameters: tuple[float, int] | None) -> None:
+def _make_int8(head: Any, parameters: tuple[float, int] | None) -> None:
     if isinstance(head, conv.Conv):
         if parameters is None:
             return
@@ -258,8 +266,8 @@ def _compare(model: nn.Module, expected: Any, example_inputs: Any, precision: st
         if not error <= tolerance * max(size, 1e-12):
             restore(model)
             raise RuntimeError(
-                f"example_inputs: the swapped model differs from the original by {error / max(size, 1e-12):.2g} of its norm; "
-                "some code calls layers of the model otherwise than its forward does"
+                f"example_inputs: the swapped model differs from the original by {error / max(size, 1e-12):.2g} of its "
+                "norm; some code calls layers of the model otherwise than its forward does"
             )
 
 

@@ -391,7 +391,9 @@ def test_a_hook_sees_what_it_would_have_seen(where: str, kind: str) -> None:
 
         def hook(_, *rest, values=values) -> None:
             for item in rest:
-                values.extend(t.detach().clone() for t in (item if isinstance(item, tuple) else (item,)) if t is not None)
+                values.extend(
+                    t.detach().clone() for t in (item if isinstance(item, tuple) else (item,)) if t is not None
+                )
 
         handle = getattr(module.get_submodule(index), f"register_{kind}_hook")(hook)
         module(x).square().sum().backward()
