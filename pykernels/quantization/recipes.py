@@ -67,7 +67,7 @@ def export_graph(
         Exception: what ``torch.export`` raises when every way of capturing failed.
     """
     if isinstance(model, ExportedProgram):
-        return model.module()  # type: ignore[return-value]
+        return model.module()
     inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     if not any(isinstance(x, torch.Tensor) for x in inputs):
         raise ValueError("example_inputs: expected a tuple holding at least one tensor, such as (x,)")
@@ -96,7 +96,7 @@ def export_graph(
                 except Exception as error:  # torch.export fails in many ways; the last one is reported
                     failure = error
                 else:
-                    return exported.module()  # type: ignore[return-value]
+                    return exported.module()
     finally:
         model.train(was_training)
     assert failure is not None

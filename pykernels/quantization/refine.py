@@ -228,7 +228,7 @@ class _Rows:
             picked = [torch.randperm(len(rows), generator=generator)[:each] for rows in flat]
             self.inputs = torch.cat([rows[at] for rows, at in zip(flat, picked, strict=True)])[:, None]
         else:
-            self.groups = int(argument(node, 6, "groups", 1))  # type: ignore[call-overload]
+            self.groups = int(argument(node, 6, "groups", 1))
             wanted = self._wanted(weight[0].numel())
             each = -(-wanted // len(values))
             patches = [_patches(node, weight, value, each, generator) for value in values]
@@ -302,7 +302,7 @@ def _call(function: Callable[..., Any], node: Node, values: dict[Node, list[Any]
 def _channel_mean(values: list[torch.Tensor], channel: int) -> torch.Tensor:
     total = sum(value.movedim(channel, 0).flatten(1).double().sum(1) for value in values)
     count = sum(value.numel() for value in values) // values[0].shape[channel]
-    return (total / count).float()  # type: ignore[operator]
+    return (total / count).float()
 
 
 def _elements_of_one(value: torch.Tensor) -> int:

@@ -49,7 +49,7 @@ def prepare_qat(
     graph = export_graph(model, example_inputs, dynamic_shapes=dynamic_shapes, training=True)
     _own_parameters(graph)
     epsilons = {
-        node.args[4].target: float(argument(node, 7, "eps", TORCHAO_EPSILON))  # type: ignore[arg-type]
+        node.args[4].target: float(argument(node, 7, "eps", TORCHAO_EPSILON))
         for node in graph.graph.nodes
         if is_call(node, BATCH_NORMS) and is_call(node.args[0], CONVOLUTIONS)
     }

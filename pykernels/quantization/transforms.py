@@ -66,7 +66,7 @@ def _aliased(overwritten: Node, writer: Node, order: dict[Node, int]) -> bool:
     """True when a view of ``overwritten``, or what it views, is read after ``writer``: it would see the write."""
     base = overwritten
     while is_view(base):
-        base = base.args[0]  # type: ignore[assignment]
+        base = base.args[0]
     pending, seen = [base], {base}
     while pending:
         value = pending.pop()
@@ -114,7 +114,7 @@ def _is_shifted_relu6(node: Node) -> bool:
 
 def _replace(model: GraphModule, node: Node, target: object, value: Node) -> None:
     with model.graph.inserting_before(node):
-        merged = model.graph.call_function(target, (value,))  # type: ignore[arg-type]
+        merged = model.graph.call_function(target, (value,))
     merged.meta = dict(node.meta)
     node.replace_all_uses_with(merged)
     model.graph.eliminate_dead_code()
