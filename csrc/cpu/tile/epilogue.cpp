@@ -32,55 +32,75 @@ PK_INLINE void store_out(const Epilogue& e, const Requantize& q, int64_t at, f32
     store_i32(static_cast<int8_t*>(e.out) + at, requantize(q, f), n);
 }
 
-template <bool kInteger, Dtype kOut>
-void run(const Epilogue& e, const EpilogueArgs& t) {
-  const int32_t low = kOut == Dtype::s8 ? -128 : 0;
-  const Requantize q = requantizer(e.inverse_scale, e.zero_point, low, low + 255);
-  for (int64_t j = 0; j < t.columns; j += kLanes) {
-    const int n = t.columns - j < kLanes ? static_cast<int>(t.columns - j) : kLanes;
-    const f32 bias = e.bias ? load(e.bias + t.packed + j, n) : set1(0.0f);
-    f32 weight_scale = set1(1.0f), scale = set1(1.0f);
-    i32 sum = set1_i32(0), shift = set1_i32(0);
+// One column block of n columns, all rows. kPlain: neither residual nor per-row scales, and an activation that only clamps;
+// it is most layers' epilogue, and has no branch in its loop.
+template <bool kInteger, Dtype kOut, bool kPlain>
+PK_INLINE void block(const Epilogue& e, const EpilogueArgs& t, int64_t j, int n) {
+  const int32_t lowest = kOut == Dtype::s8 ? -128 : 0;
+  const Requantize q = requantizer(e.inverse_scale, e.zero_point, lowest, lowest + 255);
+  const f32 bias = e.bias ? load(e.bias + t.packed + j, n) : set1(-0.0f);  // x + -0 is x, whatever x
+  const f32 low = set1(e.activation == Activation::none ? -__builtin_inff() : 0.0f);
+  const f32 high = set1(e.activation == Activation::relu6 ? 6.0f : __builtin_inff());
+  f32 weight_scale = set1(1.0f), scale = set1(1.0f);
+  i32 sum = set1_i32(0), shift = set1_i32(0);
+  if constexpr (kInteger) {
+    weight_scale = load(e.scale + t.packed + j, n);
+    sum = load_i32(e.sum + t.packed + j, n);
+    scale = mul(set1(e.x_scale), weight_scale);
+    shift = mul(set1_i32(e.x_zero_point), sum);
+  }
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const int64_t at = (t.row + r) * e.out_stride + t.channel + j;
+    f32 f;
     if constexpr (kInteger) {
-      weight_scale = load(e.scale + t.packed + j, n);
-      sum = load_i32(e.sum + t.packed + j, n);
-      scale = mul(set1(e.x_scale), weight_scale);
-      shift = mul(set1_i32(e.x_zero_point), sum);
-    }
-    for (int64_t r = 0; r < t.rows; ++r) {
-      const int64_t at = (t.row + r) * e.out_stride + t.channel + j;
-      f32 f;
-      if constexpr (kInteger) {
-        if (e.row_scale) {
-          scale = mul(set1(e.row_scale[t.row + r]), weight_scale);
-          shift = mul(set1_i32(e.row_zero_point[t.row + r]), sum);
-        }
-        const i32 acc = sub(load_i32(static_cast<const int32_t*>(t.c) + r * t.ldc + j, kLanes), shift);
-        if constexpr (kOut == Dtype::s32) {
-          store_i32(static_cast<int32_t*>(e.out) + at, acc, n);
-          continue;
-        }
-        f = mul(to_f32(acc), scale);
-      } else {
-        f = load(static_cast<const float*>(t.c) + r * t.ldc + j, kLanes);
+      if (!kPlain && e.row_scale) {
+        scale = mul(set1(e.row_scale[t.row + r]), weight_scale);
+        shift = mul(set1_i32(e.row_zero_point[t.row + r]), sum);
       }
-      if (e.bias) f = add(f, bias);
+      const i32 acc = sub(load_i32(static_cast<const int32_t*>(t.c) + r * t.ldc + j), shift);
+      if constexpr (kOut == Dtype::s32) {
+        store_i32(static_cast<int32_t*>(e.out) + at, acc, n);
+        continue;
+      }
+      f = mul(to_f32(acc), scale);
+    } else {
+      f = load(static_cast<const float*>(t.c) + r * t.ldc + j, kLanes);
+    }
+    f = add(f, bias);
+    if constexpr (kPlain) {
+      f = min(high, max(low, f));
+    } else {
       if (e.residual && !e.residual_after) f = add(f, load_residual(e, at, n));
       f = activate(e.activation, f);
       if (e.residual && e.residual_after) f = add(f, load_residual(e, at, n));
-      store_out<kOut>(e, q, at, f, n);
     }
+    store_out<kOut>(e, q, at, f, n);
   }
+}
+
+template <bool kInteger, Dtype kOut, bool kPlain>
+void run(const Epilogue& e, const EpilogueArgs& t) {
+  int64_t j = 0;
+  for (; j + kLanes <= t.columns; j += kLanes) block<kInteger, kOut, kPlain>(e, t, j, kLanes);
+  if (j < t.columns) block<kInteger, kOut, kPlain>(e, t, j, static_cast<int>(t.columns - j));
+}
+
+template <bool kInteger, Dtype kOut>
+void choose(const Epilogue& e, const EpilogueArgs& t) {
+  if (!e.residual && !e.row_scale && e.activation <= Activation::relu6)
+    run<kInteger, kOut, true>(e, t);
+  else
+    run<kInteger, kOut, false>(e, t);
 }
 
 template <bool kInteger>
 void epilogue(const Epilogue& e, const EpilogueArgs& t) {
   switch (e.out_dtype) {
-    case Dtype::f32: return run<kInteger, Dtype::f32>(e, t);
-    case Dtype::bf16: return run<kInteger, Dtype::bf16>(e, t);
-    case Dtype::u8: return run<kInteger, Dtype::u8>(e, t);
-    case Dtype::s8: return run<kInteger, Dtype::s8>(e, t);
-    case Dtype::s32: return run<true, Dtype::s32>(e, t);
+    case Dtype::f32: return choose<kInteger, Dtype::f32>(e, t);
+    case Dtype::bf16: return choose<kInteger, Dtype::bf16>(e, t);
+    case Dtype::u8: return choose<kInteger, Dtype::u8>(e, t);
+    case Dtype::s8: return choose<kInteger, Dtype::s8>(e, t);
+    case Dtype::s32: return run<true, Dtype::s32, true>(e, t);
   }
 }
 
