@@ -1,0 +1,17 @@
+"""Whole classifiers: fp32, bf16 and int8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.families import measure, parameters
+from pykernels.bench import Case
+from pykernels.bench.rivals import Rival
+
+
+@pytest.mark.parametrize(("make", "rival"), parameters("network"))
+def test_network(benchmark: BenchmarkFixture, make: Callable[[], Case], rival: Rival) -> None:
+    measure(benchmark, make, rival)

@@ -1,0 +1,17 @@
+"""Maximum, average and global pooling on floats and on bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.families import measure, parameters
+from pykernels.bench import Case
+from pykernels.bench.rivals import Rival
+
+
+@pytest.mark.parametrize(("make", "rival"), parameters("pool"))
+def test_pool(benchmark: BenchmarkFixture, make: Callable[[], Case], rival: Rival) -> None:
+    measure(benchmark, make, rival)
