@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "common/activation.h"
+
 #define PK_CHECK(condition, ...) STD_TORCH_CHECK(condition, "pykernels: ", __VA_ARGS__)
 
 namespace pykernels {
@@ -84,6 +86,17 @@ inline void check_zero_point(const char* op, const char* name, int64_t zero_poin
   const int64_t low = t == ScalarType::Byte ? 0 : -128, high = low + 255;
   PK_CHECK(zero_point >= low && zero_point <= high, op, ": ", name, " must lie in [", low, ", ", high, "] for ",
            dtype_name(t), ", not ", zero_point);
+}
+
+inline Activation activation_by_name(const char* op, const std::string& name) {
+  int i = 0;
+  for (const char* known : kActivationNames) {
+    if (name == known) return static_cast<Activation>(i);
+    ++i;
+  }
+  PK_CHECK(false, op,
+           ": activation must be one of none, relu, relu6, hardswish, hardsigmoid, silu, sigmoid, gelu, tanh, not '", name,
+           "'");
 }
 
 // The pair of an int[2] argument.

@@ -7,17 +7,6 @@
 namespace pykernels {
 namespace {
 
-Activation checked_activation(const char* op, const std::string& name) {
-  int i = 0;
-  for (const char* known : kActivationNames) {
-    if (name == known) return static_cast<Activation>(i);
-    ++i;
-  }
-  PK_CHECK(false, op,
-           ": activation must be one of none, relu, relu6, hardswish, hardsigmoid, silu, sigmoid, gelu, tanh, not '", name,
-           "'");
-}
-
 // b is [N, C, 1, 1] (and not simply of a's shape) against a's [N, C, H, W].
 bool is_per_channel(const Tensor& a, const Tensor& b) {
   return a.dim() == 4 && b.dim() == 4 && b.size(0) == a.size(0) && b.size(1) == a.size(1) && b.size(2) == 1 && b.size(3) == 1;
@@ -49,7 +38,7 @@ Tensor elementwise(const char* op, const Tensor& a, const Tensor& b, double a_sc
   if (same || !(channels_last || dense_a.is_contiguous())) {
     const Tensor dense_b = in_layout_of(dense_a, b);
     const QuantizedInput in_b = quantized_input(dense_b, b_scale, b_zero_point);
-    parallel(a.numel(), 1, [&](int64_t begin, int64_t end) {
+    parallel_steps(a.numel(), 1, [&](int64_t begin, int64_t end) {
       kernel(from(in_a, begin), from(in_b, begin), Operand::same, 1, end - begin, from(to, begin));
     });
     return out;
@@ -59,7 +48,7 @@ Tensor elementwise(const char* op, const Tensor& a, const Tensor& b, double a_sc
   const QuantizedInput in_b = quantized_input(factors, b_scale, b_zero_point);
   const int64_t channels = a.size(1), pixels = a.size(2) * a.size(3);
   if (channels_last) {  // rows of channels; those of one image share a row of factors
-    parallel(a.size(0) * pixels, channels, [&](int64_t begin, int64_t end) {
+    parallel_steps(a.size(0) * pixels, channels, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t image = begin / pixels, next = std::min(end, (image + 1) * pixels);
         kernel(from(in_a, begin * channels), from(in_b, image * channels), Operand::columns, next - begin, channels,
@@ -68,7 +57,7 @@ Tensor elementwise(const char* op, const Tensor& a, const Tensor& b, double a_sc
       }
     });
   } else {  // planes of pixels, one factor each
-    parallel(a.size(0) * channels, pixels, [&](int64_t begin, int64_t end) {
+    parallel_steps(a.size(0) * channels, pixels, [&](int64_t begin, int64_t end) {
       kernel(from(in_a, begin * pixels), from(in_b, begin), Operand::rows, end - begin, pixels, from(to, begin * pixels));
     });
   }
@@ -77,7 +66,7 @@ Tensor elementwise(const char* op, const Tensor& a, const Tensor& b, double a_sc
 
 Tensor qadd(const Tensor& a, const Tensor& b, double a_scale, int64_t a_zero_point, double b_scale, int64_t b_zero_point,
             double out_scale, int64_t out_zero_point, ScalarType out_dtype, std::string activation) {
-  const Activation act = checked_activation("qadd", activation);
+  const Activation act = activation_by_name("qadd", activation);
   const auto add = quantize_kernels().add;
   return elementwise("qadd", a, b, a_scale, a_zero_point, b_scale, b_zero_point, out_scale, out_zero_point, out_dtype,
                      [&](const QuantizedInput& x, const QuantizedInput& y, Operand operand, int64_t rows, int64_t n,
@@ -154,7 +143,7 @@ Tensor qcat(std::vector<Tensor> xs, std::vector<double> scales, Ints zero_points
   const QuantizedOutput to = quantized_output(out, out_scale, out_zero_point);
   const auto requantize = quantize_kernels().requantize;
   // Each thread fills its own stretch of the output, row by row and piece by piece.
-  parallel(outer * row, 1, [&](int64_t begin, int64_t end) {
+  parallel_steps(outer * row, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin / row; r * row < end; ++r)
       for (const Piece& piece : pieces) {
         const int64_t start = r * row + piece.offset;
@@ -181,7 +170,7 @@ Tensor qlookup(const Tensor& x, const Tensor& table) {
   const uint8_t* values = static_cast<const uint8_t*>(entries.const_data_ptr());
   uint8_t* to = static_cast<uint8_t*>(out.mutable_data_ptr());
   const auto kernel = quantize_kernels().lookup;
-  parallel(x.numel(), 1, [&](int64_t begin, int64_t end) { kernel(from_x + begin, end - begin, values, to + begin); });
+  parallel_steps(x.numel(), 1, [&](int64_t begin, int64_t end) { kernel(from_x + begin, end - begin, values, to + begin); });
   return out;
 }
 

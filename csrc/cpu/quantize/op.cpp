@@ -27,7 +27,7 @@ Tensor quantize_per_tensor(const Tensor& x, double scale, int64_t zero_point, Sc
   const Reals from_x = reals(source);
   const QuantizedOutput out = quantized_output(q, scale, zero_point);
   const auto kernel = quantize_kernels().quantize;
-  parallel(x.numel(), 1,
+  parallel_steps(x.numel(), 1,
            [&](int64_t begin, int64_t end) { kernel(from_x.at(begin), from_x.bf16, end - begin, from(out, begin)); });
   return q;
 }
@@ -43,7 +43,7 @@ Tensor dequantize_per_tensor(const Tensor& x, double scale, int64_t zero_point, 
   const QuantizedInput in = quantized_input(source, scale, zero_point);
   const Reals to_y = reals(y);
   const auto kernel = quantize_kernels().dequantize;
-  parallel(x.numel(), 1,
+  parallel_steps(x.numel(), 1,
            [&](int64_t begin, int64_t end) { kernel(from(in, begin), end - begin, to_y.at(begin), to_y.bf16); });
   return y;
 }
@@ -88,7 +88,7 @@ struct Channels {
   // run(channel, begin, end) over runs of memory that lie in one channel.
   template <class F>
   void each_run(int64_t numel, const F& run) const {
-    parallel(numel, 1, [&](int64_t begin, int64_t end) {
+    parallel_steps(numel, 1, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t index = begin / inner, next = std::min(end, (index + 1) * inner);
         run(index % size(), begin, next);
@@ -112,7 +112,7 @@ Tensor quantize_per_channel(const Tensor& x, const Tensor& scale, const Tensor& 
   if (channels.inner == 1) {
     const int64_t n = channels.size();
     const ChannelParameters parameters{channels.inverse_scale.data(), channels.zero_point.data()};
-    parallel(x.numel() / n, n, [&](int64_t begin, int64_t end) {
+    parallel_steps(x.numel() / n, n, [&](int64_t begin, int64_t end) {
       kernels.quantize_channels(from_x.at(begin * n), from_x.bf16, end - begin, n, parameters, from(out, begin * n));
     });
   } else {
@@ -141,7 +141,7 @@ Tensor dequantize_per_channel(const Tensor& x, const Tensor& scale, const Tensor
   if (channels.inner == 1) {
     const int64_t n = channels.size();
     const ChannelParameters parameters{channels.scale.data(), channels.zero_point.data()};
-    parallel(x.numel() / n, n, [&](int64_t begin, int64_t end) {
+    parallel_steps(x.numel() / n, n, [&](int64_t begin, int64_t end) {
       kernels.dequantize_channels(from(in, begin * n), end - begin, n, parameters, to_y.at(begin * n), to_y.bf16);
     });
   } else {
@@ -181,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x, ScalarTyp
   int32_t* zero_points = mutable_pointer<int32_t>(zero_point);
   void* bytes = q.mutable_data_ptr();
   const QuantizeKernels& kernels = quantize_kernels();
-  parallel(scale.numel(), n, [&](int64_t begin, int64_t end) {
+  parallel_steps(scale.numel(), n, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       if (dtype == ScalarType::Byte) {
         kernels.quantize_row(from_x.at(row * n), from_x.bf16, n, static_cast<uint8_t*>(bytes) + row * n, scales + row,
@@ -219,7 +219,7 @@ Tensor dequantize_per_token(const Tensor& x, const Tensor& scale, const Tensor& 
   const QuantizedInput in = quantized_input(source, 1.0, 0);
   const Reals to_y = reals(y);
   const auto kernel = quantize_kernels().dequantize;
-  parallel(s.numel(), n, [&](int64_t begin, int64_t end) {
+  parallel_steps(s.numel(), n, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       QuantizedInput run = from(in, row * n);
       run.scale = scales[row];
@@ -245,7 +245,7 @@ std::tuple<Tensor, Tensor> quantize_per_block(const Tensor& x, int64_t block_siz
   int8_t* bytes = mutable_pointer<int8_t>(q);
   float* scales = mutable_pointer<float>(scale);
   const auto kernel = quantize_kernels().quantize_row_s8;
-  parallel(count, block_size, [&](int64_t begin, int64_t end) {
+  parallel_steps(count, block_size, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * block_size;
       kernel(from_x.at(first), from_x.bf16, std::min(block_size, n - first), bytes + first, scales + block);
@@ -269,7 +269,7 @@ Tensor dequantize_per_block(const Tensor& x, const Tensor& scale, int64_t block_
   const QuantizedInput in = quantized_input(source, 1.0, 0);
   const Reals to_y = reals(y);
   const auto kernel = quantize_kernels().dequantize;
-  parallel(count, block_size, [&](int64_t begin, int64_t end) {
+  parallel_steps(count, block_size, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * block_size;
       QuantizedInput run = from(in, first);

@@ -13,7 +13,7 @@ inline constexpr int64_t kGrain = int64_t{1} << 15;
 
 // f(begin, end) over [0, n), `each` elements a step, on the host framework's threads.
 template <class F>
-void parallel(int64_t n, int64_t each, const F& f) {
+void parallel_steps(int64_t n, int64_t each, const F& f) {
   if (n > 0) torch::stable::parallel_for(0, n, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, each)), f);
 }
 

@@ -1,6 +1,7 @@
 // The micro-kernels under every GEMM and convolution: a dot tile, and the epilogue that turns its accumulators into output.
 #pragma once
 
+#include "common/activation.h"
 #include "common/packed.h"
 #include "cpu/isa/isa.h"
 
@@ -34,7 +35,6 @@ struct DotKernels {
 };
 PYKERNELS_TABLE(DotKernels, dot_kernels)
 
-enum class Activation : int;
 enum class Dtype : int32_t { f32, bf16, u8, s8, s32 };
 
 // What happens to a tile on its way out; all arithmetic in fp32, multiplication and addition rounded apart:

@@ -3,25 +3,6 @@
 #include <algorithm>
 
 namespace pykernels {
-namespace {
-
-// In the order of enum class Activation (cpu/isa/math.h).
-constexpr const char* kActivationNames[] = {"none", "relu",    "relu6", "hardswish", "hardsigmoid",
-                                            "silu", "sigmoid", "gelu",  "tanh"};
-
-}  // namespace
-
-Activation activation_by_name(const char* op, const std::string& name) {
-  int found = -1, i = 0;
-  for (const char* known : kActivationNames) {
-    if (name == known) found = i;
-    ++i;
-  }
-  PK_CHECK(found >= 0, op,
-           ": activation must be one of none, relu, relu6, hardswish, hardsigmoid, silu, sigmoid, gelu, tanh, not '", name,
-           "'");
-  return static_cast<Activation>(found);
-}
 
 bool residual_after_activation(const char* op, const std::string& order) {
   PK_CHECK(order == "before" || order == "after", op, ": residual_order must be 'before' or 'after' the activation, not '",

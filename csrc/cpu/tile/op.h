@@ -12,7 +12,6 @@ namespace pykernels {
 // Products of u8 and s8 summed in s32 cannot overflow below this many.
 inline constexpr int64_t kMaxReduction = (int64_t{1} << 31) / (255 * 128) - 1;
 
-Activation activation_by_name(const char* op, const std::string& name);
 bool residual_after_activation(const char* op, const std::string& order);
 Dtype dtype_of(ScalarType t);
 Element element_of(ScalarType t);
