@@ -1,10 +1,15 @@
-"""Convolution, batch norm and activation in one op on plain tensors."""
+"""Convolutions: over packed weights in fp32, bf16 and int8 (inference), and `conv_bn_relu` on plain tensors (with gradient).
+
+``x`` is [N, C, H, W] in any layout; channels_last is used as it is, another layout is converted once. Results are
+channels_last. ``padding`` is one number, (height, width), or (left, right, top, bottom). Bad arguments raise
+``RuntimeError`` with the argument's name. A 1-D convolution is a 2-D one of height 1: `conv1d`.
+"""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["conv_bn_relu"]
+__all__ = ["conv1d", "conv2d", "conv2d_pack", "conv_bn_relu", "qconv2d", "qconv2d_pack"]
 
 
 def conv_bn_relu(
@@ -62,6 +67,134 @@ def conv_bn_relu(
         residual,
         residual_order,
     )
+
+
+def conv2d_pack(weight: torch.Tensor, bias: torch.Tensor | None = None, groups: int = 1) -> torch.Tensor:
+    """Pack ``weight`` [O, C / groups, kh, kw] (float32 or bfloat16, batch norm folded already) and ``bias`` [O]."""
+    packed: torch.Tensor = torch.ops.pykernels.conv2d_pack(weight, bias, groups)
+    return packed
+
+
+def conv2d(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    out_channels: int,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | tuple[int, int, int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+    residual_order: str = "before",
+) -> torch.Tensor:
+    """act(conv2d(x, weight) + bias [+ residual]) with fp32 sums; x float32 or bfloat16, as the weights were.
+
+    Args:
+        packed: what `conv2d_pack` returned for weights of this `out_channels`, `kernel_size` and `groups`.
+        activation: none, relu, relu6, hardswish, hardsigmoid, silu, sigmoid, gelu (erf) or tanh.
+        residual: of the result's shape, added before or after the activation as `residual_order` says.
+    """
+    y: torch.Tensor = torch.ops.pykernels.conv2d(
+        x,
+        packed,
+        out_channels,
+        _pair(kernel_size),
+        _pair(stride),
+        sides(padding),
+        _pair(dilation),
+        groups,
+        activation,
+        residual,
+        residual_order,
+    )
+    return y
+
+
+def conv1d(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    out_channels: int,
+    kernel_size: int,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    activation: str = "none",
+) -> torch.Tensor:
+    """`conv2d` of x [N, C, L] as an image of height 1; weights packed as [O, C / groups, 1, k]. Returns [N, O, L']."""
+    y = conv2d(
+        x.unsqueeze(2),
+        packed,
+        out_channels,
+        (1, kernel_size),
+        (1, stride),
+        (0, padding),
+        (1, dilation),
+        groups,
+        activation,
+    )
+    return y.squeeze(2)
+
+
+def qconv2d_pack(
+    weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None = None, groups: int = 1
+) -> torch.Tensor:
+    """Pack int8 ``weight`` [O, C / groups, kh, kw], symmetric with ``weight_scale`` [O] (float32), and real ``bias`` [O]."""
+    packed: torch.Tensor = torch.ops.pykernels.qconv2d_pack(weight, weight_scale, bias, groups)
+    return packed
+
+
+def qconv2d(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    out_channels: int,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | tuple[int, int, int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    x_scale: float,
+    x_zero_point: int = 0,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+    out_dtype: torch.dtype = torch.uint8,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+    residual_scale: float = 1.0,
+    residual_zero_point: int = 0,
+    residual_order: str = "before",
+) -> torch.Tensor:
+    """`conv2d` on int8: exact s32 sums, bias, residual and activation in fp32, requantized in the same pass.
+
+    Args:
+        x: uint8 or int8, standing for (x - x_zero_point) * x_scale; padding counts as the real number 0.
+        packed: what `qconv2d_pack` returned for weights of this `out_channels`, `kernel_size` and `groups`.
+        out_dtype: uint8 or int8 with `out_scale` and `out_zero_point`; or float32 or bfloat16 without.
+        residual: of the result's shape: float32, bfloat16, or 8 bit with `residual_scale` and `residual_zero_point`.
+    """
+    y: torch.Tensor = torch.ops.pykernels.qconv2d(
+        x,
+        packed,
+        out_channels,
+        _pair(kernel_size),
+        _pair(stride),
+        sides(padding),
+        _pair(dilation),
+        groups,
+        x_scale,
+        x_zero_point,
+        out_scale,
+        out_zero_point,
+        out_dtype,
+        activation,
+        residual,
+        residual_scale,
+        residual_zero_point,
+        residual_order,
+    )
+    return y
 
 
 def _pair(value: int | tuple[int, int]) -> list[int]:

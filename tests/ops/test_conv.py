@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pykernels import reference
+from pykernels.ops import conv
 
 ops = torch.ops.pykernels
 
@@ -232,3 +233,20 @@ class TestBadArguments:
             run_quantized(x, w, scale, b, c, 0.1, 0)
         with pytest.raises(RuntimeError, match="residual must have the output's shape"):
             run_quantized(x, w, scale, b, c, 0.1, 0, 0.1, 0, torch.uint8, "none", x)
+
+
+class TestPublicFunctions:
+    def test_conv2d_and_qconv2d_take_numbers_and_pairs(self) -> None:
+        c = CONVS["3x3"]
+        x, (w, b) = torch.randn(1, 16, 8, 8), weights(c)
+        y = conv.conv2d(x, conv.conv2d_pack(w, b), 32, 3, padding=(1, 1), activation="relu")
+        expected = reference.conv2d(x, w, b, *c.geometry, "relu")
+        torch.testing.assert_close(y, expected, check_stride=False, **CLOSE[torch.float32])
+        q, (wq, scale, b) = integers(x.shape, torch.uint8), int8_weights(c)
+        y = conv.qconv2d(q, conv.qconv2d_pack(wq, scale, b), 32, 3, padding=1, x_scale=0.02, out_scale=0.3)
+        assert torch.equal(y, reference.qconv2d(q, wq, scale, b, *c.geometry, 0.02, 0, 0.3))
+
+    def test_conv1d_is_torch_s(self) -> None:
+        x, w, b = torch.randn(2, 7, 30), torch.randn(9, 7, 5), torch.randn(9)
+        y = conv.conv1d(x, conv.conv2d_pack(w.unsqueeze(2), b), 9, 5, stride=2, padding=3, dilation=2)
+        torch.testing.assert_close(y, torch.nn.functional.conv1d(x, w, b, 2, 3, 2), **CLOSE[torch.float32])

@@ -1,0 +1,96 @@
+"""Linear layers on packed weights, in fp32, bf16 and int8.
+
+Weights are packed once (`linear_pack`, `int8_linear_pack`) into a uint8 tensor that holds them in the order the kernels
+read, with scales, bias and zero-point compensation; its bytes are the same on every isa, so it can be saved and moved. All
+functions here are for inference and have no gradient. Leading dimensions of ``x`` are rows; any strides are accepted.
+
+Bad arguments raise ``RuntimeError`` with the argument's name; a packed tensor that is truncated, damaged or made for other
+weights is refused.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["int8_linear", "int8_linear_pack", "int8_mm", "linear", "linear_pack"]
+
+
+def int8_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The exact integer product ``a @ b``.
+
+    Args:
+        a: [..., M, K], uint8 or int8.
+        b: [K, N], int8, any strides. Packed at every call: for constant weights use `int8_linear`.
+
+    Returns:
+        [..., M, N], int32. K is at most 65,792, below which no sum can overflow.
+    """
+    y: torch.Tensor = torch.ops.pykernels.int8_mm(a, b)
+    return y
+
+
+def linear_pack(weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Pack ``weight`` [N, K] (float32 or bfloat16) and ``bias`` [N] for `linear`."""
+    packed: torch.Tensor = torch.ops.pykernels.linear_pack(weight, bias)
+    return packed
+
+
+def linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    out_features: int,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+    residual_order: str = "before",
+) -> torch.Tensor:
+    """``activation(x @ weight.T + bias)``, with fp32 sums.
+
+    Args:
+        x: [..., K], float32 or bfloat16, as the weights were.
+        packed: what `linear_pack` returned; `out_features`: its N.
+        activation: none, relu, relu6, hardswish, hardsigmoid, silu, sigmoid, gelu (erf) or tanh.
+        residual: [..., N], float32 or bfloat16, added before or after the activation as `residual_order` says.
+
+    Returns:
+        [..., N] of x's dtype.
+    """
+    y: torch.Tensor = torch.ops.pykernels.linear(x, packed, out_features, activation, residual, residual_order)
+    return y
+
+
+def int8_linear_pack(
+    weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Pack int8 ``weight`` [N, K], symmetric with ``weight_scale`` [N] (float32), and real ``bias`` [N]."""
+    packed: torch.Tensor = torch.ops.pykernels.int8_linear_pack(weight, weight_scale, bias)
+    return packed
+
+
+def int8_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    out_features: int,
+    x_scale: float | None = None,
+    x_zero_point: int = 0,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+    out_dtype: torch.dtype | None = None,
+    activation: str = "none",
+) -> torch.Tensor:
+    """A linear layer on int8 weights: exact s32 sums, requantized in the same pass.
+
+    Args:
+        x: [..., K]. uint8 or int8 with `x_scale` and `x_zero_point`; or float32 or bfloat16, then quantized here, per token
+            by each row's own range when `x_scale` is None, else per tensor.
+        packed: what `int8_linear_pack` returned; `out_features`: its N.
+        out_dtype: float32, bfloat16, uint8 or int8; by default x's for a float x, else float32.
+        out_scale, out_zero_point: for an 8-bit `out_dtype`, and only then.
+        activation: as for `linear`, applied in fp32 before the result is requantized.
+
+    Returns:
+        [..., N] of `out_dtype`.
+    """
+    y: torch.Tensor = torch.ops.pykernels.int8_linear(
+        x, packed, out_features, x_scale, x_zero_point, out_scale, out_zero_point, out_dtype, activation
+    )
+    return y
