@@ -64,6 +64,10 @@ PK_INLINE f32 abs(f32 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 PK_INLINE f32 sqrt(f32 a) { return _mm256_sqrt_ps(a); }
 PK_INLINE f32 zero_nan(f32 a) { return _mm256_and_ps(a, _mm256_cmp_ps(a, a, _CMP_ORD_Q)); }
 PK_INLINE f32 select_lt(f32 a, f32 b, f32 x, f32 y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+PK_INLINE f32 select_over(f32 v, f32 m, f32 x, f32 y) {
+  return _mm256_blendv_ps(y, x, _mm256_or_ps(_mm256_cmp_ps(v, m, _CMP_GT_OQ), _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+}
+PK_INLINE f32 max_nan(f32 v, f32 m) { return _mm256_blendv_ps(_mm256_max_ps(v, m), v, _mm256_cmp_ps(v, v, _CMP_UNORD_Q)); }
 
 PK_INLINE __m128i load_bytes8(const void* p, int n) {
   if (n == 8) return _mm_loadl_epi64(static_cast<const __m128i*>(p));

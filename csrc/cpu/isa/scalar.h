@@ -35,6 +35,8 @@ PK_INLINE f32 abs(f32 a) { return __builtin_fabsf(a); }
 PK_INLINE f32 sqrt(f32 a) { return __builtin_sqrtf(a); }
 PK_INLINE f32 zero_nan(f32 a) { return a == a ? a : 0.0f; }
 PK_INLINE f32 select_lt(f32 a, f32 b, f32 x, f32 y) { return a < b ? x : y; }
+PK_INLINE f32 select_over(f32 v, f32 m, f32 x, f32 y) { return v > m || v != v ? x : y; }
+PK_INLINE f32 max_nan(f32 v, f32 m) { return v > m || v != v ? v : m; }
 
 PK_INLINE i32 load_i32(const int32_t* p, int = 1) { return *p; }
 PK_INLINE i32 load_i32(const uint8_t* p, int = 1) { return *p; }
