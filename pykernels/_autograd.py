@@ -108,4 +108,50 @@ def with_gradient(op: str, backward: Any, setup: Any) -> None:
 
 with_gradient("conv_bn_act", _backward, _setup)
 
+# ---- pool ----
+# The ops that return no indices save none: their gradient finds them again, at the cost of one more forward pass.
+
+
+def _setup_pool(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.x_arguments = inputs[1:]
+    if isinstance(output, tuple):
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], output[1])
+    else:
+        ctx.save_for_backward(inputs[0])
+
+
+def _max_pool_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    x, *rest = ctx.saved_tensors
+    arguments = ctx.x_arguments
+    indices = rest[0] if rest else torch.ops.pykernels.max_pool2d_with_indices(x.detach(), *arguments)[1]
+    return aten.max_pool2d_with_indices_backward(grad, x, *arguments, indices), *[None] * len(arguments)
+
+
+def _adaptive_max_pool_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    x, *rest = ctx.saved_tensors
+    indices = rest[0] if rest else torch.ops.pykernels.adaptive_max_pool2d_with_indices(x.detach(), *ctx.x_arguments)[1]
+    return aten.adaptive_max_pool2d_backward(grad, x, indices), None
+
+
+def _avg_pool_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    (x,) = ctx.saved_tensors
+    kernel_size, stride, padding, ceil_mode, count_include_pad, *divisor = ctx.x_arguments
+    grad_x = aten.avg_pool2d_backward(
+        grad, x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor[0] if divisor else None
+    )
+    return grad_x, *[None] * len(ctx.x_arguments)
+
+
+def _adaptive_avg_pool_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    return aten._adaptive_avg_pool2d_backward(grad, ctx.saved_tensors[0]), None
+
+
+with_gradient("max_pool2d", _max_pool_backward, _setup_pool)
+with_gradient("max_pool2d_with_indices", _max_pool_backward, _setup_pool)
+with_gradient("adaptive_max_pool2d", _adaptive_max_pool_backward, _setup_pool)
+with_gradient("adaptive_max_pool2d_with_indices", _adaptive_max_pool_backward, _setup_pool)
+with_gradient("avg_pool2d", _avg_pool_backward, _setup_pool)
+with_gradient("adaptive_avg_pool2d", _adaptive_avg_pool_backward, _setup_pool)
+
 __all__: Sequence[str] = ("activation_backward", "with_gradient")

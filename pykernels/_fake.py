@@ -270,3 +270,120 @@ def _(
     residual_order: str = "before",
 ) -> torch.Tensor:
     return _convolved(x, weight.shape[0], weight.shape[2:], stride, padding, dilation, x.dtype)
+
+
+# ---- pool: outputs keep the layout of their input ----
+
+
+def _pooled(x: torch.Tensor, size: list[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+    # csrc/cpu/pool/op.cpp decides alike: contiguous wins where the strides of a tensor fit both layouts.
+    channels_last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    return torch.empty(
+        (x.shape[0], x.shape[1], size[0], size[1]),
+        dtype=dtype or x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+
+
+def _pool_size(size: int, kernel_size: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
+    """Outputs along one axis. With ceil_mode a window may overrun the end but not begin there: the minimum."""
+    room = size + 2 * padding - dilation * (kernel_size - 1) - 1
+    if ceil_mode:
+        out = torch.sym_min((room + stride - 1) // stride + 1, (size + padding + stride - 1) // stride)
+    else:
+        out = room // stride + 1
+    torch._check(out > 0, lambda: f"pykernels: kernel_size {kernel_size} does not fit x, of size {size}")
+    return out
+
+
+def _pool_sizes(
+    x: torch.Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+) -> list[int]:
+    torch._check(x.dim() == 4, lambda: f"pykernels: x must have 4 dimensions, not shape {list(x.shape)}")
+    return [_pool_size(x.shape[2 + d], kernel_size[d], stride[d], padding[d], dilation[d], ceil_mode) for d in (0, 1)]
+
+
+@fake("max_pool2d")
+def _(
+    x: torch.Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+) -> torch.Tensor:
+    return _pooled(x, _pool_sizes(x, kernel_size, stride, padding, dilation, ceil_mode))
+
+
+@fake("max_pool2d_with_indices")
+def _(
+    x: torch.Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    sizes = _pool_sizes(x, kernel_size, stride, padding, dilation, ceil_mode)
+    return _pooled(x, sizes), _pooled(x, sizes, torch.int64)
+
+
+@fake("adaptive_max_pool2d")
+@fake("adaptive_avg_pool2d")
+def _(x: torch.Tensor, output_size: list[int]) -> torch.Tensor:
+    return _pooled(x, output_size)
+
+
+@fake("adaptive_max_pool2d_with_indices")
+def _(x: torch.Tensor, output_size: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    return _pooled(x, output_size), _pooled(x, output_size, torch.int64)
+
+
+@fake("avg_pool2d")
+def _(
+    x: torch.Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None = None,
+) -> torch.Tensor:
+    return _pooled(x, _pool_sizes(x, kernel_size, stride, padding, [1, 1], ceil_mode))
+
+
+@fake("qavg_pool2d")
+def _(
+    x: torch.Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+    x_scale: float,
+    x_zero_point: int,
+    out_scale: float | None,
+    out_zero_point: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return _pooled(x, _pool_sizes(x, kernel_size, stride, padding, [1, 1], ceil_mode), out_dtype)
+
+
+@fake("qadaptive_avg_pool2d")
+def _(
+    x: torch.Tensor,
+    output_size: list[int],
+    x_scale: float,
+    x_zero_point: int,
+    out_scale: float | None,
+    out_zero_point: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return _pooled(x, output_size, out_dtype)

@@ -1,8 +1,9 @@
 // Pools, once per isa. The formulas and the layouts stand in kernels.h.
 //
 // channels_last: a vector holds channels; each window is reduced in registers, a group of vectors at a time.
-// contiguous: a vector holds columns. The rows of a window are first reduced into a padded line of scratch (a vector of columns
-// a step), the line then into itself at every column (so that no border is special), and the columns that are outputs picked.
+// contiguous: a vector holds columns. The rows of a window are first reduced into a padded line of scratch (a vector of
+// columns a step), the line then into itself at every column (so that no border is special), and the columns that are
+// outputs picked.
 #include "cpu/pool/kernels.h"
 
 #include "cpu/isa/requantize.h"
@@ -106,12 +107,13 @@ struct SumByte {
   }
 };
 
-// n elements in steps of `width`: where the step from i begins, so that the last is whole if n allows (outputs of the overlap
-// are computed twice, alike), and how many elements a step has.
+// n elements in steps of `width`: where the step from i begins, so that the last is whole if n allows (outputs of the
+// overlap are computed twice, alike), and how many elements a step has.
 PK_INLINE int64_t step_begin(int64_t i, int64_t n, int width) { return i + width <= n || n < width ? i : n - width; }
 PK_INLINE int step_size(int64_t n, int width) { return n < width ? static_cast<int>(n) : width; }
 
-// One output pixel, V vectors of channels. x: the window's first tap, at: the output, both at the first of the channels.
+// One output pixel, V vectors of channels. x: the window's first tap, at: the output, both at the first of the
+// channels.
 template <class R, int V>
 PK_INLINE void pixel(const Pool& p, const typename R::In* x, const Window& row, const Window& col, int64_t at, int n) {
   typename R::Vec acc[V];
@@ -134,7 +136,8 @@ void channels_last(const Pool& p, int64_t begin, int64_t end) {
     const int64_t first = block * p.block_channels, left = p.channels - first;
     const int64_t channels = left < p.block_channels ? left : p.block_channels;
     const Window& row = p.rows[line % p.out_h];
-    const typename R::In* x_row = static_cast<const typename R::In*>(p.x) + line / p.out_h * p.x_batch + row.begin * p.x_row + first;
+    const typename R::In* x_row =
+        static_cast<const typename R::In*>(p.x) + line / p.out_h * p.x_batch + row.begin * p.x_row + first;
     for (int64_t ow = 0; ow < p.out_w; ++ow) {
       const Window& col = p.cols[ow];
       const typename R::In* x = x_row + col.begin * p.x_col;
@@ -303,7 +306,8 @@ const PoolKernels pool_kernels = {
      channels_last<MaxByte<true>>},
     {max_indices_channels_last<float>, max_indices_channels_last<bfloat16>, max_indices_channels_last<uint8_t>,
      max_indices_channels_last<int8_t>},
-    {contiguous<MaxFloat<float>>, contiguous<MaxFloat<bfloat16>>, contiguous<MaxByte<false>>, contiguous<MaxByte<true>>},
+    {contiguous<MaxFloat<float>>, contiguous<MaxFloat<bfloat16>>, contiguous<MaxByte<false>>,
+     contiguous<MaxByte<true>>},
     {max_indices_contiguous<float>, max_indices_contiguous<bfloat16>, max_indices_contiguous<uint8_t>,
      max_indices_contiguous<int8_t>},
     {channels_last<SumFloat<float>>, channels_last<SumFloat<bfloat16>>, channels_last<SumByte<uint8_t>>,

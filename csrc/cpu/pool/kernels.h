@@ -1,12 +1,13 @@
-// The table of the pool family. A pool is a reduction over windows, and a window of the plane is the product of one window of
-// rows and one of columns, so plain, dilated, padded, adaptive and global pools are all the same to a kernel: lists of windows.
+// The table of the pool family. A pool is a reduction over windows, and a window of the plane is the product of one
+// window of rows and one of columns, so plain, dilated, padded, adaptive and global pools are all the same to a kernel:
+// lists of windows.
 //
 //   max:   y[n,c,oh,ow] = max over r in rows[oh], s in cols[ow] of x[n,c,r,s]      any NaN wins; ties keep the first
 //   avg:   y = (sum of x) / divisor,             divisor = rows[oh].extent * cols[ow].extent
 //   qavg:  y = requantize(float(sum of (x - x_zero_point)) * (x_scale / divisor)), the sum exact in s32
 //
-// All isas yield the same bits: the order of a sum depends on the layout only (channels_last: row by row; contiguous: each
-// column downwards, then the columns).
+// All isas yield the same bits: the order of a sum depends on the layout only (channels_last: row by row; contiguous:
+// each column downwards, then the columns).
 #pragma once
 
 #include <cstdint>
@@ -36,8 +37,9 @@ struct Pool {
   // channels_last: the channels are cut into this many blocks of block_channels (the last may be shorter).
   int64_t blocks, block_channels;
 
-  // contiguous: a line of scratch holds col_pad neutral elements, the width, and neutral elements up to line_length. With
-  // col_stride > 0, output ow reduces col_taps elements of the line from ow * col_stride; with 0, the windows as listed.
+  // contiguous: a line of scratch holds col_pad neutral elements, the width, and neutral elements up to line_length.
+  // With col_stride > 0, output ow reduces col_taps elements of the line from ow * col_stride; with 0, the windows as
+  // listed.
   int64_t col_pad, col_taps, col_stride, line_length;
   const float* col_extents;  // cols[ow].extent as an array
 

@@ -1,7 +1,5 @@
-// The pool ops: arguments checked, windows listed, work split. Inputs whose channels (or whose columns) are dense are read where
-// they lie; anything else is copied first. The output has the layout of the input.
-#include "cpu/pool/kernels.h"
-
+// The pool ops: arguments checked, windows listed, work split. Inputs whose channels (or whose columns) are dense are
+// read where they lie; anything else is copied first. The output has the layout of the input.
 #include <algorithm>
 #include <cstdlib>
 #include <optional>
@@ -9,6 +7,7 @@
 #include <utility>
 
 #include "common/stable.h"
+#include "cpu/pool/kernels.h"
 
 namespace pykernels {
 namespace {
@@ -49,9 +48,8 @@ void check_spatial(const char* op, const Spatial& s) {
   check_pair(op, "padding", s.padding, 0);
   check_pair(op, "dilation", s.dilation, 1);
   for (int d : {0, 1})
-    PK_CHECK(s.padding[d] <= (s.dilation[d] * (s.kernel[d] - 1) + 1) / 2, op,
-             ": padding must be at most half of the (dilated) kernel_size, not ", s.padding[d], " for kernel_size ", s.kernel[d],
-             " and dilation ", s.dilation[d]);
+    PK_CHECK(s.padding[d] <= s.kernel[d] / 2, op, ": padding must be at most half of kernel_size, not ", s.padding[d],
+             " for kernel_size ", s.kernel[d]);
 }
 
 // As torch: with ceil_mode a window may overrun the end, but must begin inside the plane or its first padding.
@@ -82,7 +80,9 @@ Axis plain_axis(const char* op, const Spatial& s, int d, int64_t size, int64_t o
              " leave a window without an element of x, whose ", d == 0 ? "height" : "width", " is ", size);
     const int64_t padded_end = to < size + s.padding[d] ? to : size + s.padding[d];
     axis.windows[o] = {begin, (end - begin + s.dilation[d] - 1) / s.dilation[d],
-                       static_cast<float>(counts == Counts::nothing ? 1 : counts == Counts::taps ? end - begin : padded_end - from)};
+                       static_cast<float>(counts == Counts::nothing ? 1
+                                          : counts == Counts::taps  ? end - begin
+                                                                    : padded_end - from)};
   }
   return axis;
 }
@@ -172,14 +172,15 @@ void run(Job& job, PoolKernels::ChannelsLast channels_last, PoolKernels::Contigu
   }
   // One piece a thread: each needs scratch, which is allocated here because nothing may throw in the body.
   const int64_t units = batch * p.channels * p.out_h;
-  const int64_t pieces = std::clamp<int64_t>(static_cast<int64_t>(std::min(work / kGrain, 1e9)), 1, std::min(threads, units));
+  const int64_t pieces =
+      std::clamp<int64_t>(static_cast<int64_t>(std::min(work / kGrain, 1e9)), 1, std::min(threads, units));
   const int64_t bytes = pool_scratch(p);
   const Tensor scratch = empty({pieces, bytes}, ScalarType::Byte);
   char* memory = mutable_pointer<char>(scratch);
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      contiguous(p, units / pieces * i + std::min(i, units % pieces), units / pieces * (i + 1) + std::min(i + 1, units % pieces),
-                 memory + i * bytes);
+      contiguous(p, units / pieces * i + std::min(i, units % pieces),
+                 units / pieces * (i + 1) + std::min(i + 1, units % pieces), memory + i * bytes);
   });
 }
 
@@ -207,9 +208,12 @@ Tensor max_pool(const Tensor& x, int64_t height, int64_t width, const MakeAxes& 
 }
 
 template <class MakeAxes>
-std::tuple<Tensor, Tensor> max_pool_indices(const char* op, const Tensor& x, int64_t height, int64_t width, const MakeAxes& axes) {
-  PK_CHECK(x.size(2) < (int64_t{1} << 31) / x.size(3), op, ": x must have fewer than 2^31 elements a plane, not shape ", shape_of(x));
-  const Tensor y = empty_output(x, height, width, x.scalar_type()), indices = empty_output(x, height, width, ScalarType::Long);
+std::tuple<Tensor, Tensor> max_pool_indices(const char* op, const Tensor& x, int64_t height, int64_t width,
+                                            const MakeAxes& axes) {
+  PK_CHECK(x.size(2) < (int64_t{1} << 31) / x.size(3), op, ": x must have fewer than 2^31 elements a plane, not shape ",
+           shape_of(x));
+  const Tensor y = empty_output(x, height, width, x.scalar_type()),
+               indices = empty_output(x, height, width, ScalarType::Long);
   auto [rows, cols] = axes();
   Job job;
   prepare(job, x, y, std::move(rows), std::move(cols));
@@ -219,7 +223,8 @@ std::tuple<Tensor, Tensor> max_pool_indices(const char* op, const Tensor& x, int
   return {y, indices};
 }
 
-Spatial max_spatial(const char* op, const Tensor& x, Ints kernel, Ints stride, Ints padding, Ints dilation, bool ceil_mode) {
+Spatial max_spatial(const char* op, const Tensor& x, Ints kernel, Ints stride, Ints padding, Ints dilation,
+                    bool ceil_mode) {
   check_poolable(op, x);
   Spatial s{std::move(kernel), std::move(stride), std::move(padding), std::move(dilation), ceil_mode};
   check_spatial(op, s);
@@ -231,16 +236,19 @@ Tensor max_pool2d(Tensor x, Ints kernel, Ints stride, Ints padding, Ints dilatio
   const Spatial s = max_spatial(op, x, kernel, stride, padding, dilation, ceil_mode);
   const int64_t h = output_size(op, s, 0, x.size(2)), w = output_size(op, s, 1, x.size(3));
   return max_pool(x, h, w, [&] {
-    return std::pair(plain_axis(op, s, 0, x.size(2), h, Counts::nothing), plain_axis(op, s, 1, x.size(3), w, Counts::nothing));
+    return std::pair(plain_axis(op, s, 0, x.size(2), h, Counts::nothing),
+                     plain_axis(op, s, 1, x.size(3), w, Counts::nothing));
   });
 }
 
-std::tuple<Tensor, Tensor> max_pool2d_with_indices(Tensor x, Ints kernel, Ints stride, Ints padding, Ints dilation, bool ceil_mode) {
+std::tuple<Tensor, Tensor> max_pool2d_with_indices(Tensor x, Ints kernel, Ints stride, Ints padding, Ints dilation,
+                                                   bool ceil_mode) {
   const char* op = "max_pool2d_with_indices";
   const Spatial s = max_spatial(op, x, kernel, stride, padding, dilation, ceil_mode);
   const int64_t h = output_size(op, s, 0, x.size(2)), w = output_size(op, s, 1, x.size(3));
   return max_pool_indices(op, x, h, w, [&] {
-    return std::pair(plain_axis(op, s, 0, x.size(2), h, Counts::nothing), plain_axis(op, s, 1, x.size(3), w, Counts::nothing));
+    return std::pair(plain_axis(op, s, 0, x.size(2), h, Counts::nothing),
+                     plain_axis(op, s, 1, x.size(3), w, Counts::nothing));
   });
 }
 
@@ -275,9 +283,10 @@ void check_affine(const char* op, const Tensor& x, const Affine& q) {
   check_byte(op, "x", x);
   check_scale(op, "x_scale", q.x_scale);
   check_zero_point(op, "x_zero_point", q.x_zero_point, x.scalar_type());
-  PK_CHECK(is_real(q.out_dtype) || is_byte(q.out_dtype), op, ": out_dtype must be float32, bfloat16, uint8 or int8, not ",
-           dtype_name(q.out_dtype));
-  PK_CHECK(is_byte(q.out_dtype) == q.out_scale.has_value(), op, ": out_scale must be given for a uint8 or int8 out_dtype, and only then");
+  PK_CHECK(is_real(q.out_dtype) || is_byte(q.out_dtype), op,
+           ": out_dtype must be float32, bfloat16, uint8 or int8, not ", dtype_name(q.out_dtype));
+  PK_CHECK(is_byte(q.out_dtype) == q.out_scale.has_value(), op,
+           ": out_scale must be given for a uint8 or int8 out_dtype, and only then");
   if (!q.out_scale) return;
   check_scale(op, "out_scale", *q.out_scale);
   check_zero_point(op, "out_zero_point", q.out_zero_point, q.out_dtype);
@@ -306,8 +315,8 @@ Tensor average(const char* op, const Tensor& x, int64_t height, int64_t width, c
   return y;
 }
 
-Tensor average_plain(const char* op, const Tensor& x, Ints kernel, Ints stride, Ints padding, bool ceil_mode, bool count_include_pad,
-                     OptionalInt divisor, const Affine* q) {
+Tensor average_plain(const char* op, const Tensor& x, Ints kernel, Ints stride, Ints padding, bool ceil_mode,
+                     bool count_include_pad, OptionalInt divisor, const Affine* q) {
   check_input(op, x);
   const Spatial s{std::move(kernel), std::move(stride), std::move(padding), {1, 1}, ceil_mode};
   check_spatial(op, s);
@@ -329,7 +338,8 @@ Tensor average_adaptive(const char* op, const Tensor& x, const Ints& output, con
   return average(op, x, output[0], output[1], q, adaptive_axes(x, output));
 }
 
-Tensor avg_pool2d(Tensor x, Ints kernel, Ints stride, Ints padding, bool ceil_mode, bool count_include_pad, OptionalInt divisor) {
+Tensor avg_pool2d(Tensor x, Ints kernel, Ints stride, Ints padding, bool ceil_mode, bool count_include_pad,
+                  OptionalInt divisor) {
   check_real("avg_pool2d", "x", x);
   return average_plain("avg_pool2d", x, kernel, stride, padding, ceil_mode, count_include_pad, divisor, nullptr);
 }
@@ -339,15 +349,16 @@ Tensor adaptive_avg_pool2d(Tensor x, Ints output) {
   return average_adaptive("adaptive_avg_pool2d", x, output, nullptr);
 }
 
-Tensor qavg_pool2d(Tensor x, Ints kernel, Ints stride, Ints padding, bool ceil_mode, bool count_include_pad, OptionalInt divisor,
-                   double x_scale, int64_t x_zero_point, std::optional<double> out_scale, int64_t out_zero_point, ScalarType out_dtype) {
+Tensor qavg_pool2d(Tensor x, Ints kernel, Ints stride, Ints padding, bool ceil_mode, bool count_include_pad,
+                   OptionalInt divisor, double x_scale, int64_t x_zero_point, std::optional<double> out_scale,
+                   int64_t out_zero_point, ScalarType out_dtype) {
   const Affine q{x_scale, x_zero_point, out_scale, out_zero_point, out_dtype};
   check_affine("qavg_pool2d", x, q);
   return average_plain("qavg_pool2d", x, kernel, stride, padding, ceil_mode, count_include_pad, divisor, &q);
 }
 
-Tensor qadaptive_avg_pool2d(Tensor x, Ints output, double x_scale, int64_t x_zero_point, std::optional<double> out_scale,
-                            int64_t out_zero_point, ScalarType out_dtype) {
+Tensor qadaptive_avg_pool2d(Tensor x, Ints output, double x_scale, int64_t x_zero_point,
+                            std::optional<double> out_scale, int64_t out_zero_point, ScalarType out_dtype) {
   const Affine q{x_scale, x_zero_point, out_scale, out_zero_point, out_dtype};
   check_affine("qadaptive_avg_pool2d", x, q);
   return average_adaptive("qadaptive_avg_pool2d", x, output, &q);

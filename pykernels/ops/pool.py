@@ -1,0 +1,200 @@
+"""Pooling over [N, C, H, W] or [C, H, W] tensors: the meaning, the defaults and the argument names of torch's pools.
+
+``x`` is float32, bfloat16, uint8 or int8 for maxima, float32 or bfloat16 for averages; the ``q`` functions average
+affine quantized uint8 or int8 tensors, ``(q - zero_point) * scale``. The output has the layout of ``x``, channels_last
+or contiguous (which wins where the strides fit both). Inputs whose channels, or whose columns, lie next to each other
+are read in place, slices too; others are copied first. Only N may be 0.
+
+Sizes are an int or a (vertical, horizontal) pair. The float functions are differentiable in ``x``, twice as well. Under
+autocast they compute in the dtype they are given. Results are the same bits on every isa. Bad arguments raise
+``RuntimeError`` with the argument's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+__all__ = [
+    "adaptive_avg_pool2d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool2d_with_indices",
+    "avg_pool2d",
+    "global_avg_pool2d",
+    "max_pool2d",
+    "max_pool2d_with_indices",
+    "qadaptive_avg_pool2d",
+    "qavg_pool2d",
+    "qglobal_avg_pool2d",
+]
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value, value] if isinstance(value, (int, torch.SymInt)) else list(value)
+
+
+def _adaptive_size(x: torch.Tensor, output_size: int | Sequence[int | None] | None) -> list[int]:
+    sizes = [output_size] * 2 if output_size is None or isinstance(output_size, (int, torch.SymInt)) else output_size
+    return [x.shape[x.dim() - len(sizes) + d] if size is None else size for d, size in enumerate(sizes)]
+
+
+def _batched(x: torch.Tensor, pool: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    return pool(x.unsqueeze(0)).squeeze(0) if x.dim() == 3 else pool(x)
+
+
+def _batched_pair(
+    x: torch.Tensor, pool: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if x.dim() != 3:
+        return pool(x)
+    y, indices = pool(x.unsqueeze(0))
+    return y.squeeze(0), indices.squeeze(0)
+
+
+def max_pool2d(
+    x: torch.Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+) -> torch.Tensor:
+    """The maximum of every window; NaN if there is one in it. ``stride`` defaults to ``kernel_size``.
+
+    Padding is never the maximum. Quantized tensors keep their scale and zero point. The gradient finds the indices
+    again: when training, :func:`max_pool2d_with_indices` saves that pass.
+    """
+    kernel = _pair(kernel_size)
+    arguments = kernel, _pair(stride) if stride is not None else kernel, _pair(padding), _pair(dilation), ceil_mode
+    return _batched(x, lambda x: torch.ops.pykernels.max_pool2d(x, *arguments))
+
+
+def max_pool2d_with_indices(
+    x: torch.Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`max_pool2d` and where each maximum stands in its plane: int64 ``row * W + column``, the first of equals.
+
+    What ``torch.nn.functional.max_unpool2d`` takes. A plane must have fewer than 2^31 elements.
+    """
+    kernel = _pair(kernel_size)
+    arguments = kernel, _pair(stride) if stride is not None else kernel, _pair(padding), _pair(dilation), ceil_mode
+    return _batched_pair(x, lambda x: torch.ops.pykernels.max_pool2d_with_indices(x, *arguments))
+
+
+def adaptive_max_pool2d(x: torch.Tensor, output_size: int | Sequence[int | None] | None) -> torch.Tensor:
+    """The maximum of each of ``output_size`` nearly equal windows; None keeps the input's size in that direction.
+
+    Output ``o`` of ``O`` covers ``[floor(o * H / O), ceil((o + 1) * H / O))``.
+    """
+    size = _adaptive_size(x, output_size)
+    return _batched(x, lambda x: torch.ops.pykernels.adaptive_max_pool2d(x, size))
+
+
+def adaptive_max_pool2d_with_indices(
+    x: torch.Tensor, output_size: int | Sequence[int | None] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`adaptive_max_pool2d` and the indices of :func:`max_pool2d_with_indices`."""
+    size = _adaptive_size(x, output_size)
+    return _batched_pair(x, lambda x: torch.ops.pykernels.adaptive_max_pool2d_with_indices(x, size))
+
+
+def avg_pool2d(
+    x: torch.Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> torch.Tensor:
+    """The average of every window, summed in fp32. ``stride`` defaults to ``kernel_size``.
+
+    The divisor is the number of elements of the window, with padding (``count_include_pad``) or without, or
+    ``divisor_override``.
+    """
+    kernel = _pair(kernel_size)
+    steps = _pair(stride) if stride is not None else kernel
+    arguments = kernel, steps, _pair(padding), ceil_mode, count_include_pad, divisor_override
+    return _batched(x, lambda x: torch.ops.pykernels.avg_pool2d(x, *arguments))
+
+
+def adaptive_avg_pool2d(x: torch.Tensor, output_size: int | Sequence[int | None] | None) -> torch.Tensor:
+    """The average of each of the windows of :func:`adaptive_max_pool2d`, summed in fp32."""
+    size = _adaptive_size(x, output_size)
+    return _batched(x, lambda x: torch.ops.pykernels.adaptive_avg_pool2d(x, size))
+
+
+def global_avg_pool2d(x: torch.Tensor) -> torch.Tensor:
+    """The average of every plane: [N, C, 1, 1] (or [C, 1, 1])."""
+    return adaptive_avg_pool2d(x, 1)
+
+
+def qavg_pool2d(
+    x: torch.Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    x_scale: float,
+    x_zero_point: int = 0,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+    out_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """:func:`avg_pool2d` of affine quantized bytes, the sum exact in 32 bits; padding counts as the real number 0.
+
+    ``float(sum of (q - x_zero_point)) * (x_scale / divisor)`` in ``out_dtype`` float32 or bfloat16, or quantized to
+    uint8 or int8 with ``out_scale`` (given then, and only then) and ``out_zero_point``. A window has fewer than 2^23
+    elements.
+    """
+    kernel = _pair(kernel_size)
+    steps = _pair(stride) if stride is not None else kernel
+    window = kernel, steps, _pair(padding), ceil_mode, count_include_pad, divisor_override
+    affine = x_scale, x_zero_point, out_scale, out_zero_point, out_dtype
+    return _batched(x, lambda x: torch.ops.pykernels.qavg_pool2d(x, *window, *affine))
+
+
+def qadaptive_avg_pool2d(
+    x: torch.Tensor,
+    output_size: int | Sequence[int | None] | None,
+    *,
+    x_scale: float,
+    x_zero_point: int = 0,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+    out_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """:func:`adaptive_avg_pool2d` of affine quantized bytes, with the arithmetic of :func:`qavg_pool2d`."""
+    size = _adaptive_size(x, output_size)
+    affine = x_scale, x_zero_point, out_scale, out_zero_point, out_dtype
+    return _batched(x, lambda x: torch.ops.pykernels.qadaptive_avg_pool2d(x, size, *affine))
+
+
+def qglobal_avg_pool2d(
+    x: torch.Tensor,
+    *,
+    x_scale: float,
+    x_zero_point: int = 0,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+    out_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The average of every plane of affine quantized bytes: :func:`qadaptive_avg_pool2d` to one element."""
+    return qadaptive_avg_pool2d(
+        x,
+        1,
+        x_scale=x_scale,
+        x_zero_point=x_zero_point,
+        out_scale=out_scale,
+        out_zero_point=out_zero_point,
+        out_dtype=out_dtype,
+    )
