@@ -27,6 +27,8 @@ struct byte {  // a lane of the u8 vectors
   X(sqrt_f32, float, float, sqrt(x), number)                                              \
   X(zero_nan, float, float, zero_nan(x), exact)                                           \
   X(select_lt, float, float, select_lt(x, y, sub(y, x), y), number)                       \
+  X(select_over, float, float, select_over(x, y, sub(y, x), y), number)                   \
+  X(max_nan, float, float, max_nan(x, y), exact)                                          \
   X(set1_f32, float, float, set1(0.1f), exact)                                            \
   X(from_bf16, bfloat16, float, x, exact)                                                 \
   X(to_bf16, float, bfloat16, x, exact)                                                   \

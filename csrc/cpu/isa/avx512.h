@@ -53,7 +53,9 @@ PK_INLINE f32 select_lt(f32 a, f32 b, f32 x, f32 y) { return _mm512_mask_blend_p
 PK_INLINE f32 select_over(f32 v, f32 m, f32 x, f32 y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(v, m, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), y, x);
 }
-PK_INLINE f32 max_nan(f32 v, f32 m) { return _mm512_mask_max_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v, m); }
+PK_INLINE f32 max_nan(f32 v, f32 m) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v, _mm512_max_ps(v, m));
+}
 
 PK_INLINE __m128i load_bytes16(const void* p, int n) {
   return n == 16 ? _mm_loadu_si128(static_cast<const __m128i*>(p)) : _mm_maskz_loadu_epi8(lane_mask(n), p);
