@@ -18,6 +18,7 @@
 #endif
 
 #define PK_EMULATE static inline __attribute__((always_inline))
+#define PK_ELEMENTWISE static __attribute__((noinline, unused))  // inlined at every use, they take minutes to compile
 
 namespace pykernels::PYKERNELS_ISA_NS {
 
@@ -70,20 +71,20 @@ struct Elements {
 };
 
 template <class T, class Vector, class Mask>
-PK_EMULATE Vector emulated_load(Mask mask, Vector otherwise, const void* p) {
+PK_ELEMENTWISE Vector emulated_load(Mask mask, Vector otherwise, const void* p) {
   auto e = Elements<T, Vector>::of(otherwise);
   for (int i = 0; i < e.kCount; ++i)
     if ((mask >> i) & 1) std::memcpy(&e.at[i], static_cast<const char*>(p) + i * sizeof(T), sizeof(T));
   return e.vector();
 }
 template <class T, class Vector, class Mask>
-PK_EMULATE void emulated_store(void* p, Mask mask, Vector v) {
+PK_ELEMENTWISE void emulated_store(void* p, Mask mask, Vector v) {
   const auto e = Elements<T, Vector>::of(v);
   for (int i = 0; i < e.kCount; ++i)
     if ((mask >> i) & 1) std::memcpy(static_cast<char*>(p) + i * sizeof(T), &e.at[i], sizeof(T));
 }
 template <class T, class Vector, class Mask>
-PK_EMULATE Vector emulated_blend(Mask mask, Vector clear, Vector set) {
+PK_ELEMENTWISE Vector emulated_blend(Mask mask, Vector clear, Vector set) {
   auto e = Elements<T, Vector>::of(clear);
   const auto s = Elements<T, Vector>::of(set);
   for (int i = 0; i < e.kCount; ++i)
@@ -91,7 +92,7 @@ PK_EMULATE Vector emulated_blend(Mask mask, Vector clear, Vector set) {
   return e.vector();
 }
 template <class To, class From, class Out, class In>
-PK_EMULATE Out emulated_narrow(In v, int64_t low, int64_t high) {  // saturating to low..high
+PK_ELEMENTWISE Out emulated_narrow(In v, int64_t low, int64_t high) {  // saturating to low..high
   const auto e = Elements<From, In>::of(v);
   Elements<To, Out> out;
   for (int i = 0; i < e.kCount; ++i) {
@@ -101,7 +102,7 @@ PK_EMULATE Out emulated_narrow(In v, int64_t low, int64_t high) {  // saturating
   return out.vector();
 }
 template <class T, class Mask, class Vector, class Test>
-PK_EMULATE Mask emulated_mask(Vector a, Vector b, Test test) {
+PK_ELEMENTWISE Mask emulated_mask(Vector a, Vector b, Test test) {
   const auto x = Elements<T, Vector>::of(a), y = Elements<T, Vector>::of(b);
   Mask mask = 0;
   for (int i = 0; i < x.kCount; ++i)
@@ -243,13 +244,13 @@ PK_EMULATE __m512i _mm512_cvtepu8_epi16(__m256i a) {
 PK_EMULATE __m512i _mm512_cvtepi8_epi16(__m256i a) {
   return join(_mm256_cvtepi8_epi16(_mm256_castsi256_si128(a)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(a, 1)));
 }
-PK_EMULATE __m256i _mm512_cvtepi32_epi16(__m512i a) {  // truncates
+PK_ELEMENTWISE __m256i _mm512_cvtepi32_epi16(__m512i a) {  // truncates
   const auto e = Elements<uint32_t, __m512i>::of(a);
   Elements<uint16_t, __m256i> out;
   for (int i = 0; i < 16; ++i) out.at[i] = static_cast<uint16_t>(e.at[i]);
   return out.vector();
 }
-PK_EMULATE __m128i _mm512_cvtepi32_epi8(__m512i a) {  // truncates
+PK_ELEMENTWISE __m128i _mm512_cvtepi32_epi8(__m512i a) {  // truncates
   const auto e = Elements<uint32_t, __m512i>::of(a);
   Elements<uint8_t, __m128i> out;
   for (int i = 0; i < 16; ++i) out.at[i] = static_cast<uint8_t>(e.at[i]);
@@ -260,19 +261,19 @@ PK_EMULATE __m128i _mm512_cvtsepi32_epi8(__m512i a) { return emulated_narrow<int
 PK_EMULATE __m128i _mm512_cvtusepi32_epi8(__m512i a) { return emulated_narrow<uint8_t, uint32_t, __m128i>(a, 0, 255); }
 
 // Permutations across the whole register; only the low bits of an index count.
-PK_EMULATE __m512i _mm512_permutexvar_epi32(__m512i index, __m512i a) {
+PK_ELEMENTWISE __m512i _mm512_permutexvar_epi32(__m512i index, __m512i a) {
   const auto i = Elements<uint32_t, __m512i>::of(index), x = Elements<uint32_t, __m512i>::of(a);
   Elements<uint32_t, __m512i> out;
   for (int k = 0; k < 16; ++k) out.at[k] = x.at[i.at[k] & 15];
   return out.vector();
 }
-PK_EMULATE __m512i _mm512_permutexvar_epi64(__m512i index, __m512i a) {
+PK_ELEMENTWISE __m512i _mm512_permutexvar_epi64(__m512i index, __m512i a) {
   const auto i = Elements<uint64_t, __m512i>::of(index), x = Elements<uint64_t, __m512i>::of(a);
   Elements<uint64_t, __m512i> out;
   for (int k = 0; k < 8; ++k) out.at[k] = x.at[i.at[k] & 7];
   return out.vector();
 }
-PK_EMULATE __m512i _mm512_permutex2var_epi32(__m512i a, __m512i index, __m512i b) {
+PK_ELEMENTWISE __m512i _mm512_permutex2var_epi32(__m512i a, __m512i index, __m512i b) {
   const auto i = Elements<uint32_t, __m512i>::of(index), x = Elements<uint32_t, __m512i>::of(a),
              y = Elements<uint32_t, __m512i>::of(b);
   Elements<uint32_t, __m512i> out;

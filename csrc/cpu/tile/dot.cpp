@@ -3,8 +3,8 @@
 // loaded and the two multiplied. Rows and panels are template parameters, so a tail is a smaller tile and never wasted
 // work.
 //
-// GCC 12 spills the whole tile in every step unless the loops over registers are unrolled early (PK_FOR) and the
-// accumulators pinned at the end of the loop; tests/test_disassembly.py looks.
+// GCC 12 spills the whole tile in every step unless the loops over registers are unrolled early (PK_FOR); pinned by an
+// asm instead, small tiles copy each accumulator twice a step. tests/test_disassembly.py looks.
 #include "cpu/tile/element.h"
 #include "cpu/tile/kernels.h"
 
@@ -47,9 +47,6 @@ __attribute__((noinline)) void tile(const DotArgs& g) {
       }
       PK_FOR (i, kBasesA) a[i] += 4;
       PK_FOR (i, kBasesB) b[i] += kBlockBytes;
-      PK_FOR (r, kRows)
-        PK_FOR (p, kPanels)
-          PK_FOR (q, Dot::kRegisters) PK_PIN(acc[r][p][q]);
     }
   }
   auto* c = static_cast<uint8_t*>(g.c);

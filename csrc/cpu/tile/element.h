@@ -21,14 +21,6 @@ PK_INLINE float float_at(const uint8_t* p) {
 // optimizer unrolls by itself, later, the accumulators go through the stack in every step.
 #define PK_FOR(i, n) _Pragma("GCC unroll 32") for (int i = 0; i < (n); ++i)
 
-#if defined(PYKERNELS_EMULATE) || defined(PYKERNELS_ISA_SCALAR)
-#define PK_PIN(x)
-#elif defined(PYKERNELS_ISA_AVX512) || defined(PYKERNELS_ISA_AVX512VNNI)
-#define PK_PIN(x) __asm__("" : "+v"(x))
-#else
-#define PK_PIN(x) __asm__("" : "+x"(x))
-#endif
-
 // An element type:
 //   kRegisters   accumulators of one row and panel          kBudget   accumulators a tile may hold
 //   kMaxRows     rows of the largest tile
