@@ -1,4 +1,4 @@
-"""Convolutions: over packed weights in fp32, bf16 and int8 (inference), and `conv_bn_relu` on plain tensors (with gradient).
+"""Convolutions over packed weights in fp32, bf16 and int8 (inference); `conv_bn_relu` on plain tensors (with gradient).
 
 ``x`` is [N, C, H, W] in any layout; channels_last is used as it is, another layout is converted once. Results are
 channels_last. ``padding`` is one number, (height, width), or (left, right, top, bottom). Bad arguments raise
@@ -140,7 +140,7 @@ def conv1d(
 def qconv2d_pack(
     weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None = None, groups: int = 1
 ) -> torch.Tensor:
-    """Pack int8 ``weight`` [O, C / groups, kh, kw], symmetric with ``weight_scale`` [O] (float32), and real ``bias`` [O]."""
+    """Pack int8 ``weight`` [O, C / groups, kh, kw], scaled by ``weight_scale`` [O] (float32), and real ``bias`` [O]."""
     packed: torch.Tensor = torch.ops.pykernels.qconv2d_pack(weight, weight_scale, bias, groups)
     return packed
 

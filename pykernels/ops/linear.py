@@ -1,8 +1,9 @@
 """Linear layers on packed weights, in fp32, bf16 and int8.
 
-Weights are packed once (`linear_pack`, `int8_linear_pack`) into a uint8 tensor that holds them in the order the kernels
-read, with scales, bias and zero-point compensation; its bytes are the same on every isa, so it can be saved and moved. All
-functions here are for inference and have no gradient. Leading dimensions of ``x`` are rows; any strides are accepted.
+Weights are packed once (`linear_pack`, `int8_linear_pack`) into a uint8 tensor that holds them in the order the
+kernels read, with scales, bias and zero-point compensation; its bytes are the same on every isa, so it can be saved
+and moved. All functions here are for inference and have no gradient. Leading dimensions of ``x`` are rows; any strides
+are accepted.
 
 Bad arguments raise ``RuntimeError`` with the argument's name; a packed tensor that is truncated, damaged or made for other
 weights is refused.
@@ -80,8 +81,8 @@ def int8_linear(
     """A linear layer on int8 weights: exact s32 sums, requantized in the same pass.
 
     Args:
-        x: [..., K]. uint8 or int8 with `x_scale` and `x_zero_point`; or float32 or bfloat16, then quantized here, per token
-            by each row's own range when `x_scale` is None, else per tensor.
+        x: [..., K]. uint8 or int8 with `x_scale` and `x_zero_point`; or float32 or bfloat16, then quantized here, per
+            token by each row's own range when `x_scale` is None, else per tensor.
         packed: what `int8_linear_pack` returned; `out_features`: its N.
         out_dtype: float32, bfloat16, uint8 or int8; by default x's for a float x, else float32.
         out_scale, out_zero_point: for an 8-bit `out_dtype`, and only then.
