@@ -5,8 +5,8 @@ kernels read, with scales, bias and zero-point compensation; its bytes are the s
 and moved. All functions here are for inference and have no gradient. Leading dimensions of ``x`` are rows; any strides
 are accepted.
 
-Bad arguments raise ``RuntimeError`` with the argument's name; a packed tensor that is truncated, damaged or made for other
-weights is refused.
+Bad arguments raise ``RuntimeError`` with the argument's name; a packed tensor that is truncated, damaged or made for
+other weights is refused.
 """
 
 from __future__ import annotations
