@@ -1,6 +1,6 @@
 # make demo | make test: both begin from a bare checkout and are quick the second time.
 # PYTHON names the interpreter that the virtual environment is made of; TORCH_INDEX, if set, where torch comes from
-# (https://download.pytorch.org/whl/cpu has the small CPU builds for machines whose default index has only CUDA ones).
+# (an index of CPU builds suits machines whose default index has only CUDA ones).
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=

@@ -1,7 +1,7 @@
 """One family's cases as pytest-benchmark tests, thin over `pykernels.bench`: the same cases, rivals and checks.
 
-`pykernels bench` interleaves rivals round by round and is what figures are quoted from; these files serve to compare two
-commits (`pytest benchmarks/bench_conv.py --benchmark-compare`) and to profile one entry (`-k "resnet50 and int8"`).
+`pykernels bench` interleaves rivals round by round and is what figures are quoted from; these files serve to compare
+two commits (`pytest benchmarks/bench_conv.py --benchmark-compare`) and to profile one entry (`-k "resnet50 and int8"`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 // Dense layouts: elements that fill their memory without holes or overlaps, in whatever order of the dimensions
-// (contiguous, channels_last, any permutation). An elementwise op then runs along memory, and its output has the strides
-// of its input, as torch.empty_like(preserve_format) gives them.
+// (contiguous, channels_last, any permutation). An elementwise op then runs along memory, and its output has the
+// strides of its input, as torch.empty_like(preserve_format) gives them.
 #pragma once
 
 #include "common/stable.h"

@@ -84,8 +84,8 @@ void write_header(const PackedHeader& h, void* out) {
   std::memcpy(out, &h, sizeof h);
 }
 
-void pack_channels(const PackedHeader& h, const void* weight, const float* scale, const float* bias, void* out, int64_t first,
-                   int64_t last) {
+void pack_channels(const PackedHeader& h, const void* weight, const float* scale, const float* bias, void* out,
+                   int64_t first, int64_t last) {
   auto* base = static_cast<uint8_t*>(out);
   PackedView v;
   v.h = h;

@@ -6,9 +6,9 @@
 //   bias     float   [groups][round_up(n, 16)]
 //   sum      int32_t [groups][round_up(n, 16)]   sum over taps and k of the weights (0 for floats)
 //
-// A block of 64 bytes holds 16 output channels times one 4-byte word of K: 4 s8, 2 bf16 or 1 fp32; words = ceil(k / that).
-// For a convolution taps = kh*kw and k = input channels of the group; for a linear taps = 1. Depthwise weights have no
-// reduction over channels: there one "group" holds 16 channels of columns and the taps run along the words.
+// A block of 64 bytes holds 16 output channels times one 4-byte word of K: 4 s8, 2 bf16 or 1 fp32; words = ceil(k /
+// that). For a convolution taps = kh*kw and k = input channels of the group; for a linear taps = 1. Depthwise weights
+// have no reduction over channels: there one "group" holds 16 channels of columns and the taps run along the words.
 // Everything beyond n, k is zero.
 #pragma once
 
@@ -19,7 +19,9 @@ namespace pykernels {
 
 enum class Element : int32_t { s8, bf16, f32 };
 inline int64_t element_bytes(Element e) { return e == Element::s8 ? 1 : e == Element::bf16 ? 2 : 4; }
-inline const char* element_name(Element e) { return e == Element::s8 ? "int8" : e == Element::bf16 ? "bfloat16" : "float32"; }
+inline const char* element_name(Element e) {
+  return e == Element::s8 ? "int8" : e == Element::bf16 ? "bfloat16" : "float32";
+}
 
 enum class PackKind : int32_t { dot, depthwise };
 
@@ -68,7 +70,8 @@ const char* read_packed(const void* data, int64_t bytes, PackedView* view);
 void write_header(const PackedHeader& header, void* out);
 
 // Writes output channels [first, last) of all groups * n: their columns of the panels and their scale, bias and sum.
-// weight is [groups * n][k][kh * kw], row-major, in the element's own dtype; scale (s8 only) and bias, or null, are [groups * n].
+// weight is [groups * n][k][kh * kw], row-major, in the element's own dtype; scale (s8 only) and bias, or null, are
+// [groups * n].
 void pack_channels(const PackedHeader& header, const void* weight, const float* scale, const float* bias, void* out,
                    int64_t first, int64_t last);
 

@@ -95,15 +95,16 @@ inline Activation activation_by_name(const char* op, const std::string& name) {
     ++i;
   }
   PK_CHECK(false, op,
-           ": activation must be one of none, relu, relu6, hardswish, hardsigmoid, silu, sigmoid, gelu, tanh, not '", name,
-           "'");
+           ": activation must be one of none, relu, relu6, hardswish, hardsigmoid, silu, sigmoid, gelu, tanh, not '",
+           name, "'");
 }
 
 // The pair of an int[2] argument.
 inline void check_pair(const char* op, const char* name, const Ints& v, int64_t least) {
   PK_CHECK(v.size() == 2, op, ": ", name, " must have 2 numbers, not ", v.size());
   for (int64_t x : v)
-    PK_CHECK(x >= least && x < (int64_t{1} << 31), op, ": ", name, " must be at least ", least, " and below 2^31, not ", x);
+    PK_CHECK(x >= least && x < (int64_t{1} << 31), op, ": ", name, " must be at least ", least, " and below 2^31, not ",
+             x);
 }
 
 // NHWC memory of a 4-D logical NCHW tensor, by strides; strides of dimensions of size 1 mean nothing.

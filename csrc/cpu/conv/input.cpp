@@ -10,8 +10,8 @@ namespace {
 
 // One row of x (channels `channel_stride` and columns `column_stride` elements apart) to pixels.
 template <class T>
-void copy_row(const T* from, int64_t channel_stride, int64_t column_stride, const ConvShape& s, int64_t group, int64_t padded,
-              uint8_t* to, int64_t pixel, T flip) {
+void copy_row(const T* from, int64_t channel_stride, int64_t column_stride, const ConvShape& s, int64_t group,
+              int64_t padded, uint8_t* to, int64_t pixel, T flip) {
   if (channel_stride == 1 && column_stride == s.c && group == padded && flip == 0) {
     std::memcpy(to, from, s.w * s.c * sizeof(T));
     return;
@@ -20,7 +20,8 @@ void copy_row(const T* from, int64_t channel_stride, int64_t column_stride, cons
     T* out = reinterpret_cast<T*>(to + x * pixel);
     const T* in = from + x * column_stride;
     for (int64_t g = 0; g < s.groups; ++g) {
-      for (int64_t c = 0; c < group; ++c) out[g * padded + c] = static_cast<T>(in[(g * group + c) * channel_stride] ^ flip);
+      for (int64_t c = 0; c < group; ++c)
+        out[g * padded + c] = static_cast<T>(in[(g * group + c) * channel_stride] ^ flip);
       for (int64_t c = group; c < padded; ++c) out[g * padded + c] = 0;
     }
   }
@@ -35,19 +36,20 @@ void copy_rows(const ConvShape& s, const Tensor& x, int64_t group, int64_t padde
   const auto blank = [&](uint8_t* to, int64_t pixels) {
     std::fill_n(reinterpret_cast<T*>(to), pixels * in.pixel / static_cast<int64_t>(sizeof(T)), fill);
   };
-  parallel(s.n * height, std::max<int64_t>(1, (64 << 10) / std::max<int64_t>(in.row, 1)), [&](int64_t first, int64_t last) {
-    for (int64_t line = first; line < last; ++line) {
-      const int64_t image = line / height, y = line % height - s.top;
-      uint8_t* to = out + image * in.image + (line % height) * in.row;
-      if (y < 0 || y >= s.h) {
-        blank(to, width);
-        continue;
-      }
-      blank(to, s.left);
-      copy_row<T>(from + image * sn + y * sy, sc, sx, s, group, padded, to + s.left * in.pixel, in.pixel, flip);
-      blank(to + (s.left + s.w) * in.pixel, s.right);
-    }
-  });
+  parallel(
+      s.n * height, std::max<int64_t>(1, (64 << 10) / std::max<int64_t>(in.row, 1)), [&](int64_t first, int64_t last) {
+        for (int64_t line = first; line < last; ++line) {
+          const int64_t image = line / height, y = line % height - s.top;
+          uint8_t* to = out + image * in.image + (line % height) * in.row;
+          if (y < 0 || y >= s.h) {
+            blank(to, width);
+            continue;
+          }
+          blank(to, s.left);
+          copy_row<T>(from + image * sn + y * sy, sc, sx, s, group, padded, to + s.left * in.pixel, in.pixel, flip);
+          blank(to + (s.left + s.w) * in.pixel, s.right);
+        }
+      });
 }
 
 }  // namespace

@@ -7,11 +7,11 @@
 namespace pykernels {
 
 struct ConvShape {
-  int64_t n, c, h, w;              // input
-  int64_t o, kh, kw;               // weights
+  int64_t n, c, h, w;  // input
+  int64_t o, kh, kw;   // weights
   int64_t sh, sw, dh, dw, groups;
   int64_t left, right, top, bottom;
-  int64_t oh, ow;                  // output
+  int64_t oh, ow;  // output
 };
 
 // Padded NHWC, `pixel` bytes a pixel: each group's channels rounded up to whole words.
@@ -21,9 +21,9 @@ struct ConvInput {
   int64_t pixel, row, image;  // bytes
 };
 
-// Uses x itself when it is channels_last, needs no padding and its groups are whole words (whole blocks of 16 channels for
-// depthwise); else copies it once, spatial padding filled with `zero_point` (as a byte for 8 bit, where int8 is shifted to
-// uint8; zero for floats).
+// Uses x itself when it is channels_last, needs no padding and its groups are whole words (whole blocks of 16 channels
+// for depthwise); else copies it once, spatial padding filled with `zero_point` (as a byte for 8 bit, where int8 is
+// shifted to uint8; zero for floats).
 ConvInput prepare_input(const ConvShape& shape, const Tensor& x, bool depthwise, uint8_t zero_point);
 
 }  // namespace pykernels

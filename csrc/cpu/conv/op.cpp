@@ -1,10 +1,11 @@
 // Convolutions over packed weights: conv2d (fp32, bf16), qconv2d (8 bit), conv_bn_act (plain tensors).
+#include "cpu/tile/op.h"
+
 #include <algorithm>
 #include <cmath>
 
 #include "cpu/conv/input.h"
 #include "cpu/conv/kernels.h"
-#include "cpu/tile/op.h"
 
 namespace pykernels {
 namespace {
@@ -37,15 +38,15 @@ ConvShape conv_shape(const char* op, const Tensor& x, int64_t out_channels, cons
   PK_CHECK(s.c % groups == 0, op, ": groups is ", groups, ", which does not divide the ", s.c, " channels of x");
   const int64_t room_h = s.h + s.top + s.bottom - s.dh * (s.kh - 1) - 1;
   const int64_t room_w = s.w + s.left + s.right - s.dw * (s.kw - 1) - 1;
-  PK_CHECK(room_h >= 0 && room_w >= 0, op, ": x of shape ", shape_of(x), " with its padding is smaller than kernel_size ",
-           s.kh, "x", s.kw, " (dilation ", s.dh, "x", s.dw, ")");
+  PK_CHECK(room_h >= 0 && room_w >= 0, op, ": x of shape ", shape_of(x),
+           " with its padding is smaller than kernel_size ", s.kh, "x", s.kw, " (dilation ", s.dh, "x", s.dw, ")");
   s.oh = room_h / s.sh + 1, s.ow = room_w / s.sw + 1;
   return s;
 }
 
 void check_conv_weight(const char* op, const PackedView& w, const ConvShape& s) {
-  PK_CHECK(w.h.kh == s.kh && w.h.kw == s.kw, op, ": kernel_size is ", s.kh, "x", s.kw, ", but packed was made for ", w.h.kh, "x",
-           w.h.kw);
+  PK_CHECK(w.h.kh == s.kh && w.h.kw == s.kw, op, ": kernel_size is ", s.kh, "x", s.kw, ", but packed was made for ",
+           w.h.kh, "x", w.h.kw);
   PK_CHECK(w.h.groups * w.h.n == s.o, op, ": out_channels is ", s.o, ", but packed was made for ", w.h.groups * w.h.n);
   const bool depthwise = w.h.kind == PackKind::depthwise;
   const int64_t groups = depthwise ? w.h.n : w.h.groups;
@@ -53,7 +54,8 @@ void check_conv_weight(const char* op, const PackedView& w, const ConvShape& s) 
   PK_CHECK(groups * w.h.k == s.c, op, ": x has ", s.c, " channels, but packed was made for ", groups * w.h.k);
 }
 
-void run_dot(const ConvShape& s, const ConvInput& in, const PackedView& weights, const DotKernel& dot, const Epilogue& e) {
+void run_dot(const ConvShape& s, const ConvInput& in, const PackedView& weights, const DotKernel& dot,
+             const Epilogue& e) {
   // With one group and no horizontal dilation a row of the kernel is one run of memory: one tap of kw times the words.
   const bool whole_rows = s.groups == 1 && s.dw == 1;
   Ints offsets;
@@ -76,8 +78,8 @@ void run_dot(const ConvShape& s, const ConvInput& in, const PackedView& weights,
   run(p);
 }
 
-void run_depthwise(const ConvShape& s, const ConvInput& in, const PackedView& weights, void (*kernel)(const DepthwiseArgs&),
-                   const Epilogue& e) {
+void run_depthwise(const ConvShape& s, const ConvInput& in, const PackedView& weights,
+                   void (*kernel)(const DepthwiseArgs&), const Epilogue& e) {
   constexpr int64_t kRun = 32;  // pixels whose accumulators (2 KiB) stay in L1 until the epilogue
   const auto epilogue = weights.h.element == Element::s8 ? epilogue_kernels().s32 : epilogue_kernels().f32;
   Ints offsets;
@@ -87,21 +89,22 @@ void run_depthwise(const ConvShape& s, const ConvInput& in, const PackedView& we
   const int64_t panels = weights.panels_per_group(), panel_bytes = weights.panel_bytes();
   const int64_t block_bytes = kColumns * element_bytes(weights.h.element);
   const int64_t line_work = s.ow * s.c * s.kh * s.kw;
-  parallel(s.n * s.oh, std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(line_work, 1)), [&](int64_t first, int64_t last) {
-    alignas(64) uint8_t c[kRun * kBlockBytes];
-    for (int64_t line = first; line < last; ++line) {
-      const uint8_t* row = in.data + line / s.oh * in.image + line % s.oh * s.sh * in.row;
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        for (int64_t x = 0; x < s.ow; x += kRun) {
-          const int64_t pixels = std::min(kRun, s.ow - x);
-          kernel({row + x * s.sw * in.pixel + panel * block_bytes, s.sw * in.pixel, offsets.data(), weights.words(),
-                  weights.panels + panel * panel_bytes, pixels, c});
-          epilogue(e, {c, kColumns, line * s.ow + x, pixels, panel * kColumns, panel * kColumns,
-                       std::min(kColumns, s.c - panel * kColumns)});
-        }
-      }
-    }
-  });
+  parallel(s.n * s.oh, std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(line_work, 1)),
+           [&](int64_t first, int64_t last) {
+             alignas(64) uint8_t c[kRun * kBlockBytes];
+             for (int64_t line = first; line < last; ++line) {
+               const uint8_t* row = in.data + line / s.oh * in.image + line % s.oh * s.sh * in.row;
+               for (int64_t panel = 0; panel < panels; ++panel) {
+                 for (int64_t x = 0; x < s.ow; x += kRun) {
+                   const int64_t pixels = std::min(kRun, s.ow - x);
+                   kernel({row + x * s.sw * in.pixel + panel * block_bytes, s.sw * in.pixel, offsets.data(),
+                           weights.words(), weights.panels + panel * panel_bytes, pixels, c});
+                   epilogue(e, {c, kColumns, line * s.ow + x, pixels, panel * kColumns, panel * kColumns,
+                                std::min(kColumns, s.c - panel * kColumns)});
+                 }
+               }
+             }
+           });
 }
 
 void run_conv(const ConvShape& s, const ConvInput& in, const PackedView& weights, Epilogue e) {
@@ -109,10 +112,18 @@ void run_conv(const ConvShape& s, const ConvInput& in, const PackedView& weights
   if (s.n == 0) return;
   if (weights.h.kind == PackKind::depthwise) {
     const DepthwiseKernels& k = depthwise_kernels();
-    run_depthwise(s, in, weights, weights.h.element == Element::s8 ? k.s8 : weights.h.element == Element::bf16 ? k.bf16 : k.f32, e);
+    run_depthwise(s, in, weights,
+                  weights.h.element == Element::s8     ? k.s8
+                  : weights.h.element == Element::bf16 ? k.bf16
+                                                       : k.f32,
+                  e);
   } else {
     const DotKernels& k = dot_kernels();
-    run_dot(s, in, weights, weights.h.element == Element::s8 ? k.s8 : weights.h.element == Element::bf16 ? k.bf16 : k.f32, e);
+    run_dot(s, in, weights,
+            weights.h.element == Element::s8     ? k.s8
+            : weights.h.element == Element::bf16 ? k.bf16
+                                                 : k.f32,
+            e);
   }
 }
 
@@ -121,8 +132,8 @@ std::optional<Tensor> checked_residual(const char* op, const std::optional<Tenso
                                        const std::string& order) {
   residual_after_activation(op, order);
   if (!residual) return std::nullopt;
-  PK_CHECK(shape_of(*residual) == shape_of(out), op, ": residual must have the output's shape ", shape_of(out), ", not ",
-           shape_of(*residual));
+  PK_CHECK(shape_of(*residual) == shape_of(out), op, ": residual must have the output's shape ", shape_of(out),
+           ", not ", shape_of(*residual));
   return to_channels_last(*residual);
 }
 
@@ -136,14 +147,16 @@ Tensor conv2d_pack(const Tensor& weight, std::optional<Tensor> bias, int64_t gro
 Tensor qconv2d_pack(const Tensor& weight, const Tensor& weight_scale, std::optional<Tensor> bias, int64_t groups) {
   const char* op = "qconv2d_pack";
   check_cpu(op, "weight", weight);
-  PK_CHECK(weight.scalar_type() == ScalarType::Char, op, ": weight must be int8, not ", dtype_name(weight.scalar_type()));
+  PK_CHECK(weight.scalar_type() == ScalarType::Char, op, ": weight must be int8, not ",
+           dtype_name(weight.scalar_type()));
   const PackedHeader header = conv_header(op, weight, groups, bias.has_value());
   return pack_weights(op, header, weight, checked_weight_scale(op, weight_scale, weight.size(0)),
                       checked_bias(op, bias, weight.size(0)));
 }
 
-Tensor conv2d_named(const char* op, const Tensor& x, const Tensor& packed, const ConvShape& s, const std::string& activation,
-                    const std::optional<Tensor>& residual, const std::string& residual_order) {
+Tensor conv2d_named(const char* op, const Tensor& x, const Tensor& packed, const ConvShape& s,
+                    const std::string& activation, const std::optional<Tensor>& residual,
+                    const std::string& residual_order) {
   const ScalarType t = x.scalar_type();
   const PackedView weights = checked_packed(op, packed, element_of(t));
   check_conv_weight(op, weights, s);
@@ -188,31 +201,34 @@ Tensor qconv2d(const Tensor& x, const Tensor& packed, int64_t out_channels, Ints
   e.x_scale = static_cast<float>(x_scale);
   e.x_zero_point = static_cast<int32_t>(x_zero_point) + (x.scalar_type() == ScalarType::Char ? 128 : 0);
   e.out = out.mutable_data_ptr();
-  run_conv(s, prepare_input(s, x, weights.h.kind == PackKind::depthwise, static_cast<uint8_t>(e.x_zero_point)), weights, e);
+  run_conv(s, prepare_input(s, x, weights.h.kind == PackKind::depthwise, static_cast<uint8_t>(e.x_zero_point)), weights,
+           e);
   return out;
 }
 
 // A vector of `channels` floats, fp32 and contiguous.
 Tensor channel_vector(const char* op, const char* name, const Tensor& t, int64_t channels) {
   check_real(op, name, t);
-  PK_CHECK(t.dim() == 1 && t.size(0) == channels, op, ": ", name, " must have shape [", channels, "], not ", shape_of(t));
+  PK_CHECK(t.dim() == 1 && t.size(0) == channels, op, ": ", name, " must have shape [", channels, "], not ",
+           shape_of(t));
   return to_contiguous(torch::stable::to(t, ScalarType::Float));
 }
 
 Tensor conv_bn_act(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& running_mean,
-                   const Tensor& running_var, std::optional<Tensor> gamma, std::optional<Tensor> beta, double eps, Ints stride,
-                   Ints padding, Ints dilation, int64_t groups, std::string activation, std::optional<Tensor> residual,
-                   std::string residual_order) {
+                   const Tensor& running_var, std::optional<Tensor> gamma, std::optional<Tensor> beta, double eps,
+                   Ints stride, Ints padding, Ints dilation, int64_t groups, std::string activation,
+                   std::optional<Tensor> residual, std::string residual_order) {
   const char* op = "conv_bn_act";
   check_real(op, "x", x);
   check_real(op, "weight", weight);
-  PK_CHECK(weight.scalar_type() == x.scalar_type(), op, ": weight must have x's dtype ", dtype_name(x.scalar_type()), ", not ",
-           dtype_name(weight.scalar_type()));
+  PK_CHECK(weight.scalar_type() == x.scalar_type(), op, ": weight must have x's dtype ", dtype_name(x.scalar_type()),
+           ", not ", dtype_name(weight.scalar_type()));
   PK_CHECK(eps >= 0, op, ": eps must not be negative, but is ", eps);
   check_dim(op, "weight", weight, 4);
   const int64_t o = weight.size(0);
   const ConvShape s = conv_shape(op, x, o, {weight.size(2), weight.size(3)}, stride, padding, dilation, groups);
-  const Tensor mean = channel_vector(op, "running_mean", running_mean, o), var = channel_vector(op, "running_var", running_var, o);
+  const Tensor mean = channel_vector(op, "running_mean", running_mean, o),
+               var = channel_vector(op, "running_var", running_var, o);
   std::optional<Tensor> g, b, c;
   if (gamma) g = channel_vector(op, "gamma", *gamma, o);
   if (beta) b = channel_vector(op, "beta", *beta, o);
@@ -222,7 +238,8 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
   Tensor shift = empty({o}, ScalarType::Float);
   const int64_t each = o ? folded.numel() / o : 0;
   for (int64_t i = 0; i < o; ++i) {
-    const float scale = (g ? pointer<float>(*g)[i] : 1.0f) / std::sqrt(pointer<float>(var)[i] + static_cast<float>(eps));
+    const float scale =
+        (g ? pointer<float>(*g)[i] : 1.0f) / std::sqrt(pointer<float>(var)[i] + static_cast<float>(eps));
     for (int64_t j = 0; j < each; ++j) mutable_pointer<float>(folded)[i * each + j] *= scale;
     mutable_pointer<float>(shift)[i] =
         ((c ? pointer<float>(*c)[i] : 0.0f) - pointer<float>(mean)[i]) * scale + (b ? pointer<float>(*b)[i] : 0.0f);

@@ -38,7 +38,8 @@ PK_INLINE void store(float* p, f32 v, int n = 8) {
 PK_INLINE void store(bfloat16* p, f32 v, int n = 8) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
   const __m256i wide = _mm256_blendv_epi8(rounded, quiet, nan);
@@ -67,7 +68,9 @@ PK_INLINE f32 select_lt(f32 a, f32 b, f32 x, f32 y) { return _mm256_blendv_ps(y,
 PK_INLINE f32 select_over(f32 v, f32 m, f32 x, f32 y) {
   return _mm256_blendv_ps(y, x, _mm256_or_ps(_mm256_cmp_ps(v, m, _CMP_GT_OQ), _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
 }
-PK_INLINE f32 max_nan(f32 v, f32 m) { return _mm256_blendv_ps(_mm256_max_ps(v, m), v, _mm256_cmp_ps(v, v, _CMP_UNORD_Q)); }
+PK_INLINE f32 max_nan(f32 v, f32 m) {
+  return _mm256_blendv_ps(_mm256_max_ps(v, m), v, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+}
 
 PK_INLINE __m128i load_bytes8(const void* p, int n) {
   if (n == 8) return _mm_loadl_epi64(static_cast<const __m128i*>(p));
@@ -94,9 +97,7 @@ PK_INLINE void store_i32(int32_t* p, i32 v, int n = 8) {
   else
     _mm256_maskstore_epi32(p, lane_mask(n), v);
 }
-PK_INLINE __m128i narrow16(i32 v) {
-  return _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-}
+PK_INLINE __m128i narrow16(i32 v) { return _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)); }
 PK_INLINE void store_i32(uint8_t* p, i32 v, int n = 8) {
   const __m128i h = narrow16(v);
   store_bytes8(p, _mm_packus_epi16(h, h), n);
@@ -106,7 +107,9 @@ PK_INLINE void store_i32(int8_t* p, i32 v, int n = 8) {
   store_bytes8(p, _mm_packs_epi16(h, h), n);
 }
 // The packs interleave the 128-bit halves of their operands; the permutation puts the groups of 4 bytes back in order.
-PK_INLINE __m256i in_order(__m256i bytes) { return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); }
+PK_INLINE __m256i in_order(__m256i bytes) {
+  return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
 PK_INLINE void store4(uint8_t* p, i32 a, i32 b, i32 c, i32 d) {
   const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), in_order(bytes));
@@ -152,8 +155,8 @@ PK_INLINE u8 min_s8(u8 a, u8 b) { return {_mm256_min_epi8(a.v, b.v)}; }
 PK_INLINE u8 set1_u8(uint8_t v) { return {_mm256_set1_epi8(static_cast<char>(v))}; }
 PK_INLINE u8 xor_u8(u8 a, u8 b) { return {_mm256_xor_si256(a.v, b.v)}; }
 
-// 16 rows of 16 entries: every row is looked up by the low half of the index, and a tree of blends chooses the row by the
-// high half, bit by bit from the lowest.
+// 16 rows of 16 entries: every row is looked up by the low half of the index, and a tree of blends chooses the row by
+// the high half, bit by bit from the lowest.
 struct ByteTable {
   __m256i rows[16];
 };
@@ -170,8 +173,10 @@ PK_INLINE u8 lookup(const ByteTable& t, u8 index) {
   const auto pair = [&](int i) __attribute__((always_inline)) {
     return _mm256_blendv_epi8(_mm256_shuffle_epi8(t.rows[i], low), _mm256_shuffle_epi8(t.rows[i + 1], low), bit4);
   };
-  const auto four = [&](int i) __attribute__((always_inline)) { return _mm256_blendv_epi8(pair(i), pair(i + 2), bit5); };
-  const auto eight = [&](int i) __attribute__((always_inline)) { return _mm256_blendv_epi8(four(i), four(i + 4), bit6); };
+  const auto four = [&](int i)
+                        __attribute__((always_inline)) { return _mm256_blendv_epi8(pair(i), pair(i + 2), bit5); };
+  const auto eight = [&](int i)
+                         __attribute__((always_inline)) { return _mm256_blendv_epi8(four(i), four(i + 4), bit6); };
   return {_mm256_blendv_epi8(eight(0), eight(8), index.v)};
 }
 

@@ -14,9 +14,12 @@ struct u8 {
 PK_INLINE __mmask16 lane_mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 PK_INLINE __mmask64 byte_mask(int n) { return n == 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1; }
 
-PK_INLINE f32 load(const float* p, int n = 16) { return n == 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(lane_mask(n), p); }
+PK_INLINE f32 load(const float* p, int n = 16) {
+  return n == 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(lane_mask(n), p);
+}
 PK_INLINE f32 load(const bfloat16* p, int n = 16) {
-  const __m256i half = n == 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(lane_mask(n), p);
+  const __m256i half =
+      n == 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(lane_mask(n), p);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 PK_INLINE void store(float* p, f32 v, int n = 16) {
@@ -28,7 +31,8 @@ PK_INLINE void store(float* p, f32 v, int n = 16) {
 PK_INLINE void store(bfloat16* p, f32 v, int n = 16) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   const __m256i half = _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, quiet));
@@ -49,7 +53,9 @@ PK_INLINE f32 round(f32 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEARES
 PK_INLINE f32 abs(f32 a) { return _mm512_abs_ps(a); }
 PK_INLINE f32 sqrt(f32 a) { return _mm512_sqrt_ps(a); }
 PK_INLINE f32 zero_nan(f32 a) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a); }
-PK_INLINE f32 select_lt(f32 a, f32 b, f32 x, f32 y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
+PK_INLINE f32 select_lt(f32 a, f32 b, f32 x, f32 y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+}
 PK_INLINE f32 select_over(f32 v, f32 m, f32 x, f32 y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(v, m, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), y, x);
 }
@@ -81,7 +87,8 @@ PK_INLINE void store_i32(uint8_t* p, i32 v, int n = 16) {
   store_bytes16(p, _mm512_cvtusepi32_epi8(_mm512_max_epi32(v, _mm512_setzero_si512())), n);
 }
 PK_INLINE void store_i32(int8_t* p, i32 v, int n = 16) { store_bytes16(p, _mm512_cvtsepi32_epi8(v), n); }
-// The packs interleave the 128-bit quarters of their operands; the permutation puts the groups of 4 bytes back in order.
+// The packs interleave the 128-bit quarters of their operands; the permutation puts the groups of 4 bytes back in
+// order.
 PK_INLINE __m512i in_order(__m512i bytes) {
   return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes);
 }
@@ -122,8 +129,8 @@ PK_INLINE u8 min_s8(u8 a, u8 b) { return {_mm512_min_epi8(a.v, b.v)}; }
 PK_INLINE u8 set1_u8(uint8_t v) { return {_mm512_set1_epi8(static_cast<char>(v))}; }
 PK_INLINE u8 xor_u8(u8 a, u8 b) { return {_mm512_xor_si512(a.v, b.v)}; }
 
-// 16 rows of 16 entries: every row is looked up by the low half of the index, and a tree of blends chooses the row by the
-// high half, bit by bit from the lowest.
+// 16 rows of 16 entries: every row is looked up by the low half of the index, and a tree of blends chooses the row by
+// the high half, bit by bit from the lowest.
 struct ByteTable {
   __m512i rows[16];
 };
@@ -142,8 +149,10 @@ PK_INLINE u8 lookup(const ByteTable& t, u8 index) {
   const auto pair = [&](int i) __attribute__((always_inline)) {
     return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(t.rows[i], low), bit4, t.rows[i + 1], low);
   };
-  const auto four = [&](int i) __attribute__((always_inline)) { return _mm512_mask_blend_epi8(bit5, pair(i), pair(i + 2)); };
-  const auto eight = [&](int i) __attribute__((always_inline)) { return _mm512_mask_blend_epi8(bit6, four(i), four(i + 4)); };
+  const auto four = [&](int i)
+                        __attribute__((always_inline)) { return _mm512_mask_blend_epi8(bit5, pair(i), pair(i + 2)); };
+  const auto eight = [&](int i)
+                         __attribute__((always_inline)) { return _mm512_mask_blend_epi8(bit6, four(i), four(i + 4)); };
   return {_mm512_mask_blend_epi8(bit7, eight(0), eight(8))};
 }
 

@@ -1,5 +1,5 @@
-// Activations on the vector layer. Only mul/add/sub/div/min/max/round and bit shifts, in one fixed order and without FMA,
-// so that every isa computes the same bits.
+// Activations on the vector layer. Only mul/add/sub/div/min/max/round and bit shifts, in one fixed order and without
+// FMA, so that every isa computes the same bits.
 #pragma once
 
 #include "common/activation.h"

@@ -7,8 +7,8 @@
 
 namespace pykernels::PYKERNELS_ISA_NS {
 
-// 1/scale is computed once, in fp32. Clamping to the integers low - zero_point and high - zero_point before the rounding
-// conversion yields what clamping after it would, and one step less.
+// 1/scale is computed once, in fp32. Clamping to the integers low - zero_point and high - zero_point before the
+// rounding conversion yields what clamping after it would, and one step less.
 struct Requantize {
   f32 inverse, low, high;
   i32 zero_point;

@@ -5,13 +5,14 @@
 //
 // Types: f32 and i32 hold kLanes 32-bit lanes; u8 holds kBytes bytes. `n` is a number of valid elements, 1..kLanes
 // (or kBytes): loads leave zero in the rest and never touch memory past n; stores write n elements.
-//   f32  load(const float*, n)  load(const bfloat16*, n)  store(float*, f32, n)  store(bfloat16*, f32, n)   (bf16: half to even)
+//   f32  load(const float*, n)  load(const bfloat16*, n)  store(float*, f32, n)  store(bfloat16*, f32, n)   (bf16: half
+//   to even)
 //        set1(float)  add sub mul div min max  fma(a,b,c)=a*b+c  round (half to even)  abs  sqrt
 //        min(a,b)/max(a,b) yield b when a or b is NaN: max(zero, x) keeps the NaN of x.
 //        zero_nan(a) = 0 where a is NaN, else a
 //        select_lt(a, b, x, y) = a < b ? x : y, lane by lane
-//        select_over(v, m, x, y) = v > m or v is NaN ? x : y; max_nan(v, m) = select_over(v, m, v, m): a running maximum that
-//        keeps the first of equals and any NaN, as torch's pools do
+//        select_over(v, m, x, y) = v > m or v is NaN ? x : y; max_nan(v, m) = select_over(v, m, v, m): a running
+//        maximum that keeps the first of equals and any NaN, as torch's pools do
 //   i32  load_i32(const int32_t*|uint8_t*|int8_t*, n)  store_i32(int32_t*|uint8_t*|int8_t*, i32, n) (8-bit: saturating)
 //        store4(uint8_t*|int8_t*, a, b, c, d): 4 kLanes bytes, saturating
 //        set1_i32  add sub mul min max  to_f32(i32)  to_i32(f32) (half to even; the caller clamps first)

@@ -1,8 +1,9 @@
 // Linear layers: int8_mm, linear and int8_linear over packed weights. Leading dimensions of x are rows.
+#include "cpu/tile/op.h"
+
 #include <cmath>
 
 #include "cpu/quantize/kernels.h"
-#include "cpu/tile/op.h"
 
 namespace pykernels {
 namespace {
@@ -80,8 +81,8 @@ Tensor int8_mm(const Tensor& a, const Tensor& b) {
   PK_CHECK(a.dim() >= 2, op, ": a must have at least 2 dimensions, not shape ", shape_of(a));
   check_dim(op, "b", b, 2);
   const int64_t k = a.size(a.dim() - 1), n = b.size(1), rows = rows_of(a);
-  PK_CHECK(b.size(0) == k, op, ": a has ", k, " columns (shape ", shape_of(a), ") but b has ", b.size(0), " rows (shape ",
-           shape_of(b), ")");
+  PK_CHECK(b.size(0) == k, op, ": a has ", k, " columns (shape ", shape_of(a), ") but b has ", b.size(0),
+           " rows (shape ", shape_of(b), ")");
   Tensor out = empty(leading(a, n), ScalarType::Int);
   if (out.numel() == 0) return out;
   const PackedHeader header = make_header(PackKind::dot, Element::s8, 1, n, k, 1, 1, false);
@@ -102,8 +103,8 @@ Tensor linear_pack(const Tensor& weight, std::optional<Tensor> bias) {
   check_dim(op, "weight", weight, 2);
   const int64_t n = weight.size(0), k = weight.size(1);
   const auto b = checked_bias(op, bias, n);
-  return pack_weights(op, make_header(PackKind::dot, element_of(weight.scalar_type()), 1, n, k, 1, 1, b.has_value()), weight,
-                      std::nullopt, b);
+  return pack_weights(op, make_header(PackKind::dot, element_of(weight.scalar_type()), 1, n, k, 1, 1, b.has_value()),
+                      weight, std::nullopt, b);
 }
 
 Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, std::string activation,
@@ -119,8 +120,8 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, std::
   Tensor out = empty(leading(x, out_features), t);
   std::optional<Tensor> dense;
   if (residual) {
-    PK_CHECK(shape_of(*residual) == shape_of(out), op, ": residual must have the output's shape ", shape_of(out), ", not ",
-             shape_of(*residual));
+    PK_CHECK(shape_of(*residual) == shape_of(out), op, ": residual must have the output's shape ", shape_of(out),
+             ", not ", shape_of(*residual));
     PK_CHECK(is_real(residual->scalar_type()), op, ": residual must be float32 or bfloat16, not ",
              dtype_name(residual->scalar_type()));
     dense = to_contiguous(*residual);
@@ -138,7 +139,8 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, std::
 Tensor int8_linear_pack(const Tensor& weight, const Tensor& weight_scale, std::optional<Tensor> bias) {
   const char* op = "int8_linear_pack";
   check_cpu(op, "weight", weight);
-  PK_CHECK(weight.scalar_type() == ScalarType::Char, op, ": weight must be int8, not ", dtype_name(weight.scalar_type()));
+  PK_CHECK(weight.scalar_type() == ScalarType::Char, op, ": weight must be int8, not ",
+           dtype_name(weight.scalar_type()));
   check_dim(op, "weight", weight, 2);
   const int64_t n = weight.size(0), k = weight.size(1);
   const Tensor scale = checked_weight_scale(op, weight_scale, n);

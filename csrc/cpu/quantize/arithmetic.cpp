@@ -8,8 +8,7 @@ namespace {
 // Relu and relu6 are bounds on the real value, and rounding is monotone: they become bounds on the integer.
 PK_INLINE Requantize clip(Requantize r, Activation activation, const QuantizedOutput& out) {
   if (activation == Activation::relu || activation == Activation::relu6) r.low = max(r.low, set1(0.0f));
-  if (activation == Activation::relu6)
-    r.high = min(r.high, round(set1(6.0f * out.inverse_scale)));
+  if (activation == Activation::relu6) r.high = min(r.high, round(set1(6.0f * out.inverse_scale)));
   return r;
 }
 
@@ -25,11 +24,13 @@ PK_INLINE void combine(const QuantizedInput& a, const QuantizedInput& b, Operand
           const auto real_a = reader(qa, a);
           if (operand == Operand::rows) {
             const f32 value = dequantize(set1_i32(qb[row]), set1_i32(b.zero_point), set1(b.scale));
-            each_byte(q, n, [&](int64_t i, int lanes) PK_LAMBDA { return requantize(r, f(read(real_a, i, lanes), value)); });
+            each_byte(q, n,
+                      [&](int64_t i, int lanes) PK_LAMBDA { return requantize(r, f(read(real_a, i, lanes), value)); });
           } else {
             const auto real_b = reader(operand == Operand::same ? qb + row * n : qb, b);
-            each_byte(q, n, [&](int64_t i, int lanes)
-                                PK_LAMBDA { return requantize(r, f(read(real_a, i, lanes), read(real_b, i, lanes))); });
+            each_byte(q, n, [&](int64_t i, int lanes) PK_LAMBDA {
+              return requantize(r, f(read(real_a, i, lanes), read(real_b, i, lanes)));
+            });
           }
         }
       });

@@ -9,13 +9,14 @@ namespace {
 
 // b is [N, C, 1, 1] (and not simply of a's shape) against a's [N, C, H, W].
 bool is_per_channel(const Tensor& a, const Tensor& b) {
-  return a.dim() == 4 && b.dim() == 4 && b.size(0) == a.size(0) && b.size(1) == a.size(1) && b.size(2) == 1 && b.size(3) == 1;
+  return a.dim() == 4 && b.dim() == 4 && b.size(0) == a.size(0) && b.size(1) == a.size(1) && b.size(2) == 1 &&
+         b.size(3) == 1;
 }
 
 // The elementwise ops: checks, layouts and threads; kernel(a, b, operand, rows, n, out) does the rest.
 template <class Kernel>
-Tensor elementwise(const char* op, const Tensor& a, const Tensor& b, double a_scale, int64_t a_zero_point, double b_scale,
-                   int64_t b_zero_point, double out_scale, int64_t out_zero_point, ScalarType out_dtype,
+Tensor elementwise(const char* op, const Tensor& a, const Tensor& b, double a_scale, int64_t a_zero_point,
+                   double b_scale, int64_t b_zero_point, double out_scale, int64_t out_zero_point, ScalarType out_dtype,
                    const Kernel& kernel) {
   check_byte(op, "a", a);
   check_byte(op, "b", b);
@@ -58,14 +59,16 @@ Tensor elementwise(const char* op, const Tensor& a, const Tensor& b, double a_sc
     });
   } else {  // planes of pixels, one factor each
     parallel_steps(a.size(0) * channels, pixels, [&](int64_t begin, int64_t end) {
-      kernel(from(in_a, begin * pixels), from(in_b, begin), Operand::rows, end - begin, pixels, from(to, begin * pixels));
+      kernel(from(in_a, begin * pixels), from(in_b, begin), Operand::rows, end - begin, pixels,
+             from(to, begin * pixels));
     });
   }
   return out;
 }
 
-Tensor qadd(const Tensor& a, const Tensor& b, double a_scale, int64_t a_zero_point, double b_scale, int64_t b_zero_point,
-            double out_scale, int64_t out_zero_point, ScalarType out_dtype, std::string activation) {
+Tensor qadd(const Tensor& a, const Tensor& b, double a_scale, int64_t a_zero_point, double b_scale,
+            int64_t b_zero_point, double out_scale, int64_t out_zero_point, ScalarType out_dtype,
+            std::string activation) {
   const Activation act = activation_by_name("qadd", activation);
   const auto add = quantize_kernels().add;
   return elementwise("qadd", a, b, a_scale, a_zero_point, b_scale, b_zero_point, out_scale, out_zero_point, out_dtype,
@@ -73,8 +76,8 @@ Tensor qadd(const Tensor& a, const Tensor& b, double a_scale, int64_t a_zero_poi
                          const QuantizedOutput& q) { add(x, y, operand, rows, n, act, q); });
 }
 
-Tensor qmul(const Tensor& a, const Tensor& b, double a_scale, int64_t a_zero_point, double b_scale, int64_t b_zero_point,
-            double out_scale, int64_t out_zero_point, ScalarType out_dtype) {
+Tensor qmul(const Tensor& a, const Tensor& b, double a_scale, int64_t a_zero_point, double b_scale,
+            int64_t b_zero_point, double out_scale, int64_t out_zero_point, ScalarType out_dtype) {
   return elementwise("qmul", a, b, a_scale, a_zero_point, b_scale, b_zero_point, out_scale, out_zero_point, out_dtype,
                      quantize_kernels().mul);
 }
@@ -94,8 +97,8 @@ Tensor qcat(std::vector<Tensor> xs, std::vector<double> scales, Ints zero_points
   const auto name = [](const char* list, size_t i) { return std::string(list) + "[" + std::to_string(i) + "]"; };
   PK_CHECK(scales.size() == xs.size(), op, ": scales must have ", xs.size(), " numbers, one for each of xs, not ",
            scales.size());
-  PK_CHECK(zero_points.size() == xs.size(), op, ": zero_points must have ", xs.size(), " numbers, one for each of xs, not ",
-           zero_points.size());
+  PK_CHECK(zero_points.size() == xs.size(), op, ": zero_points must have ", xs.size(),
+           " numbers, one for each of xs, not ", zero_points.size());
   check_byte_dtype(op, "out_dtype", out_dtype);
   check_scale(op, "out_scale", out_scale);
   check_zero_point(op, "out_zero_point", out_zero_point, out_dtype);
@@ -170,7 +173,8 @@ Tensor qlookup(const Tensor& x, const Tensor& table) {
   const uint8_t* values = static_cast<const uint8_t*>(entries.const_data_ptr());
   uint8_t* to = static_cast<uint8_t*>(out.mutable_data_ptr());
   const auto kernel = quantize_kernels().lookup;
-  parallel_steps(x.numel(), 1, [&](int64_t begin, int64_t end) { kernel(from_x + begin, end - begin, values, to + begin); });
+  parallel_steps(x.numel(), 1,
+                 [&](int64_t begin, int64_t end) { kernel(from_x + begin, end - begin, values, to + begin); });
   return out;
 }
 

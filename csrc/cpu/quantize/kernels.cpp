@@ -22,8 +22,8 @@ PK_INLINE float greatest_lane(f32 v) {
   return greatest;
 }
 
-// The least and the greatest of 0 and the row: the zeros that a short load fills in change nothing, and min(x, acc) yields
-// acc where x is NaN. Two accumulators of each hide the latency.
+// The least and the greatest of 0 and the row: the zeros that a short load fills in change nothing, and min(x, acc)
+// yields acc where x is NaN. Two accumulators of each hide the latency.
 template <class X>
 PK_INLINE void range(const X* x, int64_t n, float* least, float* greatest) {
   f32 lo0 = set1(0.0f), lo1 = lo0, hi0 = lo0, hi1 = lo0;
@@ -92,7 +92,7 @@ void dequantize_kernel(const QuantizedInput& in, int64_t n, void* x, bool bf16) 
 }
 
 void quantize_channels_kernel(const void* x, bool bf16, int64_t rows, int64_t n, const ChannelParameters& channels,
-                       const QuantizedOutput& out) {
+                              const QuantizedOutput& out) {
   const i32 low = set1_i32(out.s8 ? -128 : 0), high = set1_i32(out.s8 ? 127 : 255);
   with_real(x, bf16, [&](const auto* p) {
     with_bytes(out.data, out.s8, [&](auto* q) {
@@ -107,8 +107,8 @@ void quantize_channels_kernel(const void* x, bool bf16, int64_t rows, int64_t n,
   });
 }
 
-void dequantize_channels_kernel(const QuantizedInput& in, int64_t rows, int64_t n, const ChannelParameters& channels, void* x,
-                         bool bf16) {
+void dequantize_channels_kernel(const QuantizedInput& in, int64_t rows, int64_t n, const ChannelParameters& channels,
+                                void* x, bool bf16) {
   with_bytes(in.data, in.s8, [&](const auto* q) {
     with_real(x, bf16, [&](auto* p) {
       for (int64_t r = 0; r < rows; ++r)
@@ -123,9 +123,16 @@ void dequantize_channels_kernel(const QuantizedInput& in, int64_t rows, int64_t 
 }  // namespace
 
 const QuantizeKernels quantize_kernels = {
-    quantize_row_kernel,      quantize_row_s8_kernel,     quantize_kernel, dequantize_kernel,
-    quantize_channels_kernel, dequantize_channels_kernel, add_kernel,      mul_kernel,
-    requantize_kernel,        lookup_kernel,
+    quantize_row_kernel,
+    quantize_row_s8_kernel,
+    quantize_kernel,
+    dequantize_kernel,
+    quantize_channels_kernel,
+    dequantize_channels_kernel,
+    add_kernel,
+    mul_kernel,
+    requantize_kernel,
+    lookup_kernel,
 };
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

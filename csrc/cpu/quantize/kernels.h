@@ -37,10 +37,10 @@ enum class Operand {
 };
 
 struct QuantizeKernels {
-  // Dynamic quantization of one row x of n elements. NaNs are left out of the range and become the zero point; a range too
-  // small for a normal fp32 scale counts as zero (scale 1); an infinite one yields scale infinity and q = zero point, so
-  // that what is dequantized from the row is NaN.
-  // u8 affine: lo = min(0, min x), hi = max(0, max x), scale = (hi - lo)/255, zero_point = rint(-lo/scale)
+  // Dynamic quantization of one row x of n elements. NaNs are left out of the range and become the zero point; a range
+  // too small for a normal fp32 scale counts as zero (scale 1); an infinite one yields scale infinity and q = zero
+  // point, so that what is dequantized from the row is NaN. u8 affine: lo = min(0, min x), hi = max(0, max x), scale =
+  // (hi - lo)/255, zero_point = rint(-lo/scale)
   void (*quantize_row)(const void* x, bool bf16, int64_t n, uint8_t* q, float* scale, int32_t* zero_point);
   // s8 symmetric: scale = max|x|/127, q in [-127, 127]
   void (*quantize_row_s8)(const void* x, bool bf16, int64_t n, int8_t* q, float* scale);
@@ -51,12 +51,14 @@ struct QuantizeKernels {
   // [rows, n] elements with the channels last; scale and zero point of `q` are not used.
   void (*quantize_channels)(const void* x, bool bf16, int64_t rows, int64_t n, const ChannelParameters&,
                             const QuantizedOutput& q);
-  void (*dequantize_channels)(const QuantizedInput& q, int64_t rows, int64_t n, const ChannelParameters&, void* x, bool bf16);
+  void (*dequantize_channels)(const QuantizedInput& q, int64_t rows, int64_t n, const ChannelParameters&, void* x,
+                              bool bf16);
 
   // q(activation(real(a) + real(b))), q(real(a) * real(b)), q(real(a)); every step rounded to fp32.
   void (*add)(const QuantizedInput& a, const QuantizedInput& b, Operand, int64_t rows, int64_t n, Activation,
               const QuantizedOutput& q);
-  void (*mul)(const QuantizedInput& a, const QuantizedInput& b, Operand, int64_t rows, int64_t n, const QuantizedOutput& q);
+  void (*mul)(const QuantizedInput& a, const QuantizedInput& b, Operand, int64_t rows, int64_t n,
+              const QuantizedOutput& q);
   void (*requantize)(const QuantizedInput& a, int64_t n, const QuantizedOutput& q);
   // y[i] = table[x[i]]
   void (*lookup)(const uint8_t* x, int64_t n, const uint8_t* table, uint8_t* y);

@@ -77,7 +77,8 @@ PK_INLINE f32 read(const Reader<Q>& r, int64_t i, int n) {
 // The kernels of arithmetic.cpp.
 void add_kernel(const QuantizedInput& a, const QuantizedInput& b, Operand, int64_t rows, int64_t n, Activation,
                 const QuantizedOutput& q);
-void mul_kernel(const QuantizedInput& a, const QuantizedInput& b, Operand, int64_t rows, int64_t n, const QuantizedOutput& q);
+void mul_kernel(const QuantizedInput& a, const QuantizedInput& b, Operand, int64_t rows, int64_t n,
+                const QuantizedOutput& q);
 void requantize_kernel(const QuantizedInput& a, int64_t n, const QuantizedOutput& q);
 void lookup_kernel(const uint8_t* x, int64_t n, const uint8_t* table, uint8_t* y);
 

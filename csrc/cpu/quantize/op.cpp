@@ -12,9 +12,7 @@ struct Reals {
   bool bf16;
   void* at(int64_t i) const { return data + i * (bf16 ? 2 : 4); }
 };
-Reals reals(const Tensor& t) {
-  return {static_cast<uint8_t*>(t.data_ptr()), t.scalar_type() == ScalarType::BFloat16};
-}
+Reals reals(const Tensor& t) { return {static_cast<uint8_t*>(t.data_ptr()), t.scalar_type() == ScalarType::BFloat16}; }
 
 Tensor quantize_per_tensor(const Tensor& x, double scale, int64_t zero_point, ScalarType dtype) {
   const char* op = "quantize_per_tensor";
@@ -27,8 +25,9 @@ Tensor quantize_per_tensor(const Tensor& x, double scale, int64_t zero_point, Sc
   const Reals from_x = reals(source);
   const QuantizedOutput out = quantized_output(q, scale, zero_point);
   const auto kernel = quantize_kernels().quantize;
-  parallel_steps(x.numel(), 1,
-           [&](int64_t begin, int64_t end) { kernel(from_x.at(begin), from_x.bf16, end - begin, from(out, begin)); });
+  parallel_steps(x.numel(), 1, [&](int64_t begin, int64_t end) {
+    kernel(from_x.at(begin), from_x.bf16, end - begin, from(out, begin));
+  });
   return q;
 }
 
@@ -44,7 +43,7 @@ Tensor dequantize_per_tensor(const Tensor& x, double scale, int64_t zero_point, 
   const Reals to_y = reals(y);
   const auto kernel = quantize_kernels().dequantize;
   parallel_steps(x.numel(), 1,
-           [&](int64_t begin, int64_t end) { kernel(from(in, begin), end - begin, to_y.at(begin), to_y.bf16); });
+                 [&](int64_t begin, int64_t end) { kernel(from(in, begin), end - begin, to_y.at(begin), to_y.bf16); });
   return y;
 }
 
@@ -66,8 +65,8 @@ struct Channels {
              ": scale must be float32 or float64, not ", dtype_name(scales.scalar_type()));
     PK_CHECK(zero_points.scalar_type() == ScalarType::Int || zero_points.scalar_type() == ScalarType::Long, op,
              ": zero_point must be int32 or int64, not ", dtype_name(zero_points.scalar_type()));
-    PK_CHECK(scales.dim() == 1 && scales.size(0) == n, op, ": scale must have shape [", n, "], the size of x along axis ",
-             axis, ", not ", shape_of(scales));
+    PK_CHECK(scales.dim() == 1 && scales.size(0) == n, op, ": scale must have shape [", n,
+             "], the size of x along axis ", axis, ", not ", shape_of(scales));
     PK_CHECK(zero_points.dim() == 1 && zero_points.size(0) == n, op, ": zero_point must have shape [", n,
              "], the size of x along axis ", axis, ", not ", shape_of(zero_points));
     const Tensor s = to_contiguous(scales), z = to_contiguous(zero_points);
@@ -98,7 +97,8 @@ struct Channels {
   }
 };
 
-Tensor quantize_per_channel(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t axis, ScalarType dtype) {
+Tensor quantize_per_channel(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t axis,
+                            ScalarType dtype) {
   const char* op = "quantize_per_channel";
   check_real(op, "x", x);
   check_byte_dtype(op, "dtype", dtype);
@@ -187,7 +187,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x, ScalarTyp
         kernels.quantize_row(from_x.at(row * n), from_x.bf16, n, static_cast<uint8_t*>(bytes) + row * n, scales + row,
                              zero_points + row);
       } else {
-        kernels.quantize_row_s8(from_x.at(row * n), from_x.bf16, n, static_cast<int8_t*>(bytes) + row * n, scales + row);
+        kernels.quantize_row_s8(from_x.at(row * n), from_x.bf16, n, static_cast<int8_t*>(bytes) + row * n,
+                                scales + row);
         zero_points[row] = 0;
       }
     }
@@ -208,7 +209,8 @@ Tensor dequantize_per_token(const Tensor& x, const Tensor& scale, const Tensor& 
              dtype_name(t.scalar_type()));
     bool fits = t.dim() == x.dim();
     for (int64_t d = 0; fits && d < x.dim(); ++d) fits = t.size(d) == rows[d];
-    PK_CHECK(fits, op, ": ", name, " must have the shape of x, ", shape_of(x), ", with 1 in the last place, not ", shape_of(t));
+    PK_CHECK(fits, op, ": ", name, " must have the shape of x, ", shape_of(x), ", with 1 in the last place, not ",
+             shape_of(t));
   };
   check_rows("scale", scale, ScalarType::Float);
   check_rows("zero_point", zero_point, ScalarType::Int);
@@ -259,11 +261,12 @@ Tensor dequantize_per_block(const Tensor& x, const Tensor& scale, int64_t block_
   check_cpu(op, "x", x);
   PK_CHECK(x.scalar_type() == ScalarType::Char, op, ": x must be int8, not ", dtype_name(x.scalar_type()));
   check_cpu(op, "scale", scale);
-  PK_CHECK(scale.scalar_type() == ScalarType::Float, op, ": scale must be float32, not ", dtype_name(scale.scalar_type()));
+  PK_CHECK(scale.scalar_type() == ScalarType::Float, op, ": scale must be float32, not ",
+           dtype_name(scale.scalar_type()));
   check_real_dtype(op, "dtype", dtype);
   const int64_t count = blocks(op, x, block_size), n = x.numel();
-  PK_CHECK(scale.dim() == 1 && scale.size(0) == count, op, ": scale must have shape [", count, "], one for each block of ",
-           block_size, ", not ", shape_of(scale));
+  PK_CHECK(scale.dim() == 1 && scale.size(0) == count, op, ": scale must have shape [", count,
+           "], one for each block of ", block_size, ", not ", shape_of(scale));
   const Tensor source = to_contiguous(x), s = to_contiguous(scale), y = dense_like(source, dtype);
   const float* scales = pointer<float>(s);
   const QuantizedInput in = quantized_input(source, 1.0, 0);

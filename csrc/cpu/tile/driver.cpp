@@ -26,7 +26,8 @@ TilePlan plan_tiles(TileProblem& p, int64_t threads) {
   plan.tiles = p.images * p.rows * plan.tiles_per_row;
   plan.panels = p.weights->h.groups * p.weights->panels_per_group();
 
-  // The split of least work for the slowest thread; among equals, more splits of tiles: panels are then shared in cache.
+  // The split of least work for the slowest thread; among equals, more splits of tiles: panels are then shared in
+  // cache.
   int64_t best = INT64_MAX;
   plan.tile_splits = plan.panel_splits = 1;
   for (int64_t m = std::min(threads, plan.tiles); m >= 1; --m) {
@@ -78,8 +79,10 @@ void run_tiles(const TileProblem& p, const TilePlan& plan, int64_t task) {
       dot.c = c;
       for (int64_t tile = block; tile < block_end; ++tile) {
         const int64_t line = tile / plan.tiles_per_row, piece = tile % plan.tiles_per_row;
-        const int64_t x0 = part(p.columns, plan.tiles_per_row, piece), x1 = part(p.columns, plan.tiles_per_row, piece + 1);
-        dot.a = p.a + (line / p.rows) * p.image_stride + (line % p.rows) * p.row_stride + x0 * p.lda + group * p.group_stride;
+        const int64_t x0 = part(p.columns, plan.tiles_per_row, piece),
+                      x1 = part(p.columns, plan.tiles_per_row, piece + 1);
+        dot.a = p.a + (line / p.rows) * p.image_stride + (line % p.rows) * p.row_stride + x0 * p.lda +
+                group * p.group_stride;
         out.row = line * p.columns + x0;
         out.rows = x1 - x0;
         p.dot->tile[out.rows][panels](dot);

@@ -17,8 +17,8 @@ PK_INLINE float float_at(const uint8_t* p) {
   return f;
 }
 
-// A loop over register arrays. Unrolled this early, GCC sees constant indices and keeps the arrays in registers; where the
-// optimizer unrolls by itself, later, the accumulators go through the stack in every step.
+// A loop over register arrays. Unrolled this early, GCC sees constant indices and keeps the arrays in registers; where
+// the optimizer unrolls by itself, later, the accumulators go through the stack in every step.
 #define PK_FOR(i, n) _Pragma("GCC unroll 32") for (int i = 0; i < (n); ++i)
 
 // An element type:
@@ -88,7 +88,9 @@ struct DotF32 {
   using Weight = f32;
   PK_INLINE Acc zero() { return set1(0.0f); }
   PK_INLINE Word word(const uint8_t* p) { return set1(float_at(p)); }
-  PK_INLINE Weight weight(const uint8_t* b, int q) { return load(reinterpret_cast<const float*>(b) + q * kLanes, kLanes); }
+  PK_INLINE Weight weight(const uint8_t* b, int q) {
+    return load(reinterpret_cast<const float*>(b) + q * kLanes, kLanes);
+  }
   PK_INLINE void mac(Acc& c, Word x, Weight w) { c = fma(x, w, c); }
   PK_INLINE void finish(const Acc* c, void* out) {
     for (int q = 0; q < kRegisters; ++q) store(static_cast<float*>(out) + q * kLanes, c[q], kLanes);
@@ -149,8 +151,8 @@ struct DotS8 {
 
 #elif defined(PYKERNELS_ISA_AVX512)
 
-// Without VNNI: bytes widened to s16, pairs multiplied and added exactly (vpmaddwd). A register holds 8 columns, each as
-// two partial sums of two k, added at the end.
+// Without VNNI: bytes widened to s16, pairs multiplied and added exactly (vpmaddwd). A register holds 8 columns, each
+// as two partial sums of two k, added at the end.
 struct DotS8 {
   static constexpr int kRegisters = 2, kBudget = 24, kRows = 8;
   using Acc = i32;

@@ -32,8 +32,8 @@ PK_INLINE void store_out(const Epilogue& e, const Requantize& q, int64_t at, f32
     store_i32(static_cast<int8_t*>(e.out) + at, requantize(q, f), n);
 }
 
-// One column block of n columns, all rows. kPlain: neither residual nor per-row scales, and an activation that only clamps;
-// it is most layers' epilogue, and has no branch in its loop.
+// One column block of n columns, all rows. kPlain: neither residual nor per-row scales, and an activation that only
+// clamps; it is most layers' epilogue, and has no branch in its loop.
 template <bool kInteger, Dtype kOut, bool kPlain>
 PK_INLINE void block(const Epilogue& e, const EpilogueArgs& t, int64_t j, int n) {
   const int32_t lowest = kOut == Dtype::s8 ? -128 : 0;

@@ -1,4 +1,5 @@
-// The micro-kernels under every GEMM and convolution: a dot tile, and the epilogue that turns its accumulators into output.
+// The micro-kernels under every GEMM and convolution: a dot tile, and the epilogue that turns its accumulators into
+// output.
 #pragma once
 
 #include "common/activation.h"
@@ -7,9 +8,9 @@
 
 namespace pykernels {
 
-// One tile:  c[r][p * 16 + j] = sum over t < taps, w < words of dot(word w at a + tap_offset[t] + r * lda, block [t][w] of panel p, column j)
-// where a word is 4 bytes: 4 u8 against 4 s8 (s32 sums), 2 bf16 or 1 fp32 (fp32 sums).
-// The caller guarantees that every word is readable.
+// One tile:  c[r][p * 16 + j] = sum over t < taps, w < words of dot(word w at a + tap_offset[t] + r * lda, block [t][w]
+// of panel p, column j) where a word is 4 bytes: 4 u8 against 4 s8 (s32 sums), 2 bf16 or 1 fp32 (fp32 sums). The caller
+// guarantees that every word is readable.
 struct DotArgs {
   const uint8_t* a;
   int64_t lda;  // bytes from one row to the next
@@ -46,7 +47,7 @@ enum class Dtype : int32_t { f32, bf16, u8, s8, s32 };
 struct Epilogue {
   float x_scale;
   int32_t x_zero_point;
-  const float* row_scale;         // per row instead of x_scale and x_zero_point, or null
+  const float* row_scale;  // per row instead of x_scale and x_zero_point, or null
   const int32_t* row_zero_point;
   const float* scale;
   const int32_t* sum;
@@ -64,8 +65,8 @@ struct Epilogue {
   int64_t out_stride;  // elements from one row of out (and of residual) to the next
 };
 
-// Writes rows x columns of a tile: c is [rows][ldc]; the first row is output row `row`, the first column is packed channel
-// `packed` and output channel `channel`.
+// Writes rows x columns of a tile: c is [rows][ldc]; the first row is output row `row`, the first column is packed
+// channel `packed` and output channel `channel`.
 struct EpilogueArgs {
   const void* c;
   int64_t ldc, row, rows, packed, channel, columns;

@@ -5,8 +5,8 @@
 namespace pykernels {
 
 bool residual_after_activation(const char* op, const std::string& order) {
-  PK_CHECK(order == "before" || order == "after", op, ": residual_order must be 'before' or 'after' the activation, not '",
-           order, "'");
+  PK_CHECK(order == "before" || order == "after", op,
+           ": residual_order must be 'before' or 'after' the activation, not '", order, "'");
   return order == "after";
 }
 
@@ -36,15 +36,15 @@ Tensor checked_weight_scale(const char* op, const Tensor& weight_scale, int64_t 
   check_cpu(op, "weight_scale", weight_scale);
   PK_CHECK(weight_scale.scalar_type() == ScalarType::Float, op, ": weight_scale must be float32, not ",
            dtype_name(weight_scale.scalar_type()));
-  PK_CHECK(weight_scale.dim() == 1 && weight_scale.size(0) == channels, op, ": weight_scale must have shape [", channels,
-           "], not ", shape_of(weight_scale));
+  PK_CHECK(weight_scale.dim() == 1 && weight_scale.size(0) == channels, op, ": weight_scale must have shape [",
+           channels, "], not ", shape_of(weight_scale));
   Tensor scale = to_contiguous(weight_scale);
   for (int64_t i = 0; i < channels; ++i) check_scale(op, "weight_scale", pointer<float>(scale)[i]);
   return scale;
 }
 
-Tensor pack_weights(const char* op, const PackedHeader& header, const Tensor& weight, const std::optional<Tensor>& scale,
-                    const std::optional<Tensor>& bias) {
+Tensor pack_weights(const char* op, const PackedHeader& header, const Tensor& weight,
+                    const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
   PK_CHECK(header.element != Element::s8 || header.k * header.kh * header.kw <= kMaxReduction, op,
            ": weight sums more than ", kMaxReduction, " products to one output, which s32 cannot hold");
   const Tensor source = to_contiguous(weight);
@@ -55,9 +55,8 @@ Tensor pack_weights(const char* op, const PackedHeader& header, const Tensor& we
   const float* scales = scale ? pointer<float>(*scale) : nullptr;
   const float* biases = bias ? pointer<float>(*bias) : nullptr;
   const int64_t work = std::max<int64_t>(1, header.k * header.kh * header.kw);
-  parallel(header.groups * header.n, std::max<int64_t>(16, (64 << 10) / work), [&](int64_t first, int64_t last) {
-    pack_channels(header, from, scales, biases, target, first, last);
-  });
+  parallel(header.groups * header.n, std::max<int64_t>(16, (64 << 10) / work),
+           [&](int64_t first, int64_t last) { pack_channels(header, from, scales, biases, target, first, last); });
   return out;
 }
 
@@ -84,7 +83,8 @@ Epilogue make_epilogue(const char* op, const PackedView& weights, const std::str
   return e;
 }
 
-void set_out(const char* op, Epilogue& e, ScalarType out_dtype, std::optional<double> out_scale, int64_t out_zero_point) {
+void set_out(const char* op, Epilogue& e, ScalarType out_dtype, std::optional<double> out_scale,
+             int64_t out_zero_point) {
   PK_CHECK(is_real(out_dtype) || is_byte(out_dtype), op, ": out_dtype must be float32, bfloat16, uint8 or int8, not ",
            dtype_name(out_dtype));
   if (is_byte(out_dtype)) {

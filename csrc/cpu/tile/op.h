@@ -1,4 +1,5 @@
-// What linear/op.cpp and conv/op.cpp share: packing into a tensor, reading one back, filling an Epilogue from arguments.
+// What linear/op.cpp and conv/op.cpp share: packing into a tensor, reading one back, filling an Epilogue from
+// arguments.
 #pragma once
 
 #include <optional>
@@ -17,8 +18,8 @@ Dtype dtype_of(ScalarType t);
 Element element_of(ScalarType t);
 
 // weight is contiguous with groups * n output channels first; scale and bias are fp32 vectors of as many, or absent.
-Tensor pack_weights(const char* op, const PackedHeader& header, const Tensor& weight, const std::optional<Tensor>& scale,
-                    const std::optional<Tensor>& bias);
+Tensor pack_weights(const char* op, const PackedHeader& header, const Tensor& weight,
+                    const std::optional<Tensor>& scale, const std::optional<Tensor>& bias);
 
 // Checks of weight_scale and bias against the number of output channels; bias comes back as contiguous fp32.
 std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& bias, int64_t channels);
@@ -27,12 +28,13 @@ Tensor checked_weight_scale(const char* op, const Tensor& weight_scale, int64_t 
 // The view of argument `packed`, refused with a clear error unless it is what the op expects.
 PackedView checked_packed(const char* op, const Tensor& packed, Element element);
 
-
 // Everything of an epilogue but x, residual and out: weights' arrays and activation.
 Epilogue make_epilogue(const char* op, const PackedView& weights, const std::string& activation);
 // out_dtype with its scale (required exactly for 8 bit) and zero point.
-void set_out(const char* op, Epilogue& e, ScalarType out_dtype, std::optional<double> out_scale, int64_t out_zero_point);
-void set_residual(const char* op, Epilogue& e, const Tensor& residual, const std::string& order, double scale, int64_t zero_point);
+void set_out(const char* op, Epilogue& e, ScalarType out_dtype, std::optional<double> out_scale,
+             int64_t out_zero_point);
+void set_residual(const char* op, Epilogue& e, const Tensor& residual, const std::string& order, double scale,
+                  int64_t zero_point);
 
 // Runs the whole problem on the host framework's threads.
 void run(TileProblem& problem);
