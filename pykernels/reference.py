@@ -6,8 +6,6 @@ kernels' own exp and erf may differ from torch's by a rounding, so a quantized r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 
@@ -309,10 +307,10 @@ def conv_bn_act(
 
 def max_pool2d_with_indices(
     x: torch.Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
     ceil_mode: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 holds every bfloat16 and every byte, so the detour over it is exact."""
@@ -320,16 +318,16 @@ def max_pool2d_with_indices(
     return y.to(x.dtype), indices
 
 
-def adaptive_max_pool2d_with_indices(x: torch.Tensor, output_size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def adaptive_max_pool2d_with_indices(x: torch.Tensor, output_size: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     y, indices = F.adaptive_max_pool2d(x.float(), list(output_size), return_indices=True)
     return y.to(x.dtype), indices
 
 
 def avg_pool2d(
     x: torch.Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
     ceil_mode: bool,
     count_include_pad: bool,
     divisor_override: int | None = None,
@@ -339,8 +337,8 @@ def avg_pool2d(
     return y.to(x.dtype)
 
 
-def adaptive_avg_pool2d(x: torch.Tensor, output_size: Sequence[int]) -> torch.Tensor:
-    return F.adaptive_avg_pool2d(x.double(), list(output_size)).to(x.dtype)
+def adaptive_avg_pool2d(x: torch.Tensor, output_size: list[int]) -> torch.Tensor:
+    return F.adaptive_avg_pool2d(x.double(), (output_size[0], output_size[1])).to(x.dtype)
 
 
 def _requantize_average(
@@ -358,9 +356,9 @@ def _requantize_average(
 
 def qavg_pool2d(
     x: torch.Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
     ceil_mode: bool,
     count_include_pad: bool,
     divisor_override: int | None,
@@ -388,7 +386,7 @@ def qavg_pool2d(
 
 def qadaptive_avg_pool2d(
     x: torch.Tensor,
-    output_size: Sequence[int],
+    output_size: list[int],
     x_scale: float,
     x_zero_point: int,
     out_scale: float | None,
@@ -400,5 +398,5 @@ def qadaptive_avg_pool2d(
         return ((o + 1) * size + outputs - 1) // outputs - o * size // outputs
 
     divisor = counts(x.shape[2], output_size[0])[:, None] * counts(x.shape[3], output_size[1])
-    mean = F.adaptive_avg_pool2d(x.double() - x_zero_point, list(output_size))
+    mean = F.adaptive_avg_pool2d(x.double() - x_zero_point, (output_size[0], output_size[1]))
     return _requantize_average(torch.round(mean * divisor), divisor, x_scale, out_scale, out_zero_point, out_dtype)

@@ -269,7 +269,7 @@ class _Differentiable(torch.autograd.Function):
         return chain.head.run(x, packed)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         again = torch.is_grad_enabled()  # differentiated twice: then through the tensors themselves, not copies
         needs = ctx.needs_input_grad[2:]
         tensors = [

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
@@ -14,10 +13,11 @@ from pykernels.nn._chain import Follower
 class Norm(Follower):
     """A batch norm that a kernel folds into its weights."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Any) -> Any:
         """Its input where the head has done the work, else as torch has it."""
         if isinstance(x, fx.Proxy) and not self.training:  # torch's own forward asks a symbol for its rank
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            norm: Any = self  # beside this class its heirs have a batch norm of torch's
+            return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
         return super().forward(x)
 
 

@@ -119,7 +119,7 @@ def restore(model: nn.Module) -> None:
     """Undo `swap`: every module gets its class of `torch.nn` back."""
     for module in model.modules():
         if isinstance(module, Member | pool.Pool):
-            module.__class__ = module.original  # type: ignore[assignment]
+            module.__class__ = module.original
             for name in ("chain", "packed", "precision", "x_scale", "x_zero_point", "_key", "_sources"):
                 module.__dict__.pop(name, None)
 
