@@ -98,10 +98,12 @@ def _draw_bars(axes: Any, bars: list[tuple[str, list[Result]]]) -> None:
 
 def _draw_roofline(axes: Any, timed: Sequence[Result], peaks: Peaks) -> None:
     points = [(r.work / r.traffic, r.gops, r) for r in timed if r.work > 0 and r.traffic > 0 and r.gops]
-    low = min(x for x, _, _ in points) / 2
     high = max(x for x, _, _ in points) * 2
     used = {r.precision for r in timed}
     top = max(peaks.operations[p] for p in used) / 1e9
+    # From left of the ridge of the fastest memory, so that every slanted roof shows.
+    ridges = [top / (level.read / 1e9) for level in peaks.levels]
+    low = min(*ridges, *(x for x, _, _ in points)) / 2
     for level in peaks.levels:
         bandwidth = level.read / 1e9
         ends = [low, min(high, max(low, top / bandwidth))]

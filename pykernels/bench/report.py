@@ -17,6 +17,8 @@ from pykernels.bench.peaks import Level, Peaks
 
 FORMAT = 1
 """Of the JSON; a reader refuses another."""
+LIMITS = {"compute": "ops", "memory": "bytes"}
+"""What bounds a case, in a word that fits a column."""
 
 
 def case_table(results: Sequence[Result]) -> Group:
@@ -26,8 +28,8 @@ def case_table(results: Sequence[Result]) -> Group:
     if results[0].family == "network":
         title = results[0].case or title
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
-    table.add_column("", min_width=28)
-    for name in ("median ms", "best ms", "GOP/s", "of the limit", "error", "ours is"):
+    table.add_column("", min_width=22)
+    for name in ("median ms", "best ms", "GOP/s", "of limit", "error", "ours"):
         table.add_column(name, justify="right")
     for r in timed:
         assert r.median_ms is not None and r.best_ms is not None
@@ -40,7 +42,7 @@ def case_table(results: Sequence[Result]) -> Group:
             f"{r.median_ms:.3f}",
             f"{r.best_ms:.3f}" + (" ~" if (r.spread or 0) > 0.2 else ""),
             f"{r.gops:.0f}" if r.gops else "",
-            "" if r.share is None else f"{100 * r.share:.0f} % {r.limit}",
+            "" if r.share is None else f"{100 * r.share:.0f} % {LIMITS[str(r.limit)]}",
             "" if r.error is None else f"{r.error:.2g}",
             Text(ratio, style="green" if ratio and r.median_ms > (against or 0) else "red"),
         )

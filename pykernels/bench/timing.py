@@ -46,21 +46,23 @@ def interleave(
 ) -> list[Timing]:
     """Time `calls` round by round and return a `Timing` for each.
 
-    Within a round each call gets a pause (the worker threads of the call before may spin on a core for some
-    milliseconds), one run that is not counted (its code and weights come back into the caches) and one sample of one
-    or more runs. At least three rounds are made, then more until `rounds` are done or `seconds` have passed.
+    The calls have run before (their answers were checked). Within a round each call gets a pause (the worker threads
+    of the call before may spin on a core for some milliseconds), one run that is not counted (its code and weights
+    come back into the caches) and one sample of one or more runs. At least three rounds are made, then more until
+    `rounds` are done or `seconds` have passed.
 
     Raises:
         ValueError: `rounds` is below 1.
     """
     if rounds < 1:
         raise ValueError(f"rounds: must be at least 1, not {rounds}")
-    repeats = []
+    repeats, warmed = [], []
     for call in calls:
-        call()
         start = clock()
         call()
-        repeats.append(max(1, min(1000, round(SAMPLE_SECONDS / max(clock() - start, 1e-7)))))
+        taken = clock() - start
+        repeats.append(max(1, min(1000, round(SAMPLE_SECONDS / max(taken, 1e-7)))))
+        warmed.append(taken > max(1.0, seconds / 10))  # so long a call brings its own data into the caches
     samples: list[list[float]] = [[] for _ in calls]
     begin = clock()
     collecting = gc.isenabled()
@@ -72,7 +74,8 @@ def interleave(
             for k in range(len(calls)):
                 i = (k + done) % len(calls)  # nobody always runs after the same neighbour's pause
                 sleep(pause)
-                calls[i]()
+                if not warmed[i]:
+                    calls[i]()
                 start = clock()
                 for _ in range(repeats[i]):
                     calls[i]()
