@@ -16,8 +16,11 @@ class Norm(Follower):
     def forward(self, x: Any) -> Any:
         """Its input where the head has done the work, else as torch has it."""
         if isinstance(x, fx.Proxy) and not self.training:  # torch's own forward asks a symbol for its rank
+            symbol: Any = x
             norm: Any = self  # beside this class its heirs have a batch norm of torch's
-            return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+            return F.batch_norm(
+                symbol, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
+            )
         return super().forward(x)
 
 
