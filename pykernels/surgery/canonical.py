@@ -162,6 +162,7 @@ def _mean(module: fx.GraphModule, node: fx.Node) -> None:
         return
     if not known.dtype.is_floating_point or sorted(dim % 4 for dim in dims) != [2, 3]:
         return
+    node.meta["spelled"] = "mean"
     if argument(node, "keepdim"):
         replace(node, aten.adaptive_avg_pool2d.default, (source, [1, 1]))
         return
@@ -187,7 +188,7 @@ def _max_pool_indices(module: fx.GraphModule, node: fx.Node) -> None:
 def _pad(module: fx.GraphModule, node: fx.Node) -> None:
     values = arguments(node)
     if values["mode"] == "constant":
-        replace(node, aten.constant_pad_nd.default, (values["self"], values["pad"], values.get("value") or 0))
+        replace(node, aten.constant_pad_nd.default, (node.args[0], values["pad"], values["value"] or 0))
 
 
 _RULES = {

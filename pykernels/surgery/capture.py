@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from pykernels.surgery.canonical import functionalize, normalize, raise_quantizers, share_quantizers
-from pykernels.surgery.fold import fold
+from pykernels.surgery.fold import fold, remove_no_ops
 from pykernels.surgery.graph import annotate
 
 __all__ = [
@@ -117,12 +117,10 @@ def dynamic_batch_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any |
         return None
     batched = [leaf for leaf in batched if leaf.shape[0] == batched[0].shape[0]]
     batch = torch.export.Dim("batch")
-    if kwargs:  # a tuple has no place for names
-        by_tensor = torch.export.ShapesCollection()
-        for leaf in batched:
-            by_tensor[leaf] = {0: batch}
-        return by_tensor
-    return pytree.tree_map(lambda leaf: {0: batch} if any(leaf is other for other in batched) else None, tuple(args))
+    shapes = torch.export.ShapesCollection()  # by tensor: a tuple would have no place for names and *args
+    for leaf in batched:
+        shapes[leaf] = {0: batch}
+    return shapes
 
 
 def _reason(error: BaseException) -> str:
@@ -203,6 +201,7 @@ def prepare(captured: Captured) -> fx.GraphModule:
     if functionalize(captured.module):
         captured.module = _functionalized_by_torch(captured)
     annotate(captured.module, captured.example)
+    remove_no_ops(captured.module)  # a copy in between hides a pattern
     normalize(captured.module)
     fold(captured.module)
     share_quantizers(captured.module)
