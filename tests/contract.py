@@ -1,0 +1,182 @@
+"""The table of every op of the schema with sample calls, which the framework contract is tested on.
+
+A new op is added here: `test_contract` fails until it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+ops = torch.ops.pykernels
+NHWC = torch.channels_last
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call.
+
+    Attributes:
+        op: name in `torch.ops.pykernels`.
+        make: builds the tensors of the call, by argument name; the first dimension of those named in `batched` is a
+            batch size that may change.
+        rest: the arguments that are no tensors, by name.
+        batched: tensor arguments whose first dimension is the batch.
+        label: what is particular about this call.
+    """
+
+    op: str
+    make: Callable[[int], dict[str, torch.Tensor]]
+    rest: dict[str, Any]
+    batched: tuple[str, ...] = ("x",)
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """For the test's id."""
+        return f"{self.op} {self.label}".strip()
+
+    def call(self, **tensors: torch.Tensor) -> Any:
+        """Run the op."""
+        gathered: dict[str, Any] = dict(tensors)
+        if self.op == "qcat":
+            gathered = {"xs": [tensors["a"], tensors["b"]]}
+        return getattr(ops, self.op)(**gathered, **self.rest)
+
+
+def images(n: int, c: int = 8, h: int = 9, w: int = 7) -> torch.Tensor:
+    return torch.randn(n, c, h, w)
+
+
+def bytes_(t: torch.Tensor, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+    zero_point = 128 if dtype == torch.uint8 else 0
+    return (t * 30 + zero_point).round().clamp(*((0, 255) if dtype == torch.uint8 else (-128, 127))).to(dtype)
+
+
+def layouts(t: torch.Tensor) -> list[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
+    return [("contiguous", torch.Tensor.contiguous), ("channels_last", lambda x: x.contiguous(memory_format=NHWC))]
+
+
+GEOMETRY = {"kernel_size": [3, 3], "stride": [2, 1], "padding": [1, 0, 1, 1], "dilation": [1, 1], "groups": 1}
+POOL = {"kernel_size": [3, 2], "stride": [2, 2], "padding": [1, 1], "ceil_mode": True}
+QUANT = {"x_scale": 0.05, "x_zero_point": 128}
+OUT = {"out_scale": 0.1, "out_zero_point": 3, "out_dtype": torch.uint8}
+
+
+def _scales(n: int) -> torch.Tensor:
+    return torch.rand(n) * 0.02 + 0.001
+
+
+def samples() -> list[Sample]:
+    """Every op, each in the memory formats and dtypes that matter to its shape function."""
+    found: list[Sample] = []
+
+    def add(
+        op: str, make: Callable[[int], dict[str, torch.Tensor]], label: str = "", *, batched=("x",), **rest: Any
+    ) -> None:
+        found.append(Sample(op, make, rest, tuple(batched), label))
+
+    weight, bias = torch.randn(16, 8, 3, 3) * 0.2, torch.randn(16)
+    matrix, row = torch.randn(5, 12) * 0.3, torch.randn(5)
+    q_weight, q_matrix = bytes_(weight * 4, torch.int8), bytes_(matrix * 4, torch.int8)
+
+    # linear
+    add("int8_mm", lambda n: {"a": bytes_(torch.randn(n, 4, 12)), "b": q_matrix.t()}, batched=["a"])
+    add("linear_pack", lambda n: {"weight": matrix, "bias": row}, batched=[])
+    add("int8_linear_pack", lambda n: {"weight": q_matrix, "weight_scale": _scales(5), "bias": row}, batched=[])
+    for label, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        packed = ops.linear_pack(matrix.to(dtype), row)
+        add("linear", lambda n, p=packed, d=dtype: {"x": torch.randn(n, 3, 12).to(d), "packed": p}, label,
+            out_features=5, activation="gelu")  # fmt: skip
+    packed = ops.linear_pack(matrix, None)
+    add("linear", lambda n, p=packed: {"x": torch.randn(n, 12), "packed": p, "residual": torch.randn(n, 5)}, "residual",
+        batched=["x", "residual"], out_features=5, residual_order="after")  # fmt: skip
+    q_packed = ops.int8_linear_pack(q_matrix, _scales(5), row)
+    add("int8_linear", lambda n, p=q_packed: {"x": torch.randn(n, 3, 12), "packed": p}, "dynamic", out_features=5)
+    add("int8_linear", lambda n, p=q_packed: {"x": bytes_(torch.randn(n, 12)), "packed": p}, "8 bit in and out",
+        out_features=5, **QUANT, **OUT, activation="relu")  # fmt: skip
+
+    # conv
+    add("conv2d_pack", lambda n: {"weight": weight, "bias": bias}, batched=[])
+    add("qconv2d_pack", lambda n: {"weight": q_weight, "weight_scale": _scales(16), "bias": bias}, batched=[])
+    conv_packed = ops.conv2d_pack(weight, bias)
+    q_conv_packed = ops.qconv2d_pack(q_weight, _scales(16), bias)
+    statistics = {"running_mean": torch.randn(16), "running_var": torch.rand(16) + 0.5}
+    for label, layout in layouts(weight):
+        add("conv2d", lambda n, f=layout: {"x": f(images(n)), "packed": conv_packed}, label,
+            out_channels=16, **GEOMETRY, activation="relu")  # fmt: skip
+        add("qconv2d", lambda n, f=layout: {"x": f(bytes_(images(n))), "packed": q_conv_packed}, label,
+            out_channels=16, **GEOMETRY, **QUANT, **OUT)  # fmt: skip
+        geometry = {name: value for name, value in GEOMETRY.items() if name != "kernel_size"}
+        add("conv_bn_act",
+            lambda n, f=layout: {"x": f(images(n)), "weight": weight, "bias": bias, **statistics, "gamma": bias,
+                                 "beta": bias},
+            label, eps=1e-5, **geometry)  # fmt: skip
+    add("qconv2d", lambda n: {"x": bytes_(images(n)), "packed": q_conv_packed, "residual": bytes_(images(n, 16, 5, 6))},
+        "residual, float out", batched=["x", "residual"], out_channels=16, **GEOMETRY, **QUANT, out_dtype=torch.float32,
+        residual_scale=0.02, residual_zero_point=128)  # fmt: skip
+
+    # pool
+    for label, layout in layouts(weight):
+
+        def make(n: int, f=layout) -> dict[str, torch.Tensor]:
+            return {"x": f(images(n))}
+
+        def make_bytes(n: int, f=layout) -> dict[str, torch.Tensor]:
+            return {"x": f(bytes_(images(n)))}
+
+        for name in ("max_pool2d", "max_pool2d_with_indices"):
+            add(name, make, label, dilation=[1, 2], **POOL)
+        add("max_pool2d", make_bytes, f"{label} uint8", dilation=[1, 1], **POOL)
+        for name in ("adaptive_max_pool2d", "adaptive_max_pool2d_with_indices", "adaptive_avg_pool2d"):
+            add(name, make, label, output_size=[3, 2])
+        add("avg_pool2d", make, label, count_include_pad=False, divisor_override=None, **POOL)
+        add("qavg_pool2d", make_bytes, label, count_include_pad=True, divisor_override=5, **POOL, **QUANT, **OUT)
+        add("qadaptive_avg_pool2d", make_bytes, label, output_size=[1, 1], **QUANT, out_scale=None, out_zero_point=0,
+            out_dtype=torch.float32)  # fmt: skip
+
+    # quantize
+    q8 = {"dtype": torch.uint8}
+    for label, layout in layouts(weight):
+
+        def values(n: int, f=layout) -> dict[str, torch.Tensor]:
+            return {"x": f(images(n))}
+
+        def quantized(n: int, f=layout) -> dict[str, torch.Tensor]:
+            return {"x": f(bytes_(images(n)))}
+
+        def channels(n: int, f=layout) -> dict[str, torch.Tensor]:
+            return {"x": f(images(n)), "scale": _scales(8), "zero_point": torch.full((8,), 7, dtype=torch.int32)}
+
+        def pair(n: int, f=layout) -> dict[str, torch.Tensor]:
+            return {"a": f(bytes_(images(n))), "b": f(bytes_(images(n)))}
+
+        add("quantize_per_tensor", values, label, scale=0.03, zero_point=128, **q8)
+        add("dequantize_per_tensor", quantized, label, scale=0.03, zero_point=128, dtype=torch.bfloat16)
+        add("quantize_per_channel", channels, label, axis=1, dtype=torch.int8)
+        add("dequantize_per_channel", lambda n, f=layout: {**channels(n, f), "x": f(bytes_(images(n)))}, label, axis=1,
+            dtype=torch.float32)  # fmt: skip
+        parameters = {"a_scale": 0.1, "a_zero_point": 3, "b_scale": 0.2, "b_zero_point": 120, **OUT}
+        add("qadd", pair, label, batched=["a", "b"], **parameters, activation="relu")
+        add("qmul", pair, label, batched=["a", "b"], **parameters)
+        add("qmul", lambda n, f=layout: {"a": f(bytes_(images(n))), "b": bytes_(images(n, 8, 1, 1))}, f"{label}, gate",
+            batched=["a", "b"], **parameters)  # fmt: skip
+        add("qcat", pair, label, batched=["a", "b"], scales=[0.1, 0.2], zero_points=[3, 4], dim=1, **OUT)
+        add(
+            "qlookup",
+            lambda n, f=layout: {"x": f(bytes_(images(n))), "table": torch.arange(256).to(torch.uint8)},
+            label,
+        )
+    add("quantize_per_token", lambda n: {"x": torch.randn(n, 5, 12)}, **q8)
+    add("dequantize_per_token",
+        lambda n: {"x": bytes_(torch.randn(n, 12)), "scale": torch.rand(n, 1) + 0.1,
+                   "zero_point": torch.full((n, 1), 9, dtype=torch.int32)},
+        batched=["x", "scale", "zero_point"], dtype=torch.float32)  # fmt: skip
+    add("quantize_per_block", lambda n: {"x": torch.randn(n, 40)}, block_size=16)
+    add("dequantize_per_block",
+        lambda n: {"x": bytes_(torch.randn(n, 32), torch.int8), "scale": torch.rand(n * 2) + 0.1},
+        batched=["x", "scale"], block_size=16, dtype=torch.float32)  # fmt: skip
+    return found
