@@ -89,6 +89,7 @@ def measure_case(
             tell(f"{case.label}: {rival.label}")
             try:
                 run = rival.prepare(case)
+                _spoil(case)
                 output = torch.as_tensor(run())
             except rivals.Absent as absent:
                 found[i] = dataclasses.replace(blank[i], reason=str(absent))
@@ -212,6 +213,15 @@ def _with_times(result: Result, taken: timing.Timing, ceilings: peaks.Peaks | No
         share=share,
         limit=limit,
     )
+
+
+def _spoil(case: Case) -> None:
+    """Leave garbage in memory that was just freed: what a rival forgets to write must not read as an earlier
+    right answer."""
+    oracle = case.oracle
+    spoilt = [torch.full(oracle.shape, float("nan"), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)] * 2
+    spoilt += [torch.full(oracle.shape, 0xA5, dtype=torch.uint8) for _ in range(4)]
+    del spoilt
 
 
 def _first_line(error: Exception) -> str:

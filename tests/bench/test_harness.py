@@ -73,6 +73,18 @@ def test_a_wrong_answer_has_no_time(case, name, answer):
     assert found.reason is not None and found.reason.startswith("wrong answer")
 
 
+def test_an_answer_left_in_freed_memory_is_not_taken_for_the_rivals_own():
+    class WritesNothing(Fake):
+        def prepare(self, case: Case) -> Callable[[], torch.Tensor]:
+            left = [case.oracle.clone() for _ in range(4)]
+            del left
+            return lambda: torch.empty_like(case.oracle)
+
+    large = Case("linear", "test", "", 1.0, {"fp32": 1.0}, nn.Identity(), (torch.randn(64, 64),), precisions=("fp32",))
+    found = quick(large, WritesNothing("writes nothing", lambda c: c.oracle))["writes nothing"]
+    assert found.reason is not None and found.reason.startswith("wrong answer")
+
+
 def test_each_precision_has_its_own_tolerance(case):
     close = Fake("close", lambda c: c.oracle * 1.01)
     close_bf16 = Fake("close bf16", lambda c: c.oracle * 1.01, precision="bf16")
