@@ -22,7 +22,7 @@ define variant
 PATH="$(abspath $(VENV))/bin:$$PATH" $(MAKE) dev PYTHON=$(RUN) BUILD=build-$(1) PREFIX=$(CURDIR)/build-$(1)/package \
   CMAKE_ARGS="$(CMAKE_ARGS) $(2)"
 cd build-$(1)/package && PYTHONPATH="$(CURDIR)/build-$(1)/package:$(PACKAGES):$(CURDIR)" $(3) \
-  $(BASE) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR)
+  $(BASE) -m pytest -o pythonpath= -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR)
 endef
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 
