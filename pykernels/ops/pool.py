@@ -13,6 +13,7 @@ autocast they compute in the dtype they are given. Results are the same bits on 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -37,6 +38,15 @@ def _pair(value: int | Sequence[int]) -> list[int]:
 def _adaptive_size(x: torch.Tensor, output_size: int | Sequence[int | None] | None) -> list[int]:
     sizes = [output_size] * 2 if output_size is None or isinstance(output_size, (int, torch.SymInt)) else output_size
     return [x.shape[x.dim() - len(sizes) + d] if size is None else size for d, size in enumerate(sizes)]
+
+
+def _run(op: Callable[..., Any], x: torch.Tensor, *arguments: object) -> Any:
+    """Call `op`; past its gradient's Python layer, which costs 10 us a call, where no gradient can be asked for."""
+    needs_gradient = torch.is_grad_enabled() and x.requires_grad
+    if torch.compiler.is_compiling() or needs_gradient or torch.autograd.forward_ad._current_level >= 0:
+        return op(x, *arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(x, *arguments)
 
 
 def _batched(x: torch.Tensor, pool: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -67,7 +77,7 @@ def max_pool2d(
     """
     kernel = _pair(kernel_size)
     arguments = kernel, _pair(stride) if stride is not None else kernel, _pair(padding), _pair(dilation), ceil_mode
-    return _batched(x, lambda x: torch.ops.pykernels.max_pool2d(x, *arguments))
+    return _batched(x, lambda x: _run(torch.ops.pykernels.max_pool2d, x, *arguments))
 
 
 def max_pool2d_with_indices(
@@ -84,7 +94,7 @@ def max_pool2d_with_indices(
     """
     kernel = _pair(kernel_size)
     arguments = kernel, _pair(stride) if stride is not None else kernel, _pair(padding), _pair(dilation), ceil_mode
-    return _batched_pair(x, lambda x: torch.ops.pykernels.max_pool2d_with_indices(x, *arguments))
+    return _batched_pair(x, lambda x: _run(torch.ops.pykernels.max_pool2d_with_indices, x, *arguments))
 
 
 def adaptive_max_pool2d(x: torch.Tensor, output_size: int | Sequence[int | None] | None) -> torch.Tensor:
@@ -93,7 +103,7 @@ def adaptive_max_pool2d(x: torch.Tensor, output_size: int | Sequence[int | None]
     Output ``o`` of ``O`` covers ``[floor(o * H / O), ceil((o + 1) * H / O))``.
     """
     size = _adaptive_size(x, output_size)
-    return _batched(x, lambda x: torch.ops.pykernels.adaptive_max_pool2d(x, size))
+    return _batched(x, lambda x: _run(torch.ops.pykernels.adaptive_max_pool2d, x, size))
 
 
 def adaptive_max_pool2d_with_indices(
@@ -101,7 +111,7 @@ def adaptive_max_pool2d_with_indices(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`adaptive_max_pool2d` and the indices of :func:`max_pool2d_with_indices`."""
     size = _adaptive_size(x, output_size)
-    return _batched_pair(x, lambda x: torch.ops.pykernels.adaptive_max_pool2d_with_indices(x, size))
+    return _batched_pair(x, lambda x: _run(torch.ops.pykernels.adaptive_max_pool2d_with_indices, x, size))
 
 
 def avg_pool2d(
@@ -121,13 +131,13 @@ def avg_pool2d(
     kernel = _pair(kernel_size)
     steps = _pair(stride) if stride is not None else kernel
     arguments = kernel, steps, _pair(padding), ceil_mode, count_include_pad, divisor_override
-    return _batched(x, lambda x: torch.ops.pykernels.avg_pool2d(x, *arguments))
+    return _batched(x, lambda x: _run(torch.ops.pykernels.avg_pool2d, x, *arguments))
 
 
 def adaptive_avg_pool2d(x: torch.Tensor, output_size: int | Sequence[int | None] | None) -> torch.Tensor:
     """The average of each of the windows of :func:`adaptive_max_pool2d`, summed in fp32."""
     size = _adaptive_size(x, output_size)
-    return _batched(x, lambda x: torch.ops.pykernels.adaptive_avg_pool2d(x, size))
+    return _batched(x, lambda x: _run(torch.ops.pykernels.adaptive_avg_pool2d, x, size))
 
 
 def global_avg_pool2d(x: torch.Tensor) -> torch.Tensor:
@@ -160,7 +170,7 @@ def qavg_pool2d(
     steps = _pair(stride) if stride is not None else kernel
     window = kernel, steps, _pair(padding), ceil_mode, count_include_pad, divisor_override
     affine = x_scale, x_zero_point, out_scale, out_zero_point, out_dtype
-    return _batched(x, lambda x: torch.ops.pykernels.qavg_pool2d(x, *window, *affine))
+    return _batched(x, lambda x: _run(torch.ops.pykernels.qavg_pool2d, x, *window, *affine))
 
 
 def qadaptive_avg_pool2d(
@@ -176,7 +186,7 @@ def qadaptive_avg_pool2d(
     """:func:`adaptive_avg_pool2d` of affine quantized bytes, with the arithmetic of :func:`qavg_pool2d`."""
     size = _adaptive_size(x, output_size)
     affine = x_scale, x_zero_point, out_scale, out_zero_point, out_dtype
-    return _batched(x, lambda x: torch.ops.pykernels.qadaptive_avg_pool2d(x, size, *affine))
+    return _batched(x, lambda x: _run(torch.ops.pykernels.qadaptive_avg_pool2d, x, size, *affine))
 
 
 def qglobal_avg_pool2d(

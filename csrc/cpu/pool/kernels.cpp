@@ -219,6 +219,59 @@ void contiguous(const Pool& p, int64_t begin, int64_t end, void* scratch) {
   }
 }
 
+PK_INLINE float real(float x) { return x; }
+PK_INLINE float real(uint8_t x) { return x; }
+PK_INLINE float real(int8_t x) { return x; }
+PK_INLINE float real(bfloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// Averages of whole planes: a plane is a run of memory. Element i belongs to sum i % 16 whatever the width of a vector.
+template <class R>
+PK_INLINE typename R::Acc sum_run(const typename R::In* x, int64_t count, typename R::Vec zero) {
+  constexpr int kSums = 16, kVectors = kSums / R::kWidth;
+  typename R::Vec acc[kVectors];
+  for (int v = 0; v < kVectors; ++v) acc[v] = zero;
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums)
+    for (int v = 0; v < kVectors; ++v) acc[v] = R::merge(acc[v], R::read(x + i + v * R::kWidth, R::kWidth));
+  typename R::Acc sums[kSums];
+  for (int v = 0; v < kVectors; ++v) R::put(sums + v * R::kWidth, acc[v], R::kWidth);
+  for (int s = 0; i < count; ++i, ++s) sums[s] = R::one(sums[s], static_cast<typename R::Acc>(real(x[i])));
+  for (int half = kSums / 2; half > 0; half /= 2)
+    for (int s = 0; s < half; ++s) sums[s] = R::one(sums[s], sums[s + half]);
+  return sums[0];
+}
+
+template <class R>
+PK_INLINE void average_planes(const Pool& p, int64_t begin, int64_t end) {
+  constexpr int W = R::kWidth;
+  const typename R::Vec zero = R::start(p, 0), offset = R::start(p, p.run);
+  const f32 divisor = set1(p.rows[0].extent * p.cols[0].extent);
+  for (int64_t plane = begin; plane < end; plane += W) {
+    const int n = end - plane < W ? static_cast<int>(end - plane) : W;
+    typename R::Acc sums[W] = {};
+    for (int k = 0; k < n; ++k) {
+      const int64_t at = plane + k;
+      sums[k] = sum_run<R>(
+          static_cast<const typename R::In*>(p.x) + at / p.channels * p.x_batch + at % p.channels * p.x_channel, p.run,
+          zero);
+    }
+    R::finish(p, R::merge(R::get(sums), offset), divisor, plane, n);
+  }
+}
+
+template <class R>
+void average_contiguous(const Pool& p, int64_t begin, int64_t end, void* scratch) {
+  if (p.run)
+    average_planes<R>(p, begin, end);
+  else
+    contiguous<R>(p, begin, end, scratch);
+}
+
 // The maximum with its place, in fp32 (which holds every bf16 and byte): a lane takes v when it is greater or NaN.
 PK_INLINE f32 read_real(const float* x, int n) { return load(x, n); }
 PK_INLINE f32 read_real(const bfloat16* x, int n) { return load(x, n); }
@@ -266,16 +319,6 @@ void max_indices_channels_last(const Pool& p, int64_t begin, int64_t end) {
   }
 }
 
-PK_INLINE float real(float x) { return x; }
-PK_INLINE float real(uint8_t x) { return x; }
-PK_INLINE float real(int8_t x) { return x; }
-PK_INLINE float real(bfloat16 x) {
-  const uint32_t bits = uint32_t{x.bits} << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
 template <class T>
 void max_indices_contiguous(const Pool& p, int64_t begin, int64_t end, void*) {
   T* const y = static_cast<T*>(p.y);
@@ -312,8 +355,8 @@ const PoolKernels pool_kernels = {
      max_indices_contiguous<int8_t>},
     {channels_last<SumFloat<float>>, channels_last<SumFloat<bfloat16>>, channels_last<SumByte<uint8_t>>,
      channels_last<SumByte<int8_t>>},
-    {contiguous<SumFloat<float>>, contiguous<SumFloat<bfloat16>>, contiguous<SumByte<uint8_t>>,
-     contiguous<SumByte<int8_t>>},
+    {average_contiguous<SumFloat<float>>, average_contiguous<SumFloat<bfloat16>>, average_contiguous<SumByte<uint8_t>>,
+     average_contiguous<SumByte<int8_t>>},
 };
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

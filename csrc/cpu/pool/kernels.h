@@ -7,7 +7,7 @@
 //   qavg:  y = requantize(float(sum of (x - x_zero_point)) * (x_scale / divisor)), the sum exact in s32
 //
 // All isas yield the same bits: the order of a sum depends on the layout only (channels_last: row by row; contiguous:
-// each column downwards, then the columns).
+// each column downwards, then the columns; whole planes: 16 interleaved sums, then those by halves).
 #pragma once
 
 #include <cstdint>
@@ -42,6 +42,7 @@ struct Pool {
   // listed.
   int64_t col_pad, col_taps, col_stride, line_length;
   const float* col_extents;  // cols[ow].extent as an array
+  int64_t run;               // not 0: each plane is one window, of so many elements side by side
 
   // qavg only
   PoolType y_type;

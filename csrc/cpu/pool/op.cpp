@@ -137,6 +137,10 @@ void prepare(Job& job, const Tensor& x, const Tensor& y, Axis rows, Axis cols) {
     p.col_pad = cols.padding;
     p.line_length = std::max(cols.padding + p.width, positions + reach);
   }
+  const Window &row = rows.windows[0], &col = cols.windows[0];
+  if (p.out_h == 1 && p.out_w == 1 && p.row_step == 1 && p.col_step == 1 && col.count == p.width &&
+      (p.x_row == p.width || row.count == 1) && row.begin == 0)
+    p.run = row.count * col.count;
   job.rows = std::move(rows.windows);
   job.cols = std::move(cols.windows);
   for (const Window& w : job.cols) job.col_extents.push_back(w.extent);
