@@ -58,7 +58,7 @@ def _weight_path(node: fx.Node) -> str | None:
         return None
     argument = node.meta.get("grapharg")
     path = re.findall(r"\['([^']+)'\]", str(getattr(getattr(argument, "source", None), "name", "")))
-    return ".".join(path[1:] if path[:1] == ["self"] else path) or node.name
+    return ".".join(path[1:] if path[:1] in (["self"], ["fn"]) else path) or node.name
 
 
 class _Compiled:
