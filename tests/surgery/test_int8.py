@@ -258,6 +258,22 @@ def test_a_graph_of_the_x86_quantizer_is_lowered_as_well() -> None:
     close(fast, model, x, tolerance=0.2)
 
 
+def test_a_network_trained_with_fake_quantization_is_lowered_like_any_other() -> None:
+    from pykernels.quantization.training import convert_qat, prepare_qat
+
+    model, x = lively(Mixed(), *X), torch.randn(8, *X)
+    prepared = prepare_qat(model, (x,))
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        prepared(torch.randn(8, *X)).square().mean().backward()
+        optimizer.step()
+    simulated = convert_qat(prepared)
+    fast = pk.optimize(simulated, x, precision="int8")
+    assert not fast.report().left and fast.report().conversions == 1
+    close(fast, simulated, torch.randn(3, *X), tolerance=0.02)
+
+
 def test_a_quantized_graph_compiles_with_the_dynamo_backend() -> None:
     from pykernels.surgery.dynamo import pykernels as backend
 
