@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def test_vector_layer_yields_the_same_bits_on_every_isa(emulate: str, tmp_path: 
         done = run(*command)
         assert done.returncode == 0, done.stdout + done.stderr
     report = done.stdout.splitlines()
-    assert len(report) == 5 and report[0] == "scalar: 52 operations, 0 differences"
+    checked = re.fullmatch(r"scalar: (\d+) operations, 0 differences", report[0])
+    assert len(report) == 5 and checked is not None and int(checked[1]) > 50, done.stdout
     if emulate == "ON" and "avx2: not on this CPU" not in report:
-        assert all(line.endswith("52 operations, 0 differences") for line in report), done.stdout
+        assert all(line.endswith(f": {checked[1]} operations, 0 differences") for line in report), done.stdout
