@@ -57,6 +57,14 @@ def test_int8_is_int8_throughout_and_close_to_its_simulation_and_to_fp32(name: s
     simulated = recipes.quantize(model, (x,), [data], refine=False)  # the lowering is on trial, not the rounding
     fast = pk.optimize(simulated, (x,), precision="int8")
     assert {entry.op for entry in fast.report().left} == LEFT_INT8.get(name, set())
-    # The two round alike but for ties broken by fp32 sums in another order; one step early is a few steps at the end.
-    close(fast, simulated, other_batch(x), tolerance=0.05)
-    close(fast, model, other_batch(x), tolerance=0.25)
+    # The two round alike but for ties broken by fp32 sums in another order. A quantum early is many at the end of a deep
+    # random network, so they are compared by what they lose: the lowering must not add to the error of quantization.
+    x = other_batch(x)
+    with torch.no_grad():
+        exact, expected, answer = model(x), simulated(x), fast(x)
+    quantization, lowering = (expected - exact).norm(), (answer - expected).norm()
+    assert lowering <= 0.5 * quantization, (
+        f"{lowering / exact.norm():.3f}, quantization {quantization / exact.norm():.3f}"
+    )
+    assert (answer - exact).norm() <= 1.05 * quantization + 1e-3 * exact.norm()
+    assert quantization <= 0.25 * exact.norm()
