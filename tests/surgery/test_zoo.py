@@ -58,7 +58,7 @@ def test_int8_is_int8_throughout_and_close_to_its_simulation_and_to_fp32(name: s
     fast = pk.optimize(simulated, (x,), precision="int8")
     assert {entry.op for entry in fast.report().left} == LEFT_INT8.get(name, set())
     # The two round alike but for ties broken by fp32 sums in another order. A quantum early is many at the end of a
-    # deep random network, so they are compared by what they lose: the lowering must not add to the error of quantization.
+    # deep random network. So they are compared by what they lose: lowering must not add to the error of quantization.
     x = other_batch(x)
     with torch.no_grad():
         exact, expected, answer = model(x), simulated(x), fast(x)
