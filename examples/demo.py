@@ -24,6 +24,7 @@ from rich.table import Table
 
 import pykernels as pk
 from benchmarks import assets
+from pykernels.bench import zoo
 from pykernels.cli import hush
 from pykernels.machine import machine
 
@@ -195,7 +196,7 @@ def main() -> None:
     hush()
     with Progress(*columns, console=console) as progress, torch.no_grad():
         with step(progress, "load EfficientNet-Lite0 and its weights"):
-            model = assets.load_efficientnet_lite0()
+            model = zoo.efficientnet_lite0()
         with step(progress, "load 20 labelled photographs"):
             photographs = assets.load_foolbox_photographs()
         x, seen = photographs.images[:1], photographs.images[::2][:CALIBRATION]

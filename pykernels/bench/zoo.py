@@ -1,6 +1,6 @@
-"""The networks that the benchmarks and the tests share: torchvision's definitions with seeded weights and no download.
+"""The networks that benchmarks, tests and the demo share: torchvision's and EfficientNet-Lite0, with no download.
 
-The weights are random, but not the statistics: each batch norm has measured its own input (see `settle`), so
+torchvision's weights are random, but not the statistics: each batch norm has measured its own input (see `settle`), so
 activations keep the scale they have in a trained network and int8 has something sensible to quantize.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
 import io
 from types import ModuleType
@@ -68,28 +67,38 @@ def settle(model: nn.Module, x: torch.Tensor) -> nn.Module:
     return model.eval()
 
 
-def network(name: str, seed: int = 0, **options: Any) -> nn.Module:
-    """torchvision's classifier `name` in evaluation mode, fp32 [N, 3, 224, 224] -> [N, 1000], the same for the same
-    seed.
+def build(name: str, **options: Any) -> nn.Module:
+    """torchvision's classifier `name` with its random initial weights, in training mode.
 
     Raises:
         ModuleNotFoundError: torchvision is not installed.
         ValueError: torchvision has no such network.
     """
-    models = torchvision_models()
-    build = getattr(models, name, None)
-    if build is None or not callable(build):
+    make = getattr(torchvision_models(), name, None)
+    if make is None or not callable(make):
         raise ValueError(f"name: torchvision has no network '{name}'")
     if name in ("googlenet", "inception_v3"):
         options = {"init_weights": True, "aux_logits": False, **options}
+    model: nn.Module = make(weights=None, **options)
+    return model
+
+
+def network(name: str, seed: int = 0, **options: Any) -> nn.Module:
+    """torchvision's classifier `name` in evaluation mode, fp32 [N, 3, 224, 224] -> [N, 1000], the same for the same
+    seed.
+
+    Raises:
+        ModuleNotFoundError, ValueError: as `build`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build(weights=None, **options)
-        return settle(model, torch.randn(2, 3, 224, 224))
+        return settle(build(name, **options), torch.randn(2, 3, 224, 224))
 
 
 def efficientnet_lite0() -> nn.Module:
-    """EfficientNet-Lite0 with its ImageNet weights, from the packages of the extra `demo`.
+    """EfficientNet-Lite0 with its ImageNet weights, in evaluation mode, from the packages of the extra `demo`.
+
+    fp32 [N, 3, 224, 224] -> logits [N, 1000]; pixels are `(x - 127) / 128`.
 
     Raises:
         ModuleNotFoundError: they are not installed.
