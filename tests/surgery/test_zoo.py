@@ -6,8 +6,10 @@ import pytest
 import torch
 from models import ZOO, network
 from networks import close
+from walk import Walk
 
 import pykernels as pk
+from pykernels.quantization import recipes
 
 QUICK = {"unet", "squeezenet1_1", "mobilenet_v3_small"}
 SLOW = pytest.mark.slow
@@ -49,22 +51,23 @@ def test_bf16_errs_no_more_than_torch_in_bf16(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in ZOO])
-def test_int8_is_int8_throughout_and_close_to_its_simulation_and_to_fp32(name: str) -> None:
-    from pykernels.quantization import recipes
-
+def test_int8_rounds_as_its_simulation_in_every_op_and_errs_no_more(name: str) -> None:
+    """Given the simulation's integers, every op answers with the simulation's but for single steps at a tie, where
+    torch's fp32 sum, in another order and of rounded products, falls to the other side: 5 of DenseNet's 1.7 million
+    values, none of MobileNetV3's. In a free run of a deep random network these grow to a few percent of the answer, so
+    that is held to the error of quantization only.
+    """
     model, x = network(name)
     data = torch.cat([x, torch.randn(14, *x.shape[1:])])
     simulated = recipes.quantize(model, (x,), [data], refine=False)  # the lowering is on trial, not the rounding
-    fast = pk.optimize(simulated, (x,), precision="int8")
-    assert {entry.op for entry in fast.report().left} == LEFT_INT8.get(name, set())
-    # The two round alike but for ties broken by fp32 sums in another order. A quantum early is many at the end of a
-    # deep random network. So they are compared by what they lose: lowering must not add to the error of quantization.
     x = other_batch(x)
+    walk = Walk(simulated, x)
+    assert {entry.op for entry in walk.report.left} == LEFT_INT8.get(name, set())
+    assert not [step for step in walk.steps if step.most > 1 or step.from_tie > 1e-4]
+    assert sum(step.differing for step in walk.steps) <= 1e-4 * sum(step.values for step in walk.steps)
+    assert walk.answer_error <= 1e-6
     with torch.no_grad():
-        exact, expected, answer = model(x), simulated(x), fast(x)
-    quantization, lowering = (expected - exact).norm(), (answer - expected).norm()
-    assert lowering <= 0.5 * quantization, (
-        f"{lowering / exact.norm():.3f}, quantization {quantization / exact.norm():.3f}"
-    )
-    assert (answer - exact).norm() <= 1.05 * quantization + 1e-3 * exact.norm()
+        exact, expected, (answer,) = model(x), simulated(x), walk.program(x)
+    quantization = (expected - exact).norm()
     assert quantization <= 0.25 * exact.norm()
+    assert (answer - exact).norm() <= 1.2 * quantization
