@@ -44,15 +44,11 @@ PK_INLINE __m256i join(__m128i low, __m128i high) {
 PK_INLINE void mac_taps(DotS8, DotS8::Acc* c, const uint8_t* a, const int64_t* offset, const uint8_t* b) {
   __m128i q[4];
   interleave(a, offset, q);
-#if defined(PYKERNELS_ISA_AVX512VNNI)
+#if defined(PYKERNELS_ISA_AVX512) || defined(PYKERNELS_ISA_AVX512VNNI)
   const __m512i x = _mm512_inserti64x4(_mm512_castsi256_si512(join(q[0], q[1])), join(q[2], q[3]), 1);
-  DotS8::mac(c[0], x, DotS8::weight(b, 0));
-#elif defined(PYKERNELS_ISA_AVXVNNI)
-  PK_FOR (i, 2) DotS8::mac(c[i], join(q[2 * i], q[2 * i + 1]), DotS8::weight(b, i));
-#elif defined(PYKERNELS_ISA_AVX512)
-  PK_FOR (i, 2) DotS8::mac(c[i], _mm512_cvtepu8_epi16(join(q[2 * i], q[2 * i + 1])), DotS8::weight(b, i));
+  DotS8::mac(c[0], DotS8::words(x), DotS8::weight(b, 0));
 #else
-  PK_FOR (i, 4) DotS8::mac(c[i], _mm256_cvtepu8_epi16(q[i]), DotS8::weight(b, i));
+  PK_FOR (i, 2) DotS8::mac(c[i], DotS8::words(join(q[2 * i], q[2 * i + 1])), DotS8::weight(b, i));
 #endif
 }
 PK_INLINE void mac_taps(DotBF16, DotBF16::Acc* c, const uint8_t* a, const int64_t* offset, const uint8_t* b) {

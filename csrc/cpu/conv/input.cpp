@@ -54,15 +54,20 @@ void copy_rows(const ConvShape& s, const Tensor& x, int64_t group, int64_t padde
 
 }  // namespace
 
-ConvInput prepare_input(const ConvShape& s, const Tensor& input, bool depthwise, uint8_t zero_point) {
+ConvInput prepare_input(const ConvShape& shape, const Tensor& input, bool depthwise, uint8_t zero_point) {
+  ConvShape s = shape;
+  if (depthwise)
+    s.groups = 1;
+  else
+    s.left = s.right = s.top = s.bottom = 0;
   const ScalarType t = input.scalar_type();
   const int64_t es = element_size(t), per_word = 4 / es;
-  const int64_t group = depthwise ? s.c : s.c / s.groups;
+  const int64_t group = s.c / s.groups;
   const int64_t padded = depthwise ? round_up(group, kColumns) : round_up(group, per_word);
-  const bool flip = t == ScalarType::Char;
+  const bool is_signed = t == ScalarType::Char, flip = depthwise && is_signed;
   const bool pads = s.left || s.right || s.top || s.bottom;
-  ConvInput in{input, nullptr, 0, 0, 0};
-  in.pixel = (depthwise ? 1 : s.groups) * padded * es;
+  ConvInput in{input, nullptr, 0, 0, 0, static_cast<uint8_t>(is_signed && !flip ? 0x80 : 0)};
+  in.pixel = s.groups * padded * es;
   in.row = (s.w + s.left + s.right) * in.pixel;
   in.image = (s.h + s.top + s.bottom) * in.row;
   // More than a few channels: the host framework transposes NCHW faster than a strided copy.
@@ -75,14 +80,12 @@ ConvInput prepare_input(const ConvShape& s, const Tensor& input, bool depthwise,
   in.storage = empty({s.n * in.image + kBlockBytes}, ScalarType::Byte);
   auto* out = mutable_pointer<uint8_t>(in.storage);
   in.data = out;
-  ConvShape shape = s;
-  if (depthwise) shape.groups = 1;
   if (es == 1)
-    copy_rows<uint8_t>(shape, x, group, padded, zero_point, flip ? 0x80 : 0, in, out);
+    copy_rows<uint8_t>(s, x, group, padded, zero_point, flip ? 0x80 : 0, in, out);
   else if (es == 2)
-    copy_rows<uint16_t>(shape, x, group, padded, 0, 0, in, out);
+    copy_rows<uint16_t>(s, x, group, padded, 0, 0, in, out);
   else
-    copy_rows<uint32_t>(shape, x, group, padded, 0, 0, in, out);
+    copy_rows<uint32_t>(s, x, group, padded, 0, 0, in, out);
   return in;
 }
 

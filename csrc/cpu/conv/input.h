@@ -14,16 +14,17 @@ struct ConvShape {
   int64_t oh, ow;  // output
 };
 
-// Padded NHWC, `pixel` bytes a pixel: each group's channels rounded up to whole words.
+// NHWC, `pixel` bytes a pixel: each group's channels rounded up to whole words.
 struct ConvInput {
   Tensor storage;  // keeps the memory
   const uint8_t* data;
   int64_t pixel, row, image;  // bytes
+  uint8_t flip;               // what turns its bytes into u8: still to be done by whoever reads them
 };
 
-// Uses x itself when it is channels_last, needs no padding and its groups are whole words (whole blocks of 16 channels
-// for depthwise); else copies it once, spatial padding filled with `zero_point` (as a byte for 8 bit, where int8 is
-// shifted to uint8; zero for floats).
+// Uses x itself when it is channels_last and its groups are whole words; else copies it once. For depthwise, whole
+// blocks of 16 channels with spatial padding filled with `zero_point` (as a byte for 8 bit, where int8 is shifted to
+// uint8; zero for floats).
 ConvInput prepare_input(const ConvShape& shape, const Tensor& x, bool depthwise, uint8_t zero_point);
 
 }  // namespace pykernels

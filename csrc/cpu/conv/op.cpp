@@ -55,24 +55,16 @@ void check_conv_weight(const char* op, const PackedView& w, const ConvShape& s) 
 }
 
 void run_dot(const ConvShape& s, const ConvInput& in, const PackedView& weights, const DotKernel& dot,
-             const Epilogue& e) {
-  // With one group and no horizontal dilation a row of the kernel is one run of memory: one tap of kw times the words.
-  const bool whole_rows = s.groups == 1 && s.dw == 1;
-  Ints offsets;
-  for (int64_t y = 0; y < s.kh; ++y)
-    for (int64_t x = 0; x < (whole_rows ? 1 : s.kw); ++x) offsets.push_back(y * s.dh * in.row + x * s.dw * in.pixel);
+             const Epilogue& e, uint8_t fill) {
   TileProblem p{};
   p.dot = &dot;
   p.epilogue = weights.h.element == Element::s8 ? epilogue_kernels().s32 : epilogue_kernels().f32;
-  p.a = in.data;
-  p.image_stride = in.image;
-  p.row_stride = s.sh * in.row;
-  p.lda = s.sw * in.pixel;
-  p.group_stride = in.pixel / s.groups;
+  p.x = in.data;
+  p.image_stride = in.image, p.row_stride = in.row, p.pixel = in.pixel, p.group_stride = in.pixel / s.groups;
+  p.height = s.h, p.width = s.w;
+  p.kh = s.kh, p.kw = s.kw, p.sh = s.sh, p.sw = s.sw, p.dh = s.dh, p.dw = s.dw, p.top = s.top, p.left = s.left;
+  p.fill = fill, p.flip = in.flip;
   p.images = s.n, p.rows = s.oh, p.columns = s.ow;
-  p.tap_offset = offsets.data();
-  p.taps = static_cast<int64_t>(offsets.size());
-  p.words = weights.words() * (whole_rows ? s.kw : 1);
   p.weights = &weights;
   p.e = e;
   run(p);
@@ -107,7 +99,9 @@ void run_depthwise(const ConvShape& s, const ConvInput& in, const PackedView& we
            });
 }
 
-void run_conv(const ConvShape& s, const ConvInput& in, const PackedView& weights, Epilogue e) {
+void run_conv(const ConvShape& s, const Tensor& x, const PackedView& weights, Epilogue e) {
+  const auto zero_point = static_cast<uint8_t>(e.x_zero_point);
+  const ConvInput in = prepare_input(s, x, weights.h.kind == PackKind::depthwise, zero_point);
   e.out_stride = s.o;
   if (s.n == 0) return;
   if (weights.h.kind == PackKind::depthwise) {
@@ -123,7 +117,7 @@ void run_conv(const ConvShape& s, const ConvInput& in, const PackedView& weights
             weights.h.element == Element::s8     ? k.s8
             : weights.h.element == Element::bf16 ? k.bf16
                                                  : k.f32,
-            e);
+            e, zero_point);
   }
 }
 
@@ -169,7 +163,7 @@ Tensor conv2d_named(const char* op, const Tensor& x, const Tensor& packed, const
   }
   e.out = out.mutable_data_ptr();
   e.out_dtype = dtype_of(t);
-  run_conv(s, prepare_input(s, x, weights.h.kind == PackKind::depthwise, 0), weights, e);
+  run_conv(s, x, weights, e);
   return out;
 }
 
@@ -201,8 +195,7 @@ Tensor qconv2d(const Tensor& x, const Tensor& packed, int64_t out_channels, Ints
   e.x_scale = static_cast<float>(x_scale);
   e.x_zero_point = static_cast<int32_t>(x_zero_point) + (x.scalar_type() == ScalarType::Char ? 128 : 0);
   e.out = out.mutable_data_ptr();
-  run_conv(s, prepare_input(s, x, weights.h.kind == PackKind::depthwise, static_cast<uint8_t>(e.x_zero_point)), weights,
-           e);
+  run_conv(s, x, weights, e);
   return out;
 }
 

@@ -8,8 +8,6 @@
 namespace pykernels {
 namespace {
 
-constexpr int64_t kNoOffset[1] = {0};
-
 // Rows of A as the dot kernels read them: a multiple of 4 bytes long.
 struct Rows {
   Tensor storage;  // keeps the memory
@@ -17,19 +15,17 @@ struct Rows {
   int64_t stride;  // bytes
 };
 
-// x [rows, k] of `bytes` a row, used in place when its rows are whole words; else copied with zeros behind. int8 is
-// shifted to uint8 (value + 128: the sign bit flipped).
-Rows word_rows(const Tensor& x, int64_t rows, int64_t bytes, bool flip_sign) {
+// x [rows, k] of `bytes` a row, used in place when its rows are whole words; else copied with zeros behind.
+Rows word_rows(const Tensor& x, int64_t rows, int64_t bytes) {
   Tensor dense = to_contiguous(x);
   const auto* from = static_cast<const uint8_t*>(dense.const_data_ptr());
-  if (bytes % 4 == 0 && !flip_sign) return {dense, from, bytes};
+  if (bytes % 4 == 0) return {dense, from, bytes};
   const int64_t stride = round_up(bytes, 4);
   Tensor copy = empty({std::max<int64_t>(rows * stride, 1)}, ScalarType::Byte);
   auto* to = mutable_pointer<uint8_t>(copy);
-  const uint8_t flip = flip_sign ? 0x80 : 0;
   parallel(rows, std::max<int64_t>(1, (32 << 10) / std::max<int64_t>(stride, 1)), [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
-      for (int64_t i = 0; i < bytes; ++i) to[r * stride + i] = from[r * bytes + i] ^ flip;
+      std::memcpy(to + r * stride, from + r * bytes, bytes);
       std::memset(to + r * stride + bytes, 0, stride - bytes);
     }
   });
@@ -48,18 +44,17 @@ int64_t rows_of(const Tensor& x) {
   return rows;
 }
 
-void run_linear(const Rows& a, int64_t rows, const PackedView& weights, const DotKernel& dot, const Epilogue& e) {
+// is_signed: the rows hold int8, shifted to uint8 (value + 128: the sign bit flipped) on the way.
+void run_linear(const Rows& a, int64_t rows, bool is_signed, const PackedView& weights, const DotKernel& dot,
+                const Epilogue& e) {
   if (rows == 0 || weights.h.n == 0) return;
   TileProblem p{};
   p.dot = &dot;
   p.epilogue = weights.h.element == Element::s8 ? epilogue_kernels().s32 : epilogue_kernels().f32;
-  p.a = a.data;
-  p.lda = a.stride;
-  p.images = p.rows = 1;
-  p.columns = rows;
-  p.tap_offset = kNoOffset;
-  p.taps = 1;
-  p.words = weights.words();
+  p.x = a.data;
+  p.pixel = p.group_stride = a.stride;
+  p.height = 1, p.width = p.columns = rows;
+  p.flip = is_signed ? 0x80 : 0;
   p.weights = &weights;
   p.e = e;
   p.e.out_stride = weights.h.n;
@@ -93,7 +88,7 @@ Tensor int8_mm(const Tensor& a, const Tensor& b) {
   e.x_zero_point = flip ? 128 : 0;
   e.out = out.mutable_data_ptr();
   e.out_dtype = Dtype::s32;
-  run_linear(word_rows(a, rows, k, flip), rows, weights, dot_kernels().s8, e);
+  run_linear(word_rows(a, rows, k), rows, flip, weights, dot_kernels().s8, e);
   return out;
 }
 
@@ -132,7 +127,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, std::
   e.out = out.mutable_data_ptr();
   e.out_dtype = dtype_of(t);
   const DotKernel& dot = t == ScalarType::Float ? dot_kernels().f32 : dot_kernels().bf16;
-  run_linear(word_rows(x, rows, k * element_size(t), false), rows, weights, dot, e);
+  run_linear(word_rows(x, rows, k * element_size(t)), rows, false, weights, dot, e);
   return out;
 }
 
@@ -201,11 +196,11 @@ Tensor int8_linear(const Tensor& x, const Tensor& packed, int64_t out_features, 
       }
     });
   } else {
-    a = word_rows(x, rows, k, flip);
+    a = word_rows(x, rows, k);
   }
   Tensor out = empty(leading(x, out_features), out_type);
   e.out = out.mutable_data_ptr();
-  run_linear(a, rows, weights, dot_kernels().s8, e);
+  run_linear(a, rows, flip, weights, dot_kernels().s8, e);
   return out;
 }
 

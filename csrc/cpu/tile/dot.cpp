@@ -45,13 +45,41 @@ __attribute__((noinline)) void tile(const DotArgs& g) {
             PK_FOR (q, Dot::kRegisters) Dot::mac(acc[r][p][q], x, y[p][q]);
         }
       }
-      PK_FOR (i, kBasesA) a[i] += 4;
+      PK_FOR (i, kBasesA) a[i] += Dot::kWordBytes;
       PK_FOR (i, kBasesB) b[i] += kBlockBytes;
     }
   }
   auto* c = static_cast<uint8_t*>(g.c);
   PK_FOR (r, kRows)
     PK_FOR (p, kPanels) Dot::finish(acc[r][p], c + (r * kPanels + p) * kBlockBytes);
+}
+
+template <class Dot>
+void stage(const uint8_t* from, int64_t words, uint8_t flip, uint8_t* to) {
+  if constexpr (Dot::kWordBytes == 8) {
+    // Bytes 0 1 2 3 of a word become the s16 0 2 | 1 3.
+#if !defined(PYKERNELS_ISA_SCALAR)
+    const __m128i low = _mm_set1_epi16(0xff), flips = _mm_set1_epi8(static_cast<char>(flip));
+    for (; words >= 4; words -= 4, from += 16, to += 32) {
+      const __m128i v = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), flips);
+      const __m128i even = _mm_and_si128(v, low), odd = _mm_srli_epi16(v, 8);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi32(even, odd));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16), _mm_unpackhi_epi32(even, odd));
+    }
+#endif
+    for (; words > 0; --words, from += 4, to += 8) {
+      const uint32_t v = static_cast<uint32_t>(word_at(from)) ^ flip * 0x01010101u;
+      const uint64_t pairs = (v & 0x00ff00ffu) | static_cast<uint64_t>(v >> 8 & 0x00ff00ffu) << 32;
+      std::memcpy(to, &pairs, 8);
+    }
+  } else if (flip == 0) {
+    std::memcpy(to, from, 4 * words);
+  } else {
+    const u8 flips = set1_u8(flip);
+    int64_t i = 0;
+    for (; i + kBytes <= 4 * words; i += kBytes) store_u8(to + i, xor_u8(load_u8(from + i), flips));
+    for (; i < 4 * words; ++i) to[i] = from[i] ^ flip;
+  }
 }
 
 template <class Dot>
@@ -74,6 +102,8 @@ template <class Dot>
 constexpr DotKernel kernel() {
   DotKernel k{};
   k.max_rows = Dot::kRows;
+  k.word_bytes = Dot::kWordBytes;
+  k.stage = &stage<Dot>;
   for (int r = 1; r <= Dot::kRows; ++r) k.max_panels[r] = panels_for<Dot>(r);
   fill<Dot, 1, 1>(k);
   return k;

@@ -5,48 +5,146 @@
 namespace pykernels {
 namespace {
 
-// Words of A that a block of tiles may hold: about half of a small L2, the other half is for the weights.
-constexpr int64_t kBlockBytesOfA = 96 << 10;
+// Bytes of A that a block of tiles may hold: a part of a small L2, the rest is for the weights.
+constexpr int64_t kBlockBytesOfA = 128 << 10;
+constexpr int64_t kMaxBlock = 16;
+// Rows of one panel group that wait for one call of the epilogue; they stay in L1.
+constexpr int64_t kMaxRun = 128 * kColumns;
 
 int64_t part(int64_t total, int64_t parts, int64_t i) { return total * i / parts; }
+
+void fold_rows(TileProblem& p) {
+  const bool pointwise = p.kh == 1 && p.kw == 1 && p.sh == 1 && p.sw == 1 && p.rows == p.height &&
+                         p.columns == p.width && p.top == 0 && p.left == 0;
+  if (!pointwise || (p.rows > 1 && p.row_stride != p.columns * p.pixel)) return;
+  p.columns = p.width = p.columns * p.rows;
+  p.rows = p.height = 1;
+  if (p.images > 1 && p.image_stride != p.columns * p.pixel) return;
+  p.columns = p.width = p.columns * p.images;
+  p.images = 1;
+}
+
+// Where taps lie in the input and in a patch. With one group and a kernel row that is one run of memory, that row is
+// one tap of kw times the words.
+void plan_views(const TileProblem& p, TilePlan& plan) {
+  const int64_t tile_rows = ceil_div(p.columns, plan.tiles_per_row), widened = p.dot->word_bytes / 4;
+  const int64_t pixel = p.pixel * widened;
+  plan.by_rows = p.dw == 1 && p.sw <= p.kw;
+  const bool whole_rows = p.weights->h.groups == 1 && (plan.by_rows || p.kw == 1);
+  plan.patch_line = plan.by_rows ? (tile_rows - 1) * p.sw + p.kw : tile_rows;
+  plan.patch_bytes = round_up(plan.patch_line * p.kh * (plan.by_rows ? 1 : p.kw) * pixel, kBlockBytes);
+  plan.direct.lda = p.sw * p.pixel;
+  plan.direct.group_stride = p.group_stride;
+  plan.patch.lda = (plan.by_rows ? p.sw : 1) * pixel;
+  plan.patch.group_stride = p.group_stride * widened;
+  for (int64_t y = 0; y < p.kh; ++y)
+    for (int64_t x = 0; x < (whole_rows ? 1 : p.kw); ++x) {
+      plan.direct.tap_offset.push_back(y * p.dh * p.row_stride + x * p.dw * p.pixel);
+      plan.patch.tap_offset.push_back((plan.by_rows ? y * plan.patch_line + x : (y * p.kw + x) * plan.patch_line) *
+                                      pixel);
+    }
+  plan.taps = static_cast<int64_t>(plan.direct.tap_offset.size());
+  plan.words = p.weights->words() * (whole_rows ? p.kw : 1);
+}
+
+// `count` pixels of input line y from column x on, which may lie in the padding.
+void stage_line(const TileProblem& p, const uint8_t* image, int64_t y, int64_t x, int64_t count, uint8_t* to) {
+  const int64_t words = p.pixel / 4, bytes = words * p.dot->word_bytes;
+  const auto blank = [&](int64_t first, int64_t last) {
+    if (p.dot->word_bytes == 8)
+      std::fill(reinterpret_cast<uint16_t*>(to + first * bytes), reinterpret_cast<uint16_t*>(to + last * bytes),
+                p.fill);
+    else
+      std::fill(to + first * bytes, to + last * bytes, p.fill);
+  };
+  const bool inside = y >= 0 && y < p.height;
+  const int64_t first = inside ? std::clamp<int64_t>(-x, 0, count) : count;
+  const int64_t last = inside ? std::clamp<int64_t>(p.width - x, first, count) : count;
+  blank(0, first);
+  if (last > first)
+    p.dot->stage(image + y * p.row_stride + (x + first) * p.pixel, (last - first) * words, p.flip, to + first * bytes);
+  blank(last, count);
+}
+
+// The patch of the tile whose first tap reads input pixel (y, x), `rows` output pixels long.
+void stage_patch(const TileProblem& p, const TilePlan& plan, const uint8_t* image, int64_t y, int64_t x, int64_t rows,
+                 uint8_t* to) {
+  const int64_t pixel = p.pixel / 4 * p.dot->word_bytes, line = plan.patch_line * pixel;
+  for (int64_t ky = 0; ky < p.kh; ++ky, y += p.dh) {
+    if (plan.by_rows) {
+      stage_line(p, image, y, x, (rows - 1) * p.sw + p.kw, to);
+      to += line;
+      continue;
+    }
+    for (int64_t kx = 0; kx < p.kw; ++kx, to += line) {
+      const int64_t at = x + kx * p.dw;
+      if (p.sw == 1)
+        stage_line(p, image, y, at, rows, to);
+      else
+        for (int64_t r = 0; r < rows; ++r) stage_line(p, image, y, at + r * p.sw, 1, to + r * pixel);
+    }
+  }
+}
+
+struct Tile {
+  const uint8_t* a;
+  const TileView* view;
+  int64_t row, rows;  // of the output
+};
+
+Tile locate(const TileProblem& p, const TilePlan& plan, int64_t tile, uint8_t* patch) {
+  const int64_t line = tile / plan.tiles_per_row, piece = tile % plan.tiles_per_row;
+  const int64_t first = part(p.columns, plan.tiles_per_row, piece),
+                last = part(p.columns, plan.tiles_per_row, piece + 1);
+  const int64_t y = line % p.rows * p.sh - p.top, x = first * p.sw - p.left;
+  const int64_t row = line * p.columns + first, rows = last - first;
+  const uint8_t* image = p.x + line / p.rows * p.image_stride;
+  const bool inside =
+      y >= 0 && y + (p.kh - 1) * p.dh < p.height && x >= 0 && x + (rows - 1) * p.sw + (p.kw - 1) * p.dw < p.width;
+  if (inside && !plan.stage_all) return {image + y * p.row_stride + x * p.pixel, &plan.direct, row, rows};
+  stage_patch(p, plan, image, y, x, rows, patch);
+  return {patch, &plan.patch, row, rows};
+}
 
 }  // namespace
 
 TilePlan plan_tiles(TileProblem& p, int64_t threads) {
-  if (p.rows == 1 || p.row_stride == p.columns * p.lda) {
-    p.columns *= p.rows;
-    p.rows = 1;
-    if (p.images == 1 || p.image_stride == p.columns * p.lda) {
-      p.columns *= p.images;
-      p.images = 1;
-    }
-  }
+  fold_rows(p);
   TilePlan plan;
   plan.tiles_per_row = ceil_div(p.columns, p.dot->max_rows);
   plan.tiles = p.images * p.rows * plan.tiles_per_row;
   plan.panels = p.weights->h.groups * p.weights->panels_per_group();
+  plan_views(p, plan);
 
-  // The split of least work for the slowest thread; among equals, more splits of tiles: panels are then shared in
-  // cache.
-  int64_t best = INT64_MAX;
-  plan.tile_splits = plan.panel_splits = 1;
+  // The split of least work for the slowest thread; among equals, of least memory read by it.
+  const int64_t tile_bytes = ceil_div(p.columns, plan.tiles_per_row) * plan.taps * plan.words * 4;
+  int64_t least_work = INT64_MAX, least_bytes = INT64_MAX;
   for (int64_t m = std::min(threads, plan.tiles); m >= 1; --m) {
     const int64_t n = std::min(std::max<int64_t>(threads / m, 1), plan.panels);
-    const int64_t work = ceil_div(plan.tiles, m) * ceil_div(plan.panels, n);
-    if (work < best) {
-      best = work;
+    const int64_t tiles = ceil_div(plan.tiles, m), panels = ceil_div(plan.panels, n);
+    const int64_t work = tiles * panels, bytes = tiles * tile_bytes + panels * p.weights->panel_bytes();
+    if (work < least_work || (work == least_work && bytes < least_bytes)) {
+      least_work = work;
+      least_bytes = bytes;
       plan.tile_splits = m;
       plan.panel_splits = n;
     }
   }
   plan.tasks = plan.tile_splits * plan.panel_splits;
-  const int64_t tile_bytes = ceil_div(p.columns, plan.tiles_per_row) * p.taps * p.words * 4;
-  plan.block = std::clamp<int64_t>(kBlockBytesOfA / std::max<int64_t>(tile_bytes, 1), 1, 16);
+
+  const bool padded = p.top > 0 || p.left > 0 || (p.rows - 1) * p.sh + (p.kh - 1) * p.dh - p.top >= p.height ||
+                      (p.columns - 1) * p.sw + (p.kw - 1) * p.dw - p.left >= p.width;
+  plan.stage_all = p.dot->word_bytes != 4 || p.flip != 0;
+  plan.block =
+      std::clamp<int64_t>(kBlockBytesOfA / std::max({tile_bytes, plan.stage_all ? plan.patch_bytes : 0, int64_t{1}}), 1,
+                          std::min(kMaxBlock, ceil_div(plan.tiles, plan.tile_splits)));
+  plan.scratch = plan.stage_all || padded ? plan.block * plan.patch_bytes : 0;
   return plan;
 }
 
-void run_tiles(const TileProblem& p, const TilePlan& plan, int64_t task) {
-  alignas(64) uint8_t c[kMaxTile * 4];
+void run_tiles(const TileProblem& p, const TilePlan& plan, int64_t task, uint8_t* scratch) {
+  alignas(64) uint8_t c[kMaxRun * 4];
+  Tile tiles[kMaxBlock];
   const int64_t tile_part = task / plan.panel_splits, panel_part = task % plan.panel_splits;
   const int64_t first_tile = part(plan.tiles, plan.tile_splits, tile_part);
   const int64_t last_tile = part(plan.tiles, plan.tile_splits, tile_part + 1);
@@ -57,36 +155,29 @@ void run_tiles(const TileProblem& p, const TilePlan& plan, int64_t task) {
   const int64_t most_panels = p.dot->max_panels[ceil_div(p.columns, plan.tiles_per_row)];
 
   for (int64_t block = first_tile; block < last_tile; block += plan.block) {
-    const int64_t block_end = std::min(block + plan.block, last_tile);
+    const int64_t count = std::min(plan.block, last_tile - block);
+    for (int64_t i = 0; i < count; ++i) tiles[i] = locate(p, plan, block + i, scratch + i * plan.patch_bytes);
     for (int64_t panel = first_panel; panel < last_panel;) {
       const int64_t group = panel / per_group;
       const int64_t left = std::min(last_panel, (group + 1) * per_group) - panel;
       const int64_t panels = ceil_div(left, ceil_div(left, most_panels));  // even pieces
-      const int64_t column = (panel % per_group) * kColumns;
-      EpilogueArgs out;
-      out.c = c;
-      out.ldc = panels * kColumns;
-      out.packed = panel * kColumns;
-      out.channel = group * w.h.n + column;
-      out.columns = std::min(panels * kColumns, w.h.n - column);
-      DotArgs dot;
-      dot.lda = p.lda;
-      dot.tap_offset = p.tap_offset;
-      dot.taps = p.taps;
-      dot.words = p.words;
-      dot.panels = w.panels + panel * panel_bytes;
-      dot.panel_bytes = panel_bytes;
-      dot.c = c;
-      for (int64_t tile = block; tile < block_end; ++tile) {
-        const int64_t line = tile / plan.tiles_per_row, piece = tile % plan.tiles_per_row;
-        const int64_t x0 = part(p.columns, plan.tiles_per_row, piece),
-                      x1 = part(p.columns, plan.tiles_per_row, piece + 1);
-        dot.a = p.a + (line / p.rows) * p.image_stride + (line % p.rows) * p.row_stride + x0 * p.lda +
-                group * p.group_stride;
-        out.row = line * p.columns + x0;
-        out.rows = x1 - x0;
-        p.dot->tile[out.rows][panels](dot);
-        p.epilogue(p.e, out);
+      const int64_t column = (panel % per_group) * kColumns, ldc = panels * kColumns;
+      DotArgs dot{nullptr, 0, nullptr, plan.taps, plan.words, w.panels + panel * panel_bytes, panel_bytes, c};
+      EpilogueArgs out{
+          c, ldc, tiles[0].row, 0, panel * kColumns, group * w.h.n + column, std::min(ldc, w.h.n - column)};
+      for (int64_t i = 0; i < count; ++i) {
+        const Tile& t = tiles[i];
+        dot.a = t.a + group * t.view->group_stride;
+        dot.lda = t.view->lda;
+        dot.tap_offset = t.view->tap_offset.data();
+        dot.c = c + out.rows * ldc * 4;
+        p.dot->tile[t.rows][panels](dot);
+        out.rows += t.rows;
+        if (i + 1 == count || (out.rows + p.dot->max_rows) * ldc > kMaxRun) {
+          p.epilogue(p.e, out);
+          out.row += out.rows;
+          out.rows = 0;
+        }
       }
       panel += panels;
     }

@@ -23,8 +23,9 @@ PK_INLINE float float_at(const uint8_t* p) {
 
 // An element type:
 //   kRegisters   accumulators of one row and panel          kBudget   accumulators a tile may hold
-//   kMaxRows     rows of the largest tile
-//   word(p)      the 4 bytes at p for every column           weight(b, q)   register q of the block at b
+//   kRows        rows of the largest tile                    kWordBytes   of A as the driver lays it out (kernels.h)
+//   word(p)      the word at p for every column              weight(b, q)   register q of the block at b
+//   words(v)     a register of words, one for every column (s8 on vector isas)
 //   mac(c, x, w) adds the product                            finish(c, out)  writes the 16 sums of a row and panel
 #if defined(PYKERNELS_ISA_SCALAR)
 
@@ -32,7 +33,7 @@ struct Column16 {
   int32_t v[16];
 };
 struct DotS8 {
-  static constexpr int kRegisters = 1, kBudget = 2, kRows = 2;
+  static constexpr int kRegisters = 1, kBudget = 2, kRows = 2, kWordBytes = 4;
   using Acc = Column16;
   using Word = uint32_t;
   using Weight = const int8_t*;
@@ -49,7 +50,7 @@ struct Float16 {
   float v[16];
 };
 struct DotF32 {
-  static constexpr int kRegisters = 1, kBudget = 2, kRows = 2;
+  static constexpr int kRegisters = 1, kBudget = 2, kRows = 2, kWordBytes = 4;
   using Acc = Float16;
   using Word = float;
   using Weight = const uint8_t*;
@@ -82,7 +83,7 @@ struct DotF32 {
 #else
   static constexpr int kBudget = 12, kRows = 6;
 #endif
-  static constexpr int kRegisters = kPanelRegisters;
+  static constexpr int kRegisters = kPanelRegisters, kWordBytes = 4;
   using Acc = f32;
   using Word = f32;
   using Weight = f32;
@@ -122,12 +123,13 @@ struct DotBF16 : DotF32 {
 #if defined(PYKERNELS_ISA_AVX512VNNI)
 
 struct DotS8 {
-  static constexpr int kRegisters = 1, kBudget = 24, kRows = 12;
+  static constexpr int kRegisters = 1, kBudget = 24, kRows = 12, kWordBytes = 4;
   using Acc = i32;
   using Word = i32;
   using Weight = i32;
   PK_INLINE Acc zero() { return set1_i32(0); }
   PK_INLINE Word word(const uint8_t* p) { return set1_i32(word_at(p)); }
+  PK_INLINE Word words(i32 v) { return v; }
   PK_INLINE Weight weight(const uint8_t* b, int) { return _mm512_loadu_si512(b); }
   PK_INLINE void mac(Acc& c, Word x, Weight w) { c = _mm512_dpbusd_epi32(c, x, w); }
   PK_INLINE void finish(const Acc* c, void* out) { store_i32(static_cast<int32_t*>(out), *c); }
@@ -136,12 +138,13 @@ struct DotS8 {
 #elif defined(PYKERNELS_ISA_AVXVNNI)
 
 struct DotS8 {
-  static constexpr int kRegisters = 2, kBudget = 12, kRows = 6;
+  static constexpr int kRegisters = 2, kBudget = 12, kRows = 6, kWordBytes = 4;
   using Acc = i32;
   using Word = i32;
   using Weight = i32;
   PK_INLINE Acc zero() { return set1_i32(0); }
   PK_INLINE Word word(const uint8_t* p) { return set1_i32(word_at(p)); }
+  PK_INLINE Word words(i32 v) { return v; }
   PK_INLINE Weight weight(const uint8_t* b, int q) { return load_i32(reinterpret_cast<const int32_t*>(b) + q * 8); }
   PK_INLINE void mac(Acc& c, Word x, Weight w) { c = _mm256_dpbusd_avx_epi32(c, x, w); }
   PK_INLINE void finish(const Acc* c, void* out) {
@@ -149,48 +152,44 @@ struct DotS8 {
   }
 };
 
-#elif defined(PYKERNELS_ISA_AVX512)
+#else  // avx2 and avx512 without VNNI
 
-// Without VNNI: bytes widened to s16, pairs multiplied and added exactly (vpmaddwd). A register holds 8 columns, each
-// as two partial sums of two k, added at the end.
+// Bytes as s16 pairs, multiplied and added exactly (vpmaddwd; vpmaddubsw would saturate): the even bytes of a word in
+// one register, the odd ones in another, so that a lane still is a column. The driver widens A once a tile (kWordBytes
+// is 8), the weights are widened here: two shifts and one, shared by the rows of the tile.
 struct DotS8 {
-  static constexpr int kRegisters = 2, kBudget = 24, kRows = 8;
+#if defined(PYKERNELS_ISA_AVX512)
+  static constexpr int kBudget = 20, kRows = 10;
+#else
+  static constexpr int kBudget = 8, kRows = 4;
+#endif
+  static constexpr int kRegisters = kPanelRegisters, kWordBytes = 8;
+  struct Pair {
+    i32 even, odd;
+  };
   using Acc = i32;
-  using Word = i32;
-  using Weight = i32;
+  using Word = Pair;
+  using Weight = Pair;
   PK_INLINE Acc zero() { return set1_i32(0); }
-  PK_INLINE Word word(const uint8_t* p) { return _mm512_cvtepu8_epi16(_mm256_set1_epi32(word_at(p))); }
+  PK_INLINE Word word(const uint8_t* p) { return {set1_i32(word_at(p)), set1_i32(word_at(p + 4))}; }
+#if defined(PYKERNELS_ISA_AVX512)
+  PK_INLINE Word words(i32 v) { return {_mm512_and_si512(v, set1_i32(0x00ff00ff)), _mm512_srli_epi16(v, 8)}; }
+  PK_INLINE Weight weight(const uint8_t* b, int) {
+    const i32 v = _mm512_loadu_si512(b);
+    return {_mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8), _mm512_srai_epi16(v, 8)};
+  }
+  PK_INLINE i32 dot(i32 a, i32 b) { return _mm512_madd_epi16(a, b); }
+#else
+  PK_INLINE Word words(i32 v) { return {_mm256_and_si256(v, set1_i32(0x00ff00ff)), _mm256_srli_epi16(v, 8)}; }
   PK_INLINE Weight weight(const uint8_t* b, int q) {
-    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 32 * q)));
+    const i32 v = load_i32(reinterpret_cast<const int32_t*>(b) + q * kLanes);
+    return {_mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), _mm256_srai_epi16(v, 8)};
   }
-  PK_INLINE void mac(Acc& c, Word x, Weight w) { c = _mm512_add_epi32(c, _mm512_madd_epi16(x, w)); }
+  PK_INLINE i32 dot(i32 a, i32 b) { return _mm256_madd_epi16(a, b); }
+#endif
+  PK_INLINE void mac(Acc& c, Word x, Weight w) { c = add(add(c, dot(x.even, w.even)), dot(x.odd, w.odd)); }
   PK_INLINE void finish(const Acc* c, void* out) {
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-    store_i32(static_cast<int32_t*>(out),
-              add(_mm512_permutex2var_epi32(c[0], even, c[1]), _mm512_permutex2var_epi32(c[0], odd, c[1])));
-  }
-};
-
-#else  // avx2
-
-// As avx512 without VNNI, a register holding 4 columns.
-struct DotS8 {
-  static constexpr int kRegisters = 4, kBudget = 12, kRows = 2;
-  using Acc = i32;
-  using Word = i32;
-  using Weight = i32;
-  PK_INLINE Acc zero() { return set1_i32(0); }
-  PK_INLINE Word word(const uint8_t* p) { return _mm256_cvtepu8_epi16(_mm_set1_epi32(word_at(p))); }
-  PK_INLINE Weight weight(const uint8_t* b, int q) {
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 16 * q)));
-  }
-  PK_INLINE void mac(Acc& c, Word x, Weight w) { c = _mm256_add_epi32(c, _mm256_madd_epi16(x, w)); }
-  PK_INLINE void finish(const Acc* c, void* out) {
-    for (int q = 0; q < 4; q += 2) {
-      const __m256i pairs = _mm256_hadd_epi32(c[q], c[q + 1]);  // columns 0 1 4 5 | 2 3 6 7
-      store_i32(static_cast<int32_t*>(out) + q * 4, _mm256_permute4x64_epi64(pairs, _MM_SHUFFLE(3, 1, 2, 0)));
-    }
+    for (int q = 0; q < kRegisters; ++q) store_i32(static_cast<int32_t*>(out) + q * kLanes, c[q]);
   }
 };
 

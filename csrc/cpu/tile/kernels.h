@@ -9,8 +9,9 @@
 namespace pykernels {
 
 // One tile:  c[r][p * 16 + j] = sum over t < taps, w < words of dot(word w at a + tap_offset[t] + r * lda, block [t][w]
-// of panel p, column j) where a word is 4 bytes: 4 u8 against 4 s8 (s32 sums), 2 bf16 or 1 fp32 (fp32 sums). The caller
-// guarantees that every word is readable.
+// of panel p, column j) where a word is 4 bytes: 4 u8 against 4 s8 (s32 sums), 2 bf16 or 1 fp32 (fp32 sums). On an isa
+// whose word_bytes is 8, A's words are the widened ones that stage() makes. The caller guarantees that every word is
+// readable.
 struct DotArgs {
   const uint8_t* a;
   int64_t lda;  // bytes from one row to the next
@@ -26,7 +27,9 @@ inline constexpr int kMaxPanels = 8;
 inline constexpr int kMaxTile = 32 * 16;  // accumulators of one tile, any isa
 
 struct DotKernel {
-  int max_rows;
+  int max_rows, word_bytes;
+  // `words` words of 4 bytes as tile() reads them, each byte's bits flipped where `flip` has them (s8 to u8: 0x80).
+  void (*stage)(const uint8_t* from, int64_t words, uint8_t flip, uint8_t* to);
   int max_panels[kMaxRows + 1];  // by rows
   void (*tile[kMaxRows + 1][kMaxPanels + 1])(const DotArgs&);
 };

@@ -117,8 +117,10 @@ void set_residual(const char* op, Epilogue& e, const Tensor& residual, const std
 
 void run(TileProblem& problem) {
   const TilePlan plan = plan_tiles(problem, torch::stable::get_num_threads());
+  const Tensor scratch = empty({plan.tasks * plan.scratch}, ScalarType::Byte);
+  auto* patches = mutable_pointer<uint8_t>(scratch);
   parallel(plan.tasks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) run_tiles(problem, plan, task);
+    for (int64_t task = first; task < last; ++task) run_tiles(problem, plan, task, patches + task * plan.scratch);
   });
 }
 
