@@ -13,7 +13,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from pykernels.surgery.capture import Captured, capture, dynamic_batch_shapes, example_for_export, plain, prepare
+from pykernels._export import dynamic_batch_shapes, example_for_export
+from pykernels.surgery.capture import Captured, capture, plain, prepare
 from pykernels.surgery.lower import lower
 from pykernels.surgery.report import Report
 
@@ -133,27 +134,16 @@ def optimize(
         raise ValueError(f"calibration: only int8 is calibrated, precision is {precision!r}")
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
-    modes = {module: module.training for module in model.modules()}
-    _evaluation(model)
-    try:
-        if precision == "int8" and not _quantized(model):
-            captured = _quantize(model, args, kwargs, calibration, dynamic_batch)
-        else:
-            captured = capture(model, args, kwargs, dynamic_batch)
-        prepare(captured)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    if precision == "int8" and not _quantized(model):
+        captured = _quantize(model, args, kwargs, calibration, dynamic_batch)
+    else:
+        captured = capture(model, args, kwargs, dynamic_batch)
+    prepare(captured)
     program, report = lower(captured.module, precision)
     if precision != "int8" or not _quantized(model):
         report.bytes_before = _bytes_of(model)
     report.notes = [*captured.notes, *report.notes]
     return Optimized(program, report, captured.in_spec, captured.out_spec, captured.example, captured.dynamic)
-
-
-def _evaluation(model: nn.Module) -> None:
-    for module in model.modules():  # exported graph modules refuse eval(), the attribute is what export reads
-        module.training = False
 
 
 def _bytes_of(model: nn.Module) -> int:
@@ -174,14 +164,12 @@ def _quantize(
 
     if kwargs:
         raise ValueError("example_kwargs: int8 takes positional inputs only")
-    notes: list[str] = []
-    if calibration is None:
-        notes.append("no calibration inputs: ranges come from synthetic ones; expect less accuracy")
-    (args, _), shapes = example_for_export(args, {}) if dynamic else ((args, {}), None)
-    converted = recipes.quantize(model, args, calibration, dynamic_shapes=shapes)
+    converted = recipes.quantize(model, args, calibration, dynamic_batch=dynamic)
+    record = converted.meta[recipes.RECORD]
     module, in_spec, out_spec = plain(converted)
-    flat = pytree.tree_leaves((args, {}))
-    return Captured(module, in_spec, out_spec, flat, shapes is not None, notes)
+    if record.dynamic:
+        (args, _), _ = example_for_export(args, {})
+    return Captured(module, in_spec, out_spec, pytree.tree_leaves((args, {})), record.dynamic, list(record.notes))
 
 
 def load(path: str | os.PathLike[str]) -> Optimized:
@@ -202,18 +190,26 @@ def load(path: str | os.PathLike[str]) -> Optimized:
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"{damaged} fails its checksum")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            program = torch.export.load(path, extra_files=extra)
-            if not extra[_EXTRA]:
-                raise ValueError("it is a torch.export archive without the part that pykernels adds")
+        program = _read(path, extra)
+        if not extra[_EXTRA]:
+            raise ValueError("it is a torch.export archive without the part that pykernels adds")
         facts = json.loads(extra[_EXTRA])
         if facts["format"] != _FORMAT:
             raise ValueError(f"its format {facts['format']} is not {_FORMAT}: another version of pykernels wrote it")
         report = Report.from_json(facts["report"])
         in_spec, out_spec = pytree.treespec_loads(facts["in_spec"]), pytree.treespec_loads(facts["out_spec"])
-    except Exception as error:
+        dynamic = bool(facts["dynamic"])
+    except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"path: {path} cannot be loaded: {error}") from error
     module, _, _ = plain(program.module())
     example = pytree.tree_leaves(program.example_inputs)
-    return Optimized(module, report, in_spec, out_spec, example, bool(facts["dynamic"]))
+    return Optimized(module, report, in_spec, out_spec, example, dynamic)
+
+
+def _read(path: str, extra: dict[str, Any]) -> torch.export.ExportedProgram:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            return torch.export.load(path, extra_files=extra)
+        except Exception as error:  # torch's reader checks little: a foreign archive fails wherever it first differs
+            raise ValueError(f"torch.export cannot read it: {type(error).__name__}: {error}") from error

@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.export import Dim, ExportedProgram, export
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from pykernels._export import export
 
 from .quantizer import Int8Quantizer
 from .refine import float_weights
@@ -35,6 +37,7 @@ class QuantizationRecord:
         samples: how many calibration samples (rows of the first input) were seen; 0 for training.
         data_free: True when no calibration data was given and ranges come from generated inputs.
         groups: how many kernel calls run in int8 (convolutions and linears with what is fused to them).
+        dynamic: whether the graph takes other sizes (of the batch, mostly) than the example's.
         left_float: nodes that stay fp32, by name, with the reason.
         refined: layers whose rounding and bias were fitted to the calibration inputs.
         notes: what a user should know, one sentence each.
@@ -44,6 +47,7 @@ class QuantizationRecord:
     samples: int = 0
     data_free: bool = False
     groups: int = 0
+    dynamic: bool = False
     left_float: dict[str, str] = field(default_factory=dict)
     refined: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -53,54 +57,50 @@ def export_graph(
     model: torch.nn.Module | ExportedProgram,
     example_inputs: Sequence[Any] | torch.Tensor,
     *,
+    dynamic_batch: bool = True,
     dynamic_shapes: Any = None,
     training: bool = False,
 ) -> GraphModule:
     """Capture ``model`` as a graph of ATen calls.
 
-    With ``dynamic_shapes=None`` the first dimension of every tensor input is exported as one dynamic batch when the
-    model allows it, and as it stands in ``example_inputs`` when it does not. Strict capture is the second choice, for
-    models that the plain one cannot trace.
+    Args:
+        model: a module, captured in evaluation (or ``training``) whatever its mode is, or its ``ExportedProgram``.
+        example_inputs: a tuple of inputs; a lone tensor stands for a tuple of one.
+        dynamic_batch: leave the batch size free. Where the model fixes it, so does the graph, with a warning.
+        dynamic_shapes: as for ``torch.export``, in place of the batch size alone.
 
     Raises:
         ValueError: ``example_inputs`` holds no tensor.
-        Exception: what ``torch.export`` raises when every way of capturing failed.
+        NotExportable: ``torch.export`` cannot capture the model.
     """
+    return captured(
+        model, example_inputs, QuantizationRecord(""), dynamic_batch, dynamic_shapes, training=training, stacklevel=3
+    )
+
+
+def captured(
+    model: torch.nn.Module | ExportedProgram,
+    example_inputs: Sequence[Any] | torch.Tensor,
+    record: QuantizationRecord,
+    dynamic_batch: bool,
+    dynamic_shapes: Any,
+    *,
+    training: bool = False,
+    stacklevel: int = 3,
+) -> GraphModule:
+    """`export_graph`, and what became of the batch size in ``record``."""
     if isinstance(model, ExportedProgram):
+        record.dynamic = bool(model.range_constraints)
         return model.module()
     inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     if not any(isinstance(x, torch.Tensor) for x in inputs):
         raise ValueError("example_inputs: expected a tuple holding at least one tensor, such as (x,)")
-    attempts: list[tuple[tuple[Any, ...], Any]] = []
-    if dynamic_shapes is not None:
-        attempts.append((inputs, dynamic_shapes))
-    else:
-        batch = Dim("batch")
-        tensors = [isinstance(x, torch.Tensor) and x.ndim > 1 for x in inputs]
-        if len({x.shape[0] for x, tensor in zip(inputs, tensors, strict=True) if tensor}) == 1:
-            # A batch of one would be taken for a constant.
-            widened = tuple(
-                torch.cat([x, x]) if tensor and x.shape[0] == 1 else x
-                for x, tensor in zip(inputs, tensors, strict=True)
-            )
-            attempts.append((widened, tuple({0: batch} if tensor else None for tensor in tensors)))
-        attempts.append((inputs, None))
-    was_training = model.training
-    model.train(training)
-    failure: Exception | None = None
-    try:
-        for arguments, shapes in attempts:
-            for strict in (False, True):
-                try:
-                    exported = export(model, arguments, dynamic_shapes=shapes, strict=strict)
-                except Exception as error:  # torch.export fails in many ways; the last one is reported
-                    failure = error
-                else:
-                    return exported.module()
-    finally:
-        model.train(was_training)
-    assert failure is not None
-    raise failure
+    exported = export(model, inputs, dynamic_batch=dynamic_batch, dynamic_shapes=dynamic_shapes, training=training)
+    record.dynamic = exported.dynamic
+    for note in exported.notes:
+        record.notes.append(note)
+        warnings.warn(note, UserWarning, stacklevel=stacklevel)
+    return exported.program.module()
 
 
 def quantize(
@@ -108,6 +108,7 @@ def quantize(
     example_inputs: Sequence[Any] | torch.Tensor,
     calibration: Iterable[Any] | None = None,
     *,
+    dynamic_batch: bool = True,
     dynamic_shapes: Any = None,
     keep_float: Iterable[str] = (),
     refine: bool = True,
@@ -120,7 +121,8 @@ def quantize(
         calibration: inputs that look like those of production, 50 to 500 samples: an iterable of tensors, or of tuples
             of which the first ``len(example_inputs)`` entries are used (so a loader of ``(image, label)`` serves as it
             is). None: ranges come from generated inputs, with a warning; expect to lose accuracy.
-        dynamic_shapes: as for ``torch.export``; None exports a dynamic batch when the model allows one.
+        dynamic_batch: accept any batch size. Where the model fixes it, a warning and the record say why.
+        dynamic_shapes: as for ``torch.export``, in place of the batch size alone.
         keep_float: names of graph nodes to leave in fp32.
         refine: choose weights and biases layer by layer to reproduce the fp32 network on the calibration inputs
             (GPTQ rounding and bias correction, see ``refine``) instead of rounding each weight by itself. Halves the
@@ -132,10 +134,11 @@ def quantize(
     Raises:
         ValueError: ``example_inputs`` holds no tensor, ``calibration`` is empty or holds NaN or infinity.
         TypeError: an entry of ``calibration`` is not a tensor or a tuple of tensors.
+        NotExportable: ``torch.export`` cannot capture the model.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     record = QuantizationRecord("post-training")
-    graph = export_graph(model, inputs, dynamic_shapes=dynamic_shapes)
+    graph = captured(model, inputs, record, dynamic_batch, dynamic_shapes)
     samples = _generated(inputs, record) if calibration is None else _samples(calibration, len(inputs), record)
     quantizer = Int8Quantizer(keep_float=keep_float)
     prepared = prepare_pt2e(graph, quantizer)

@@ -20,7 +20,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt
 
 from .patterns import BATCH_NORMS, CONVOLUTIONS, DROPOUTS, argument, aten, is_call
 from .quantizer import Int8Quantizer
-from .recipes import RECORD, QuantizationRecord, export_graph
+from .recipes import RECORD, QuantizationRecord, captured
 from .transforms import remove_dropout
 
 TORCHAO_EPSILON = 1e-5
@@ -31,6 +31,7 @@ def prepare_qat(
     model: torch.nn.Module,
     example_inputs: Sequence[Any] | torch.Tensor,
     *,
+    dynamic_batch: bool = True,
     dynamic_shapes: Any = None,
     keep_float: Iterable[str] = (),
 ) -> GraphModule:
@@ -39,14 +40,16 @@ def prepare_qat(
     Args:
         model: the fp32 module, trained or not; it is not changed (parameters are copied).
         example_inputs: a tuple of inputs, as for ``torch.export``.
-        dynamic_shapes: as for ``torch.export``; None exports a dynamic batch when the model allows one.
+        dynamic_batch: accept any batch size. Where the model fixes it, a warning and the record say why.
+        dynamic_shapes: as for ``torch.export``, in place of the batch size alone.
         keep_float: names of graph nodes to leave in fp32.
 
     Returns:
         A graph module in training mode. Its ``train()`` and ``eval()`` raise, as for every exported graph: use
         :func:`train_mode` and :func:`eval_mode`.
     """
-    graph = export_graph(model, example_inputs, dynamic_shapes=dynamic_shapes, training=True)
+    record = QuantizationRecord("quantization-aware training")
+    graph = captured(model, example_inputs, record, dynamic_batch, dynamic_shapes, training=True)
     _own_parameters(graph)
     epsilons = {
         node.args[4].target: float(argument(node, 7, "eps", TORCHAO_EPSILON))
@@ -56,8 +59,7 @@ def prepare_qat(
     quantizer = Int8Quantizer(qat=True, keep_float=keep_float)
     prepared = prepare_qat_pt2e(graph, quantizer)
     _restore_epsilons(prepared, epsilons)
-    record = QuantizationRecord("quantization-aware training", groups=len(quantizer.groups))
-    record.left_float = dict(quantizer.left_float)
+    record.groups, record.left_float = len(quantizer.groups), dict(quantizer.left_float)
     prepared.meta[RECORD] = record
     prepared.meta[EPSILONS] = epsilons
     return train_mode(prepared)

@@ -81,30 +81,33 @@ def _prove(
 ) -> None:
     if _is_torch_leaf(module):
         return
-    calls: dict[int, list[_Call]] | None
-    try:
-        calls = _trace(module, opaque, originals)
-    except Exception as error:  # a forward may fail in any way on a symbol instead of a tensor
+    calls, reason = _attempt(module, opaque, originals)
+    if calls is None:
         before, known = _copy(found.calls), len(opaque)
         for child in _children(module):
             if any(True for _ in child.children()):
                 _prove(child, found, opaque, originals, names)
-        if len(opaque) > known:
-            try:
-                calls = _trace(module, opaque, originals)
-                found.calls = before
-            except Exception:
-                calls = None
-        else:
-            calls = None
+        if len(opaque) > known:  # now that the children which stood in the way are leaves
+            calls, _ = _attempt(module, opaque, originals)
         if calls is None:
             opaque.add(id(module))
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            found.opaque[names[id(module)]] = f"{type(originals[id(module)]).__name__}.forward: {reason[0]}"
+            found.opaque[names[id(module)]] = f"{type(originals[id(module)]).__name__}.forward: {reason}"
             found.opaque_children.update(id(originals[id(child)]) for child in _children(module))
             return
+        found.calls = before
     for key, value in calls.items():
         found.calls[key].extend(value)
+
+
+def _attempt(
+    module: nn.Module, opaque: set[int], originals: dict[int, nn.Module]
+) -> tuple[dict[int, list[_Call]] | None, str]:
+    """The calls that tracing `module` finds, or None and the reason, which goes into the report."""
+    try:
+        return _trace(module, opaque, originals), ""
+    except Exception as error:  # a forward may fail in any way on a symbol instead of a tensor
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return None, lines[0]
 
 
 def _children(module: nn.Module) -> Iterator[nn.Module]:

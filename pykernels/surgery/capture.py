@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from pykernels._export import NotExportable, export
 from pykernels.surgery.canonical import functionalize, normalize, raise_quantizers, share_quantizers
 from pykernels.surgery.fold import fold, remove_no_ops
 from pykernels.surgery.graph import annotate
@@ -17,16 +18,10 @@ __all__ = [
     "Captured",
     "NotExportable",
     "capture",
-    "dynamic_batch_shapes",
-    "example_for_export",
     "flat_leaves",
     "plain",
     "prepare",
 ]
-
-
-class NotExportable(RuntimeError):
-    """``torch.export`` cannot capture the model as one graph; ``pykernels.swap`` needs no graph."""
 
 
 @dataclass
@@ -51,83 +46,15 @@ class Captured:
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool) -> Captured:
-    """Export `model` in its present mode. A static graph with a note when only the dynamic batch size is in the way.
+    """Export `model` in evaluation. A static graph with a note when only the dynamic batch size is in the way.
 
     Raises:
         NotExportable: torch.export fails on the model; the message names its reason.
     """
-    notes: list[str] = []
-    example, shapes = example_for_export(args, kwargs) if dynamic_batch else ((args, kwargs), None)
-    if dynamic_batch and shapes is None:
-        notes.append("no tensor input with a batch dimension: shapes are fixed")
-    program = None
-    if shapes is not None:
-        try:
-            program = _export(model, *example, shapes)
-        except Exception as error:
-            reason = _reason(error)
-            example, shapes = (args, kwargs), None
-            notes.append(f"the batch size is fixed: export with a dynamic one failed ({reason})")
-    if program is None:
-        try:
-            program = _export(model, args, kwargs, None)
-        except Exception as error:
-            raise NotExportable(
-                f"torch.export cannot capture {type(model).__name__} as one graph: {_reason(error)}\n"
-                "pykernels.swap(model) works module by module and needs no graph."
-            ) from error
-    module, in_spec, out_spec = plain(program.module())
-    flat, _ = pytree.tree_flatten(example)
-    return Captured(module, in_spec, out_spec, flat, shapes is not None, notes)
-
-
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
-) -> torch.export.ExportedProgram:
-    with torch.no_grad():
-        return torch.export.export(model, args, kwargs or None, dynamic_shapes=shapes, strict=False)
-
-
-def example_for_export(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Any | None]:
-    """Inputs and dynamic shapes that let export see the batch as a size of its own.
-
-    Export specializes sizes 0 and 1, so a batch of one is doubled. The batch is dimension 0 of the first tensor input;
-    every tensor input of the same first size shares it. Shapes are None when no input has a batch dimension.
-    """
-    leaves = pytree.tree_leaves((args, kwargs))
-    sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() > 0]
-    if not sizes:
-        return (args, kwargs), None
-
-    def double(leaf: Any) -> Any:
-        return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == 1 else leaf
-
-    if sizes[0] == 1:
-        args, kwargs = pytree.tree_map(double, (args, kwargs))
-    return (args, kwargs), dynamic_batch_shapes(args, kwargs)
-
-
-def dynamic_batch_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
-    """``dynamic_shapes`` for torch.export: dimension 0 of every tensor input that shares the first one's batch size."""
-    leaves = pytree.tree_leaves((args, kwargs))
-    batched = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() > 0]
-    if not batched:
-        return None
-    batched = [leaf for leaf in batched if leaf.shape[0] == batched[0].shape[0]]
-    batch = torch.export.Dim("batch")
-    shapes = torch.export.ShapesCollection()  # by tensor: a tuple would have no place for names and *args
-    for leaf in batched:
-        shapes[leaf] = {0: batch}
-    return shapes
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an export error that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    line = lines[0] if lines else ""
-    return f"{type(error).__name__}: {line[:300]}" if line else type(error).__name__
+    exported = export(model, args, kwargs, dynamic_batch=dynamic_batch)
+    module, in_spec, out_spec = plain(exported.program.module())
+    example = pytree.tree_leaves((exported.args, exported.kwargs))
+    return Captured(module, in_spec, out_spec, example, exported.dynamic, exported.notes)
 
 
 def plain(module: fx.GraphModule) -> tuple[fx.GraphModule, pytree.TreeSpec, pytree.TreeSpec]:
@@ -212,8 +139,8 @@ def prepare(captured: Captured) -> fx.GraphModule:
 
 
 def _functionalized_by_torch(captured: Captured) -> fx.GraphModule:
-    args = tuple(captured.example)
-    shapes = dynamic_batch_shapes(args, {}) if captured.dynamic else None
-    program = _export(captured.module, args, {}, shapes).run_decompositions({})
-    module, _, _ = plain(program.module())
+    exported = export(captured.module, tuple(captured.example), dynamic_batch=captured.dynamic)
+    captured.dynamic = exported.dynamic
+    captured.notes += exported.notes
+    module, _, _ = plain(exported.program.run_decompositions({}).module())
     return module

@@ -6,13 +6,13 @@ hooks, attributes and every reference to it stay. What happens in training and e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from pykernels._export import mode
 from pykernels.nn import conv, linear, pool
 from pykernels.nn._chain import Chain, Follower, Head, Member
 from pykernels.nn.follow import ACTIVATIONS, NORMS
@@ -233,21 +233,8 @@ def _watch(observer: Any) -> Any:
     return look
 
 
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation, each back in its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            if module.training != mode:
-                module.training = mode
-
-
 def _evaluate(model: nn.Module, sample: Any) -> Any:
-    with _evaluation(model), torch.no_grad():
+    with mode(model, training=False), torch.no_grad():
         if isinstance(sample, dict):
             return model(**sample)
         return model(*sample) if isinstance(sample, tuple | list) else model(sample)

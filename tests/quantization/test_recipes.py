@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from pykernels._export import NotExportable
 from pykernels.quantization import quantize
 from pykernels.quantization.refine import round_with_compensation
 
@@ -49,8 +50,7 @@ def test_the_batch_stays_dynamic(net: nn.Module) -> None:
         assert graph(images(size)).shape == (size, 10)
 
 
-@torch.no_grad()
-def test_a_model_bound_to_its_batch_size_is_captured_as_it_is() -> None:
+def test_a_model_bound_to_its_batch_size_is_captured_as_it_is_with_a_warning() -> None:
     class Bound(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -60,15 +60,34 @@ def test_a_model_bound_to_its_batch_size_is_captured_as_it_is() -> None:
             return self.linear(x.reshape(4, 8))
 
     x = torch.randn(4, 2, 4)
-    graph = quantize(Bound(), (x,), [x])
-    assert graph(x).shape == (4, 3)
+    with pytest.warns(UserWarning, match="batch size is fixed"):
+        graph = quantize(Bound(), (x,), [x])
+    record = graph.meta["pykernels_quantization"]
+    assert graph(x).shape == (4, 3) and not record.dynamic and "batch size is fixed" in record.notes[0]
+
+
+def test_a_fixed_batch_size_can_be_asked_for(net: nn.Module) -> None:
+    graph = quantize(net, (images(2),), [images(2)], dynamic_batch=False)
+    assert not graph.meta["pykernels_quantization"].notes
+    with pytest.raises(AssertionError, match="Guard"):
+        graph(images(3))
+
+
+def test_what_cannot_be_captured_is_refused_with_the_reason() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(NotExportable, match=r"Branching as one graph: \w+"):
+        quantize(Branching(), (images(2),), [images(2)])
 
 
 def test_the_model_itself_is_unchanged(net: nn.Module) -> None:
     before = {name: value.clone() for name, value in net.state_dict().items()}
     net.train()
+    net[1].eval()
     quantize(net, (images(2),), [images(4)])
-    assert net.training
+    assert net.training and not net[1].training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 

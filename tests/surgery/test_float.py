@@ -143,12 +143,14 @@ def test_the_batch_size_is_free_even_when_the_example_holds_one_image(batch) -> 
     close(fast, model, torch.randn(batch, *X))
 
 
-def test_a_model_that_fixes_its_batch_size_is_exported_with_it_and_a_note() -> None:
-    model = Function(lambda m, x: m.conv(x).reshape(2, -1) if x.shape[0] == 2 else x.flatten(1), conv=conv()).eval()
-    fast = pk.optimize(model, torch.randn(2, *X))
-    close(fast, model, torch.randn(2, *X))
-    if not fast.dynamic:
-        assert "batch size is fixed" in fast.report().notes[0]
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.filterwarnings("ignore:the batch size is fixed")
+def test_a_model_that_fixes_its_batch_size_is_exported_with_it_and_a_note(precision) -> None:
+    model, x = Function(lambda m, x: m.conv(x).reshape(2, -1), conv=conv()).eval(), torch.randn(2, *X)
+    fast = pk.optimize(model, x, precision=precision, calibration=[x] if precision == "int8" else None)
+    close(fast, model, x, tolerance=1e-5 if precision == "fp32" else 0.05)
+    assert not fast.dynamic
+    assert "batch size is fixed" in fast.report().notes[0]
 
 
 def test_nested_outputs_and_keyword_inputs_keep_their_shape() -> None:
