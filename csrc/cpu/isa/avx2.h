@@ -118,6 +118,16 @@ PK_INLINE void store4(int8_t* p, i32 a, i32 b, i32 c, i32 d) {
   const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), in_order(bytes));
 }
+PK_INLINE void store16(uint8_t* p, const i32* v) {
+  const __m256i words = _mm256_packs_epi32(v[0], v[1]);
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi32(bytes, _MM_SHUFFLE(3, 1, 2, 0)));
+}
+PK_INLINE void store16(int8_t* p, const i32* v) {
+  const __m256i words = _mm256_packs_epi32(v[0], v[1]);
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi32(bytes, _MM_SHUFFLE(3, 1, 2, 0)));
+}
 PK_INLINE i32 set1_i32(int32_t v) { return _mm256_set1_epi32(v); }
 PK_INLINE i32 add(i32 a, i32 b) { return _mm256_add_epi32(a, b); }
 PK_INLINE i32 sub(i32 a, i32 b) { return _mm256_sub_epi32(a, b); }

@@ -98,6 +98,10 @@ PK_INLINE void store4(uint8_t* p, i32 a, i32 b, i32 c, i32 d) {
 PK_INLINE void store4(int8_t* p, i32 a, i32 b, i32 c, i32 d) {
   _mm512_storeu_si512(p, in_order(_mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d))));
 }
+template <class Q>
+PK_INLINE void store16(Q* p, const i32* v) {
+  store_i32(p, *v);
+}
 PK_INLINE i32 set1_i32(int32_t v) { return _mm512_set1_epi32(v); }
 PK_INLINE i32 add(i32 a, i32 b) { return _mm512_add_epi32(a, b); }
 PK_INLINE i32 sub(i32 a, i32 b) { return _mm512_sub_epi32(a, b); }

@@ -51,6 +51,10 @@ PK_INLINE void store4(Q* p, i32 a, i32 b, i32 c, i32 d) {
   store_i32(p + 2, c);
   store_i32(p + 3, d);
 }
+template <class Q>
+PK_INLINE void store16(Q* p, const i32* v) {
+  for (int i = 0; i < 16; ++i) store_i32(p + i, v[i]);
+}
 PK_INLINE i32 set1_i32(int32_t v) { return v; }
 PK_INLINE i32 add(i32 a, i32 b) { return int32_t(uint32_t(a) + uint32_t(b)); }
 PK_INLINE i32 sub(i32 a, i32 b) { return int32_t(uint32_t(a) - uint32_t(b)); }

@@ -14,7 +14,8 @@
 //        select_over(v, m, x, y) = v > m or v is NaN ? x : y; max_nan(v, m) = select_over(v, m, v, m): a running
 //        maximum that keeps the first of equals and any NaN, as torch's pools do
 //   i32  load_i32(const int32_t*|uint8_t*|int8_t*, n)  store_i32(int32_t*|uint8_t*|int8_t*, i32, n) (8-bit: saturating)
-//        store4(uint8_t*|int8_t*, a, b, c, d): 4 kLanes bytes, saturating
+//        store4(uint8_t*|int8_t*, a, b, c, d): 4 kLanes bytes, store16(uint8_t*|int8_t*, v): v[0] .. v[16 / kLanes - 1]
+//        as 16 bytes; both saturating
 //        set1_i32  add sub mul min max  to_f32(i32)  to_i32(f32) (half to even; the caller clamps first)
 //        shift_left<k>  cast_f32/cast_i32 (the same bits)
 //   u8   load_u8(const void*, n)  store_u8(void*, u8, n)  max_u8  min_u8  max_s8  min_s8  set1_u8  xor_u8
