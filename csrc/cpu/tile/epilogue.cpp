@@ -55,9 +55,10 @@ PK_INLINE void store_out(const Epilogue& e, const Requantize& q, int64_t at, con
   }
 }
 
-// kCount vectors of columns from j on, n valid lanes in each, all rows.
+// kCount vectors of columns from j on, n valid lanes in each, all rows. The parameters are copies: a store of bytes
+// might otherwise have changed them, and they would be loaded again in every row.
 template <bool kInteger, Dtype kOut, Path kPath, int kCount>
-PK_INLINE void block(const Epilogue& e, const EpilogueArgs& t, int64_t j, int n) {
+PK_INLINE void block(const Epilogue e, const EpilogueArgs t, int64_t j, int n) {
   const int32_t lowest = kOut == Dtype::s8 ? -128 : 0;
   Requantize q = requantizer(e.inverse_scale, e.zero_point, lowest, lowest + 255);
   f32 low = set1(e.activation == Activation::none ? -__builtin_inff() : 0.0f);
@@ -78,8 +79,8 @@ PK_INLINE void block(const Epilogue& e, const EpilogueArgs& t, int64_t j, int n)
       shift[v] = mul(set1_i32(e.x_zero_point), sum[v]);
     }
   }
-  for (int64_t r = 0; r < t.rows; ++r) {
-    const int64_t at = (t.row + r) * e.out_stride + t.channel + j, from = r * t.ldc + j;
+  int64_t at = t.row * e.out_stride + t.channel + j, from = j;
+  for (int64_t r = 0; r < t.rows; ++r, at += e.out_stride, from += t.ldc) {
     f32 f[kCount];
     PK_FOR (v, kCount) {
       const int64_t place = at + v * kLanes;
