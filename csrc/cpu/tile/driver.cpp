@@ -27,11 +27,11 @@ void fold_rows(TileProblem& p) {
 // Where taps lie in the input and in a patch. With one group and a kernel row that is one run of memory, that row is
 // one tap of kw times the words.
 void plan_views(const TileProblem& p, TilePlan& plan) {
-  const int64_t tile_rows = ceil_div(p.columns, plan.tiles_per_row), widened = p.dot->word_bytes / 4;
-  const int64_t pixel = p.pixel * widened;
+  const int64_t widened = p.dot->word_bytes / 4, pixel = p.pixel * widened;
+  const int64_t pixels = std::min(plan.block, plan.tiles_per_row) * ceil_div(p.columns, plan.tiles_per_row);
   plan.by_rows = p.dw == 1 && p.sw <= p.kw;
   const bool whole_rows = p.weights->h.groups == 1 && (plan.by_rows || p.kw == 1);
-  plan.patch_line = plan.by_rows ? (tile_rows - 1) * p.sw + p.kw : tile_rows;
+  plan.patch_line = plan.by_rows ? (pixels - 1) * p.sw + p.kw : pixels;
   plan.patch_bytes = round_up(plan.patch_line * p.kh * (plan.by_rows ? 1 : p.kw) * pixel, kBlockBytes);
   plan.direct.lda = p.sw * p.pixel;
   plan.direct.group_stride = p.group_stride;
@@ -66,22 +66,22 @@ void stage_line(const TileProblem& p, const uint8_t* image, int64_t y, int64_t x
   blank(last, count);
 }
 
-// The patch of the tile whose first tap reads input pixel (y, x), `rows` output pixels long.
-void stage_patch(const TileProblem& p, const TilePlan& plan, const uint8_t* image, int64_t y, int64_t x, int64_t rows,
+// The patch of a run of `pixels` output pixels, the first tap of whose first reads input pixel (y, x).
+void stage_patch(const TileProblem& p, const TilePlan& plan, const uint8_t* image, int64_t y, int64_t x, int64_t pixels,
                  uint8_t* to) {
   const int64_t pixel = p.pixel / 4 * p.dot->word_bytes, line = plan.patch_line * pixel;
   for (int64_t ky = 0; ky < p.kh; ++ky, y += p.dh) {
     if (plan.by_rows) {
-      stage_line(p, image, y, x, (rows - 1) * p.sw + p.kw, to);
+      stage_line(p, image, y, x, (pixels - 1) * p.sw + p.kw, to);
       to += line;
       continue;
     }
     for (int64_t kx = 0; kx < p.kw; ++kx, to += line) {
       const int64_t at = x + kx * p.dw;
       if (p.sw == 1)
-        stage_line(p, image, y, at, rows, to);
+        stage_line(p, image, y, at, pixels, to);
       else
-        for (int64_t r = 0; r < rows; ++r) stage_line(p, image, y, at + r * p.sw, 1, to + r * pixel);
+        for (int64_t r = 0; r < pixels; ++r) stage_line(p, image, y, at + r * p.sw, 1, to + r * pixel);
     }
   }
 }
@@ -92,18 +92,36 @@ struct Tile {
   int64_t row, rows;  // of the output
 };
 
-Tile locate(const TileProblem& p, const TilePlan& plan, int64_t tile, uint8_t* patch) {
-  const int64_t line = tile / plan.tiles_per_row, piece = tile % plan.tiles_per_row;
-  const int64_t first = part(p.columns, plan.tiles_per_row, piece),
-                last = part(p.columns, plan.tiles_per_row, piece + 1);
-  const int64_t y = line % p.rows * p.sh - p.top, x = first * p.sw - p.left;
-  const int64_t row = line * p.columns + first, rows = last - first;
-  const uint8_t* image = p.x + line / p.rows * p.image_stride;
-  const bool inside =
-      y >= 0 && y + (p.kh - 1) * p.dh < p.height && x >= 0 && x + (rows - 1) * p.sw + (p.kw - 1) * p.dw < p.width;
-  if (inside && !plan.stage_all) return {image + y * p.row_stride + x * p.pixel, &plan.direct, row, rows};
-  stage_patch(p, plan, image, y, x, rows, patch);
-  return {patch, &plan.patch, row, rows};
+// Where tiles [first, first + count) read: in place, or in patches, one for each run of them along a line of the
+// output.
+void locate(const TileProblem& p, const TilePlan& plan, int64_t first, int64_t count, uint8_t* patch, Tile* tiles) {
+  const auto pixel_of = [&](int64_t piece) { return part(p.columns, plan.tiles_per_row, piece); };
+  for (int64_t i = 0; i < count;) {
+    const int64_t line = (first + i) / plan.tiles_per_row, piece = (first + i) % plan.tiles_per_row;
+    const int64_t y = line % p.rows * p.sh - p.top, x = pixel_of(piece);
+    const uint8_t* image = p.x + line / p.rows * p.image_stride;
+    const bool tall = !plan.stage_all && y >= 0 && y + (p.kh - 1) * p.dh < p.height;
+    const auto in_place = [&](int64_t k) {
+      return tall && pixel_of(k) * p.sw - p.left >= 0 &&
+             (pixel_of(k + 1) - 1) * p.sw - p.left + (p.kw - 1) * p.dw < p.width;
+    };
+    const bool direct = in_place(piece);
+    int64_t end = piece + 1;
+    while (end < std::min(plan.tiles_per_row, piece + count - i) && in_place(end) == direct) ++end;
+
+    const TileView& view = direct ? plan.direct : plan.patch;
+    const uint8_t* a = patch;
+    if (direct) {
+      a = image + y * p.row_stride + (x * p.sw - p.left) * p.pixel;
+    } else {
+      stage_patch(p, plan, image, y, x * p.sw - p.left, pixel_of(end) - x, patch);
+      patch += plan.patch_bytes;
+    }
+    for (int64_t k = piece; k < end; ++k, ++i) {
+      const int64_t at = pixel_of(k);
+      tiles[i] = {a + (at - x) * view.lda, &view, line * p.columns + at, pixel_of(k + 1) - at};
+    }
+  }
 }
 
 }  // namespace
@@ -114,10 +132,11 @@ TilePlan plan_tiles(TileProblem& p, int64_t threads) {
   plan.tiles_per_row = ceil_div(p.columns, p.dot->max_rows);
   plan.tiles = p.images * p.rows * plan.tiles_per_row;
   plan.panels = p.weights->h.groups * p.weights->panels_per_group();
-  plan_views(p, plan);
 
   // The split of least work for the slowest thread; among equals, of least memory read by it.
-  const int64_t tile_bytes = ceil_div(p.columns, plan.tiles_per_row) * plan.taps * plan.words * 4;
+  const int64_t tile_rows = ceil_div(p.columns, plan.tiles_per_row);
+  const int64_t tile_bytes =
+      p.kh * std::min(p.kw * tile_rows, (tile_rows - 1) * p.sw + p.kw) * p.pixel / 4 * p.dot->word_bytes;
   int64_t least_work = INT64_MAX, least_bytes = INT64_MAX;
   for (int64_t m = std::min(threads, plan.tiles); m >= 1; --m) {
     const int64_t n = std::min(std::max<int64_t>(threads / m, 1), plan.panels);
@@ -131,14 +150,17 @@ TilePlan plan_tiles(TileProblem& p, int64_t threads) {
     }
   }
   plan.tasks = plan.tile_splits * plan.panel_splits;
+  plan.block = std::clamp<int64_t>(kBlockBytesOfA / std::max<int64_t>(tile_bytes, 1), 1,
+                                   std::min(kMaxBlock, ceil_div(plan.tiles, plan.tile_splits)));
+  plan_views(p, plan);
 
+  // A block touches so many lines at most, and each has one run of staged tiles, or one at either end.
   const bool padded = p.top > 0 || p.left > 0 || (p.rows - 1) * p.sh + (p.kh - 1) * p.dh - p.top >= p.height ||
                       (p.columns - 1) * p.sw + (p.kw - 1) * p.dw - p.left >= p.width;
   plan.stage_all = p.dot->word_bytes != 4 || p.flip != 0;
-  plan.block =
-      std::clamp<int64_t>(kBlockBytesOfA / std::max({tile_bytes, plan.stage_all ? plan.patch_bytes : 0, int64_t{1}}), 1,
-                          std::min(kMaxBlock, ceil_div(plan.tiles, plan.tile_splits)));
-  plan.scratch = plan.stage_all || padded ? plan.block * plan.patch_bytes : 0;
+  const int64_t lines = (plan.block + plan.tiles_per_row - 2) / plan.tiles_per_row + 1;
+  const int64_t runs = plan.stage_all ? lines : padded ? 2 * lines : 0;
+  plan.scratch = std::min(plan.block, runs) * plan.patch_bytes;
   return plan;
 }
 
@@ -156,7 +178,7 @@ void run_tiles(const TileProblem& p, const TilePlan& plan, int64_t task, uint8_t
 
   for (int64_t block = first_tile; block < last_tile; block += plan.block) {
     const int64_t count = std::min(plan.block, last_tile - block);
-    for (int64_t i = 0; i < count; ++i) tiles[i] = locate(p, plan, block + i, scratch + i * plan.patch_bytes);
+    locate(p, plan, block, count, scratch, tiles);
     for (int64_t panel = first_panel; panel < last_panel;) {
       const int64_t group = panel / per_group;
       const int64_t left = std::min(last_panel, (group + 1) * per_group) - panel;
