@@ -16,10 +16,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _PLAIN = (nn.Parameter, torch.Tensor)  # no subclass: what such a weight holds is its own affair
+_ACTIVATED = "_pykernels_activated"  # attribute of a tensor: the shared activation that a head has applied to it
 
 
 class Chain:
     """Head, norm (or None) and activation (or None): each alone reads the one before, and reads nothing else.
+
+    An activation that is *shared* reads other values, too, perhaps of other chains (the one ReLU object of a residual
+    block). It hands on only the very tensor that a head has marked. A lost mark costs time and no correctness, since
+    only activations are shared that change nothing the second time.
 
     Attributes:
         between: containers left or entered on the way from the head to its followers; a hook on one of them would see
@@ -32,16 +37,23 @@ class Chain:
         norm: Any = None,
         activation: Any = None,
         between: tuple[nn.Module, ...] = (),
+        shared: bool = False,
     ) -> None:
         self.head = head
         self.norm = norm
         self.activation = activation
         self.between = between
+        self.shared = shared
 
     @property
     def followers(self) -> tuple[nn.Module, ...]:
         """The norm and the activation that there are."""
         return tuple(module for module in (self.norm, self.activation) if module is not None)
+
+    @property
+    def members(self) -> tuple[Any, ...]:
+        """The head and the followers that belong to this chain alone."""
+        return (self.head, *(self.followers[:-1] if self.shared else self.followers))
 
     def ready(self, x: torch.Tensor) -> bool:
         """Whether the head computes the whole chain for `x`, the input of any of its modules.
@@ -122,24 +134,26 @@ class Member(nn.Module):
     """What every module of a chain does: it tells the head when weights may have changed."""
 
     original: ClassVar[type[nn.Module]]  # the class of torch.nn that this one stands for
-    chain: Any  # a Chain; a name to mypy would be one of a Tensor or a Module
+    chain: Any = None  # a Chain (a name to mypy would be one of a Tensor or a Module); None for a shared activation
 
     def train(self, mode: bool = True) -> Any:
         """As in torch; `eval()` packs the weights anew."""
         changed = self.training != mode
         super().train(mode)
-        if changed or self is (self.chain.head, *self.chain.followers)[-1]:  # once, not once a module
+        if self.chain is not None and (changed or self is self.chain.members[-1]):  # once, not once a module
             self.chain.head.refresh()
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self.chain.head.refresh()
+        if self.chain is not None:
+            self.chain.head.refresh()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.chain.head.refresh()
+        if self.chain is not None:
+            self.chain.head.refresh()
 
 
 class Head(Member):
@@ -167,8 +181,7 @@ class Head(Member):
         if precision not in self.precisions:
             raise ValueError(f"precision must be one of {', '.join(self.precisions)}, not '{precision}'")
         self.precision = precision
-        members: tuple[Any, ...] = (self, *chain.followers)
-        for module in members:
+        for module in chain.members:
             module.chain = chain
         self.refresh()
 
@@ -199,8 +212,12 @@ class Head(Member):
             return self.run(x, self.packed)
         packed = self.current()
         if chain.needs_gradient(x):
-            return _Differentiable.apply(chain, packed, x, *chain.parameters())
-        return self.run(x, packed)
+            y = _Differentiable.apply(chain, packed, x, *chain.parameters())
+        else:
+            y = self.run(x, packed)
+        if chain.shared:
+            setattr(y, _ACTIVATED, chain.activation)
+        return y
 
     def current(self) -> torch.Tensor:
         """Packed weights that match the parameters and statistics of this moment."""
@@ -219,7 +236,7 @@ class Head(Member):
     def refresh(self) -> None:
         """Pack anew if the chain is in evaluation and its weights are ones that a kernel takes; else forget the key."""
         self._key = None
-        if any(module.training for module in (self, *self.chain.followers)):
+        if any(module.training for module in self.chain.members):
             return
         tensors = [t for t in self.chain.parameters() if t is not None]
         if all(type(t) in _PLAIN and t.device.type == "cpu" and t.dtype in _FLOATS for t in tensors):
@@ -249,7 +266,13 @@ class Follower(Member):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Its input where the head has done the work, else as torch has it."""
-        return x if self.chain.ready(x) else super().forward(x)
+        done = self._marked(x) if self.chain is None else self.chain.ready(x)
+        return x if done else super().forward(x)
+
+    def _marked(self, x: torch.Tensor) -> bool:
+        if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor):
+            return False
+        return x.__dict__.pop(_ACTIVATED, None) is self
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
         """The module as torch has it."""

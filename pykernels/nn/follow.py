@@ -90,6 +90,8 @@ class Tanh(Activation, nn.Tanh):
     original, kernel_name = nn.Tanh, "tanh"
 
 
+# Applied twice they do what they do once, so several layers may compute the same module (see `Chain`).
+SHAREABLE: tuple[type[nn.Module], ...] = (nn.ReLU, nn.ReLU6)
 ACTIVATIONS: dict[type[nn.Module], type[Activation]] = {
     cls.original: cls for cls in (ReLU, ReLU6, Hardswish, Hardsigmoid, SiLU, Sigmoid, GELU, Tanh)
 }

@@ -26,11 +26,11 @@ _MOST_VARIANTS = 8
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a module: which module alone makes its input, which alone reads its output, where it stands."""
+    """One call of a module: which module alone makes its input, which alone reads its output, what lies between."""
 
     reads: int | None
     read_by: int | None
-    where: tuple[tuple[int, int], ...]  # (serial number, module id) of every enclosing call below the traced root
+    crossed: frozenset[int]  # the containers left or entered on the way to the reader
 
 
 @dataclass
@@ -46,24 +46,24 @@ class Adjacency:
     opaque: dict[str, str] = field(default_factory=dict)
     opaque_children: set[int] = field(default_factory=set)
 
-    def follower(self, module: nn.Module) -> int | None:
-        """The id of the module that alone reads every output of `module` and reads nothing else; None without one."""
+    def reader(self, module: nn.Module) -> int | None:
+        """The id of the module that alone reads every output of `module`; None without one."""
         if id(module) in self.opaque_children:
             return None
         readers = {call.read_by for call in self.calls.get(id(module), ())}
         reader = readers.pop() if len(readers) == 1 else None
-        if reader is None or reader in self.opaque_children:
-            return None
-        if any(call.reads != id(module) for call in self.calls.get(reader, ())):
+        return None if reader in self.opaque_children else reader
+
+    def follower(self, module: nn.Module) -> int | None:
+        """The `reader` of `module` when it reads nothing else, else None."""
+        reader = self.reader(module)
+        if reader is None or any(call.reads != id(module) for call in self.calls.get(reader, ())):
             return None
         return reader
 
-    def between(self, first: int, second: int) -> set[int]:
-        """The containers left or entered between a module and its `follower`."""
-        crossed: set[int] = set()
-        for one, two in zip(self.calls[first], self.calls[second], strict=True):
-            crossed.update(module for _, module in set(one.where) ^ set(two.where))
-        return crossed
+    def between(self, module: nn.Module) -> set[int]:
+        """The containers left or entered between a module and its `reader`."""
+        return {container for call in self.calls[id(module)] for container in call.crossed}
 
 
 def adjacency(model: nn.Module) -> Adjacency:
@@ -139,13 +139,15 @@ def _trace(module: nn.Module, opaque: set[int], originals: dict[int, nn.Module])
             producer = node.args[0] if len(node.args) == 1 and not node.kwargs else None
             reads = tracer.called.get(producer) if isinstance(producer, fx.Node) else None
             reader = next(iter(node.users)) if len(node.users) == 1 else None
-            read_by = None
-            if reader is not None and reader.args == (node,) and not reader.kwargs:
-                read_by = tracer.called.get(reader)
+            read_by, crossed = None, frozenset[int]()
+            if reader is not None and reader.args == (node,) and not reader.kwargs and reader in tracer.called:
+                read_by = tracer.called[reader]
+                apart = set(tracer.where[node]) ^ set(tracer.where[reader])
+                crossed = frozenset(id(originals[inner]) for _, inner in apart)
             call = _Call(
                 None if reads is None else id(originals[reads]),
                 None if read_by is None else id(originals[read_by]),
-                tuple((serial, id(originals[inner])) for serial, inner in tracer.where[node]),
+                crossed,
             )
             calls[id(originals[tracer.called[node]])].append(call)
     return calls
@@ -176,7 +178,7 @@ class _Tracer(fx.Tracer):
         self._stack: tuple[tuple[int, int], ...] = ()
         self._serial = itertools.count()
         self.called: dict[fx.Node, int] = {}
-        self.where: dict[fx.Node, tuple[tuple[int, int], ...]] = {}
+        self.where: dict[fx.Node, tuple[tuple[int, int], ...]] = {}  # (serial number, id) of each enclosing call
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _is_torch_leaf(m) or id(m) in self._opaque:

@@ -6,6 +6,7 @@ hooks, attributes and every reference to it stay. What happens in training and e
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from pykernels._export import mode
 from pykernels.nn import conv, linear, pool
 from pykernels.nn._chain import Chain, Follower, Head, Member
-from pykernels.nn.follow import ACTIVATIONS, NORMS
+from pykernels.nn.follow import ACTIVATIONS, NORMS, SHAREABLE
 from pykernels.surgery.adjacency import Adjacency, adjacency
 from pykernels.surgery.report import Fused, Left, Report
 
@@ -51,9 +52,15 @@ def swap(
     """Swap the layers of `model` for ours, in place.
 
     `nn.Conv1d`, `nn.Conv2d`, `nn.Linear` and the two-dimensional pools are swapped; batch norms and activations that
-    provably follow a convolution or a linear layer, and alone read it, are computed by its kernel. The model stays the
-    same `nn.Module` with the same `state_dict`, hooks and forward; `train()` gives torch's own layers back, `eval()`
-    ours. A model swapped before is swapped anew.
+    provably follow a convolution or a linear layer, and alone read it, are computed by its kernel; so is a ReLU or
+    ReLU6 that serves several layers, in each of its calls that follows one. The model stays the same `nn.Module` with
+    the same `state_dict`, hooks and forward; `train()` gives torch's own layers back, `eval()` ours. A model swapped
+    before is swapped anew.
+
+    Kernels read packed copies of the weights. A weight that was assigned, changed in place, loaded, or stepped by an
+    optimizer is packed again at the next call. A change behind autograd's back, ``p.data.mul_(...)`` or through a NumPy
+    view, leaves no trace that a call could look for (``p._version`` and the address stay), so evaluation goes on with
+    the old weights: call ``model.eval()`` after it.
 
     Args:
         model: any module with layers on the CPU in float32 or bfloat16.
@@ -133,15 +140,17 @@ def _chains(modules: dict[int, nn.Module], found: Adjacency) -> dict[int, list[n
         chain: list[nn.Module] = []
         last = module
         norm = _CONVS[type(module)][2] if type(module) in _CONVS else None
-        while (follower := modules.get(found.follower(last) or 0)) is not None and not _refusal(follower):
-            if type(follower) is norm and not chain and follower.running_mean is not None:
-                chain.append(follower)
-            elif type(follower) in ACTIVATIONS and getattr(follower, "approximate", "none") == "none":
-                chain.append(follower)
+        while (reader := modules.get(found.reader(last) or 0)) is not None and not _refusal(reader):
+            alone = found.follower(last) is not None
+            if type(reader) is norm and alone and not chain and reader.running_mean is not None:
+                chain.append(reader)
+            elif type(reader) in (ACTIVATIONS if alone else SHAREABLE):
+                if getattr(reader, "approximate", "none") == "none":
+                    chain.append(reader)
                 break
             else:
                 break
-            last = follower
+            last = reader
         chains[key] = chain
     return chains
 
@@ -171,20 +180,23 @@ def _swap_layer(
     head: nn.Module, followers: list[nn.Module], found: Adjacency, modules: dict[int, nn.Module], precision: str
 ) -> Head:
     norm = activation = None
+    shared = False
     between: set[int] = set()
     last = head
     for module in followers:
-        between |= found.between(id(last), id(module))
-        last = module
+        between |= found.between(last)
         if type(module) in NORMS:
             norm = module
             module.__class__ = NORMS[type(module)]
         else:
             activation = module
-            module.__class__ = ACTIVATIONS[type(module)]
+            shared = found.follower(last) is None
+            if not isinstance(module, Member):  # as it is when another layer computes it, too
+                module.__class__ = ACTIVATIONS[type(module)]
+        last = module
     head.__class__ = _CONVS[type(head)][0] if type(head) in _CONVS else linear.Linear
     assert isinstance(head, Head)
-    head.join(Chain(head, norm, activation, tuple(modules[key] for key in between)), precision)
+    head.join(Chain(head, norm, activation, tuple(modules[key] for key in between), shared), precision)
     return head
 
 
@@ -262,6 +274,11 @@ def _account(
     report: Report, modules: dict[int, nn.Module], names: dict[int, str], refused: dict[int, str], found: Adjacency
 ) -> None:
     packed = 0
+    computed: Counter[int] = Counter()  # calls of shared activations that a layer computes
+    for module in modules.values():
+        if isinstance(module, Head) and module.chain.shared:
+            chain = (module, *module.chain.followers)
+            computed[id(chain[-1])] += len(found.calls[id(chain[-2])])
     for key, module in modules.items():
         name = names[key]
         if isinstance(module, Head):
@@ -271,6 +288,10 @@ def _account(
             packed += _packed_bytes(module)
         elif isinstance(module, pool.Pool):
             report.fused.append(Fused(_snake(module.original), module.original.__name__, name))
+        elif key in computed:
+            if computed[key] < (calls := len(found.calls[key])):
+                why = f"the layer before it computes it in {computed[key]} of its {calls} calls, the rest follow none"
+                report.left.append(Left(module.original.__name__, name, why))
         elif isinstance(module, (Follower, *_SILENT)):
             continue
         elif key in refused:

@@ -100,7 +100,7 @@ def test_the_report_tells_what_was_fused_and_what_was_not() -> None:
     assert isinstance(report, Report)
     assert [(entry.op, entry.what, entry.where) for entry in report.fused] == [
         ("conv2d", "Conv2d + BatchNorm2d + Hardswish", "stem.0, stem.1, stem.2"),
-        ("conv2d", "Conv2d + BatchNorm2d", "block.conv1, block.bn1"),
+        ("conv2d", "Conv2d + BatchNorm2d + ReLU", "block.conv1, block.bn1, block.relu"),
         ("conv2d", "Conv2d + BatchNorm2d", "block.conv2, block.bn2"),
         ("conv2d", "Conv2d", "mix"),
         ("max_pool2d", "MaxPool2d", "pool"),
@@ -109,7 +109,7 @@ def test_the_report_tells_what_was_fused_and_what_was_not() -> None:
         ("linear", "Linear", "head.3"),
     ]
     assert [(entry.op, entry.where) for entry in report.left] == [("ReLU", "block.relu")]
-    assert "called in 2 places" in report.left[0].reason
+    assert report.left[0].reason == "the layer before it computes it in 1 of its 2 calls, the rest follow none"
     assert report.bytes_before > 0 and report.bytes_after > 0
     assert "block.relu" in str(report)
 
@@ -331,6 +331,24 @@ class SharedConv(Reads):
         return self.relu(self.bn(self.conv(x))) + self.relu(self.bn(self.conv(x * 2)))
 
 
+class SharedReLU(Reads):
+    def __init__(self) -> None:
+        super().__init__()
+        self.next = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        y = self.relu(self.next(self.relu(self.bn(self.conv(x)))))
+        return self.relu(y - 0.1)
+
+
+class SharedSiLU(SharedReLU):
+    """Computed twice it is another function, so a layer may not compute it in passing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.SiLU()
+
+
 class Branches(Reads):
     def forward(self, x):
         y = self.conv(x)
@@ -389,6 +407,8 @@ class Untraceable(nn.Module):
         (ScaledBetween, ["Conv2d"]),
         (NormUsedTwice, ["Conv2d"]),
         (SharedConv, ["Conv2d + BatchNorm2d + ReLU"]),
+        (SharedReLU, ["Conv2d + BatchNorm2d + ReLU", "Conv2d + ReLU"]),
+        (SharedSiLU, ["Conv2d + BatchNorm2d", "Conv2d"]),
         (Branches, ["Conv2d"]),
         (OptionalMask, ["Conv2d"]),
         (EarlyReturn, ["Conv2d"]),
@@ -406,6 +426,19 @@ def test_fusing_needs_proof(model: type[nn.Module], fused: list[str]) -> None:
     if model in (Branches, Untraceable):
         assert any("cannot be traced" in note for note in report.notes)
         assert any(entry.where == "bn" and "cannot be traced" in entry.reason for entry in report.left)
+
+
+@torch.no_grad()
+def test_a_shared_relu_runs_only_where_no_layer_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, seen, relu = trained(SharedReLU()), [], F.relu
+    expected = net(X)
+    pk.swap(net)
+    monkeypatch.setattr(F, "relu", lambda x, inplace: seen.append(x) or relu(x, inplace))
+    assert relative(net(X), expected) < 1e-5 and len(seen) == 1
+    values = []
+    net.relu.register_forward_pre_hook(lambda m, inputs: values.append(inputs[0].clone()))
+    assert relative(net(X), expected) < 1e-5
+    assert len(values) == 3 and all(value.min() < 0 for value in values), "a hook sees what it would have seen"
 
 
 @torch.no_grad()
