@@ -131,6 +131,61 @@ def test_any_geometry_in_fp32(isa: str, drawn, layout: torch.memory_format) -> N
     )
 
 
+@st.composite
+def depthwises(draw: st.DrawFn) -> tuple[Conv, tuple[int, int, int]]:
+    """Whole and broken panels, lines with and without an interior, padding larger than the image, many taps."""
+    channels = draw(st.sampled_from([16, 32, 48]) | st.integers(1, 40))
+    kernel = draw(st.sampled_from([(3, 3), (3, 3), (5, 5), (1, 3), (2, 4), (9, 8)]))
+    dilation = draw(st.sampled_from([(1, 1), (1, 1), (1, 2), (3, 1)]))
+    padding = [draw(st.integers(0, 3) | st.integers(0, 20)) for _ in range(4)]
+    size = [draw(st.sampled_from([1, 2]) | st.integers(1, most)) for most in (9, 80)]
+    for d in range(2):
+        reach = dilation[d] * (kernel[d] - 1) + 1
+        size[d] = max(size[d], reach - padding[2 - 2 * d] - padding[3 - 2 * d])
+    stride = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    return Conv(channels, channels, kernel, stride, tuple(padding), dilation, channels), (
+        draw(st.integers(1, 2)),
+        *size,
+    )
+
+
+@given(depthwises(), st.sampled_from([torch.uint8, torch.int8]))
+def test_any_depthwise_is_exact(isa: str, drawn, dtype: torch.dtype) -> None:
+    c, (n, h, w) = drawn
+    x = integers((n, c.channels, h, w), dtype).contiguous(memory_format=torch.channels_last)
+    weight, scale, b = int8_weights(c)
+    arguments = (0.02, -3 if dtype == torch.int8 else 200, 0.4, 100, torch.uint8)
+    y = run_quantized(x, weight, scale, b, c, *arguments)
+    assert torch.equal(y, reference.qconv2d(x, weight, scale, b, *c.geometry, *arguments))
+
+
+@given(depthwises(), st.sampled_from(list(CLOSE)), st.sampled_from(["none", "relu6", "hardswish"]))
+def test_any_depthwise_in_floats(isa: str, drawn, dtype: torch.dtype, activation: str) -> None:
+    c, (n, h, w) = drawn
+    x = torch.randn(n, c.channels, h, w).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, b = weights(c, dtype)
+    y = run(x, weight, b, c, activation)
+    expected = reference.conv2d(x, weight, b, *c.geometry, activation)
+    torch.testing.assert_close(y, expected, check_stride=False, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("threads", [2, 3, 16])
+@pytest.mark.parametrize("size", [(2, 64, 40, 70), (1, 160, 7, 70), (3, 40, 5, 100)])
+def test_threads_share_a_depthwise_convolution(isa: str, size: tuple[int, ...], threads: int) -> None:
+    c = Conv(size[1], size[1], (3, 3), padding=(1, 1, 1, 1), groups=size[1])
+    x, (weight, scale, b) = integers(size, torch.uint8), int8_weights(c)
+    arguments = (0.02, 200, 0.4, 100, torch.uint8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y, real = run_quantized(x, weight, scale, b, c, *arguments), run(x.float(), weight.float(), b, c)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(y, reference.qconv2d(x, weight, scale, b, *c.geometry, *arguments))
+    expected = reference.conv2d(x.float(), weight.float(), b, *c.geometry)
+    torch.testing.assert_close(real, expected, check_stride=False, rtol=1e-5, atol=1.0)
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("residual", [torch.uint8, torch.int8, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("out", [torch.uint8, torch.int8, torch.float32, torch.bfloat16])

@@ -9,26 +9,26 @@ namespace {
 // An element type's word of taps for 16 channels, times the block of weights at b, added to c.
 #if defined(PYKERNELS_ISA_SCALAR)
 
-PK_INLINE void mac_taps(DotS8, DotS8::Acc* c, const uint8_t* a, const int64_t* offset, const uint8_t* b) {
+PK_INLINE void mac_taps(DotS8, DotS8::Acc* c, const uint8_t* const* tap, int64_t at, const uint8_t* b) {
   for (int j = 0; j < 16; ++j)
-    for (int k = 0; k < 4; ++k) c->v[j] += int32_t{a[offset[k] + j]} * static_cast<int8_t>(b[4 * j + k]);
+    for (int k = 0; k < 4; ++k) c->v[j] += int32_t{tap[k][at + j]} * static_cast<int8_t>(b[4 * j + k]);
 }
-PK_INLINE void mac_taps(DotBF16, DotBF16::Acc* c, const uint8_t* a, const int64_t* offset, const uint8_t* b) {
+PK_INLINE void mac_taps(DotBF16, DotBF16::Acc* c, const uint8_t* const* tap, int64_t at, const uint8_t* b) {
   const auto* w = reinterpret_cast<const bfloat16*>(b);
   for (int j = 0; j < 16; ++j)
     for (int k = 0; k < 2; ++k)
-      c->v[j] += load(reinterpret_cast<const bfloat16*>(a + offset[k]) + j) * load(w + 2 * j + k);
+      c->v[j] += load(reinterpret_cast<const bfloat16*>(tap[k] + at) + j) * load(w + 2 * j + k);
 }
-PK_INLINE void mac_taps(DotF32, DotF32::Acc* c, const uint8_t* a, const int64_t* offset, const uint8_t* b) {
-  for (int j = 0; j < 16; ++j) c->v[j] += float_at(a + offset[0] + 4 * j) * float_at(b + 4 * j);
+PK_INLINE void mac_taps(DotF32, DotF32::Acc* c, const uint8_t* const* tap, int64_t at, const uint8_t* b) {
+  for (int j = 0; j < 16; ++j) c->v[j] += float_at(tap[0] + at + 4 * j) * float_at(b + 4 * j);
 }
 
 #else
 
 // Bytes of four taps to [channel][tap]: q[i] holds channels 4i .. 4i+3.
-PK_INLINE void interleave(const uint8_t* a, const int64_t* offset, __m128i* q) {
+PK_INLINE void interleave(const uint8_t* const* tap, int64_t at, __m128i* q) {
   __m128i t[4];
-  PK_FOR (k, 4) t[k] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a + offset[k]));
+  PK_FOR (k, 4) t[k] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tap[k] + at));
   const __m128i low01 = _mm_unpacklo_epi8(t[0], t[1]), high01 = _mm_unpackhi_epi8(t[0], t[1]);
   const __m128i low23 = _mm_unpacklo_epi8(t[2], t[3]), high23 = _mm_unpackhi_epi8(t[2], t[3]);
   q[0] = _mm_unpacklo_epi16(low01, low23);
@@ -41,9 +41,9 @@ PK_INLINE __m256i join(__m128i low, __m128i high) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
 }
 
-PK_INLINE void mac_taps(DotS8, DotS8::Acc* c, const uint8_t* a, const int64_t* offset, const uint8_t* b) {
+PK_INLINE void mac_taps(DotS8, DotS8::Acc* c, const uint8_t* const* tap, int64_t at, const uint8_t* b) {
   __m128i q[4];
-  interleave(a, offset, q);
+  interleave(tap, at, q);
 #if defined(PYKERNELS_ISA_AVX512) || defined(PYKERNELS_ISA_AVX512VNNI)
   const __m512i x = _mm512_inserti64x4(_mm512_castsi256_si512(join(q[0], q[1])), join(q[2], q[3]), 1);
   DotS8::mac(c[0], DotS8::words(x), DotS8::weight(b, 0));
@@ -51,16 +51,16 @@ PK_INLINE void mac_taps(DotS8, DotS8::Acc* c, const uint8_t* a, const int64_t* o
   PK_FOR (i, 2) DotS8::mac(c[i], DotS8::words(join(q[2 * i], q[2 * i + 1])), DotS8::weight(b, i));
 #endif
 }
-PK_INLINE void mac_taps(DotBF16, DotBF16::Acc* c, const uint8_t* a, const int64_t* offset, const uint8_t* b) {
+PK_INLINE void mac_taps(DotBF16, DotBF16::Acc* c, const uint8_t* const* tap, int64_t at, const uint8_t* b) {
   PK_FOR (q, kPanelRegisters) {
-    const DotBF16::Pair x = {load(reinterpret_cast<const bfloat16*>(a + offset[0]) + q * kLanes, kLanes),
-                             load(reinterpret_cast<const bfloat16*>(a + offset[1]) + q * kLanes, kLanes)};
+    const DotBF16::Pair x = {load(reinterpret_cast<const bfloat16*>(tap[0] + at) + q * kLanes, kLanes),
+                             load(reinterpret_cast<const bfloat16*>(tap[1] + at) + q * kLanes, kLanes)};
     DotBF16::mac(c[q], x, DotBF16::weight(b, q));
   }
 }
-PK_INLINE void mac_taps(DotF32, DotF32::Acc* c, const uint8_t* a, const int64_t* offset, const uint8_t* b) {
+PK_INLINE void mac_taps(DotF32, DotF32::Acc* c, const uint8_t* const* tap, int64_t at, const uint8_t* b) {
   PK_FOR (q, kPanelRegisters)
-    DotF32::mac(c[q], load(reinterpret_cast<const float*>(a + offset[0]) + q * kLanes, kLanes), DotF32::weight(b, q));
+    DotF32::mac(c[q], load(reinterpret_cast<const float*>(tap[0] + at) + q * kLanes, kLanes), DotF32::weight(b, q));
 }
 
 #endif
@@ -72,15 +72,39 @@ constexpr int taps_per_word<DotS8> = 4;
 template <>
 constexpr int taps_per_word<DotBF16> = 2;
 
+// A panel's sums of one pixel to c; those of fp32 with their bias and clamp.
+template <class Dot>
+PK_INLINE void finish(Dot, const DepthwiseArgs&, const typename Dot::Acc* acc, uint8_t* c) {
+  Dot::finish(acc, c);
+}
+#if defined(PYKERNELS_ISA_SCALAR)
+PK_INLINE void finish(DotF32, const DepthwiseArgs& g, const Float16* acc, uint8_t* c) {
+  for (int j = 0; j < 16; ++j)
+    store(reinterpret_cast<float*>(c) + j, min(g.high, max(g.low, acc->v[j] + (g.bias ? g.bias[j] : -0.0f))));
+}
+#else
+struct Clamp {
+  f32 bias, low, high;
+};
+PK_INLINE Clamp make_clamp(const DepthwiseArgs& g, int q) {
+  return {g.bias ? load(g.bias + q * kLanes, kLanes) : set1(-0.0f), set1(g.low), set1(g.high)};
+}
+PK_INLINE f32 clamp(const Clamp& c, f32 f) { return min(c.high, max(c.low, add(f, c.bias))); }
+
+PK_INLINE void finish(DotF32, const DepthwiseArgs& g, const f32* acc, uint8_t* c) {
+  PK_FOR (q, kPanelRegisters) store(reinterpret_cast<float*>(c) + q * kLanes, clamp(make_clamp(g, q), acc[q]), kLanes);
+}
+#endif
+
 template <class Dot, int kPixels>
-PK_INLINE void pixels(const DepthwiseArgs& g, const uint8_t* a, uint8_t* c) {
+PK_INLINE void pixels(const DepthwiseArgs& g, int64_t at, uint8_t* c) {
   typename Dot::Acc acc[kPixels][Dot::kRegisters];
   PK_FOR (x, kPixels)
     PK_FOR (q, Dot::kRegisters) acc[x][q] = Dot::zero();
   for (int64_t w = 0; w < g.words; ++w)
     PK_FOR (x, kPixels)
-      mac_taps(Dot{}, acc[x], a + x * g.x_stride, g.tap_offset + w * taps_per_word<Dot>, g.panel + w * kBlockBytes);
-  PK_FOR (x, kPixels) Dot::finish(acc[x], c + x * kBlockBytes);
+      mac_taps(Dot{}, acc[x], g.tap + w * taps_per_word<Dot>, at + x * g.x_stride, g.panel + w * kBlockBytes);
+  PK_FOR (x, kPixels) finish(Dot{}, g, acc[x], c + x * g.ldc * 4);
 }
 
 template <class Dot>
@@ -88,12 +112,124 @@ void depthwise(const DepthwiseArgs& g) {
   constexpr int kPixels = Dot::kRegisters > 2 ? 2 : 4;
   auto* c = static_cast<uint8_t*>(g.c);
   int64_t x = 0;
-  for (; x + kPixels <= g.pixels; x += kPixels) pixels<Dot, kPixels>(g, g.a + x * g.x_stride, c + x * kBlockBytes);
-  for (; x < g.pixels; ++x) pixels<Dot, 1>(g, g.a + x * g.x_stride, c + x * kBlockBytes);
+  for (; x + kPixels <= g.pixels; x += kPixels) pixels<Dot, kPixels>(g, g.at + x * g.x_stride, c + x * g.ldc * 4);
+  for (; x < g.pixels; ++x) pixels<Dot, 1>(g, g.at + x * g.x_stride, c + x * g.ldc * 4);
+}
+
+#if defined(PYKERNELS_ISA_AVX2)
+// Words of two taps: 16 channels of either tap widened to s16 and interleaved are the operands of two vpmaddwd, whose
+// registers hold channels 0-3, 8-11 and 4-7, 12-15. The weights are brought into that shape once a run of pixels.
+struct PairWeights {
+  __m256i half[2];
+};
+constexpr int kPairWords = 8;  // four-tap words whose weights are held at a time
+
+PK_INLINE void widen(const uint8_t* block, PairWeights* pair) {
+  __m256i w[4];
+  PK_FOR (i, 4)  // channels 4i .. 4i+3, four taps each
+    w[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block) + i));
+  PK_FOR (h, 2) {
+    const __m256 low = _mm256_castsi256_ps(w[h]), high = _mm256_castsi256_ps(w[h + 2]);
+    const __m256i first = _mm256_castps_si256(_mm256_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0)));
+    const __m256i second = _mm256_castps_si256(_mm256_shuffle_ps(low, high, _MM_SHUFFLE(3, 1, 3, 1)));
+    pair[0].half[h] = _mm256_permute4x64_epi64(first, _MM_SHUFFLE(3, 1, 2, 0));
+    pair[1].half[h] = _mm256_permute4x64_epi64(second, _MM_SHUFFLE(3, 1, 2, 0));
+  }
+}
+
+template <int kPixels>
+PK_INLINE void s8_pairs(const uint8_t* const* tap, int64_t at, int64_t stride, const PairWeights* w, int pairs,
+                        bool add_to, int32_t* c, int64_t ldc) {
+  __m256i acc[kPixels][2];
+  PK_FOR (x, kPixels)
+    PK_FOR (h, 2) acc[x][h] = _mm256_setzero_si256();
+  for (int p = 0; p < pairs; ++p)
+    PK_FOR (x, kPixels) {
+      const auto wide = [&](int k) __attribute__((always_inline)) {
+        return _mm256_cvtepu8_epi16(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(tap[2 * p + k] + at + x * stride)));
+      };
+      const __m256i first = wide(0), second = wide(1);
+      acc[x][0] = add(acc[x][0], _mm256_madd_epi16(_mm256_unpacklo_epi16(first, second), w[p].half[0]));
+      acc[x][1] = add(acc[x][1], _mm256_madd_epi16(_mm256_unpackhi_epi16(first, second), w[p].half[1]));
+    }
+  PK_FOR (x, kPixels) {
+    const __m256i sums[2] = {_mm256_permute2x128_si256(acc[x][0], acc[x][1], 0x20),
+                             _mm256_permute2x128_si256(acc[x][0], acc[x][1], 0x31)};
+    PK_FOR (h, 2) {
+      int32_t* to = c + x * ldc + 8 * h;
+      store_i32(to, add_to ? add(sums[h], load_i32(to)) : sums[h]);
+    }
+  }
+}
+
+void s8_pairs(const DepthwiseArgs& g) {
+  constexpr int kPixels = 4;
+  auto* c = static_cast<int32_t*>(g.c);
+  for (int64_t word = 0; word < g.words; word += kPairWords) {
+    const int words = static_cast<int>(g.words - word < kPairWords ? g.words - word : kPairWords);
+    const int taps = static_cast<int>(g.kh * g.kw - 4 * word), pairs = taps < 4 * words ? (taps + 1) / 2 : 2 * words;
+    PairWeights w[2 * kPairWords];
+    for (int i = 0; i < words; ++i) widen(g.panel + (word + i) * kBlockBytes, w + 2 * i);
+    const uint8_t* const* tap = g.tap + 4 * word;
+    int64_t x = 0;
+    for (; x + kPixels <= g.pixels; x += kPixels)
+      s8_pairs<kPixels>(tap, g.at + x * g.x_stride, g.x_stride, w, pairs, word > 0, c + x * g.ldc, g.ldc);
+    for (; x < g.pixels; ++x)
+      s8_pairs<1>(tap, g.at + x * g.x_stride, g.x_stride, w, pairs, word > 0, c + x * g.ldc, g.ldc);
+  }
+}
+#endif
+
+#if !defined(PYKERNELS_ISA_SCALAR)
+// 3x3, one vector of channels: the nine weights stay in registers; each row sums apart, for shorter chains.
+PK_INLINE void f32_3x3(const uint8_t* const* row, int64_t right, int64_t stride, const uint8_t* weights,
+                       const Clamp& limits, float* c, int64_t ldc, int64_t pixels) {
+  const uint8_t *top = row[0], *middle = row[1], *bottom = row[2];
+  f32 w[9];
+  PK_FOR (t, 9) w[t] = DotF32::weight(weights + t * kBlockBytes, 0);
+  const auto sum = [&](const uint8_t* a, const f32* v) __attribute__((always_inline)) {
+    const auto at = [&](int j) __attribute__((always_inline)) {
+      return load(reinterpret_cast<const float*>(a + j * right), kLanes);
+    };
+    return fma(at(2), v[2], fma(at(1), v[1], mul(at(0), v[0])));
+  };
+  for (int64_t x = 0; x < pixels; ++x, top += stride, middle += stride, bottom += stride, c += ldc)
+    store(c, clamp(limits, add(add(sum(top, w), sum(middle, w + 3)), sum(bottom, w + 6))), kLanes);
+}
+
+void f32_3x3(const DepthwiseArgs& g) {
+  constexpr int64_t kBlock = 16;  // pixels: both vectors of a panel, which share cache lines, soon after another
+  const int64_t right = g.tap[1] - g.tap[0];
+  for (int64_t x = 0; x < g.pixels; x += kBlock) {
+    const int64_t pixels = g.pixels - x < kBlock ? g.pixels - x : kBlock;
+    for (int q = 0; q < kPanelRegisters; ++q) {
+      const int64_t at = g.at + x * g.x_stride + q * kLanes * 4;
+      const uint8_t* const row[3] = {g.tap[0] + at, g.tap[3] + at, g.tap[6] + at};
+      f32_3x3(row, right, g.x_stride, g.panel + q * kLanes * 4, make_clamp(g, q),
+              static_cast<float*>(g.c) + x * g.ldc + q * kLanes, g.ldc, pixels);
+    }
+  }
+}
+#endif
+
+void depthwise_s8(const DepthwiseArgs& g) {
+#if defined(PYKERNELS_ISA_AVX2)
+  s8_pairs(g);
+#else
+  depthwise<DotS8>(g);
+#endif
+}
+
+void depthwise_f32(const DepthwiseArgs& g) {
+#if !defined(PYKERNELS_ISA_SCALAR)
+  if (g.words == 9 && g.kw == 3) return f32_3x3(g);
+#endif
+  depthwise<DotF32>(g);
 }
 
 }  // namespace
 
-extern const DepthwiseKernels depthwise_kernels = {&depthwise<DotS8>, &depthwise<DotBF16>, &depthwise<DotF32>};
+extern const DepthwiseKernels depthwise_kernels = {&depthwise_s8, &depthwise<DotBF16>, &depthwise_f32};
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

@@ -22,9 +22,7 @@ struct ConvInput {
   uint8_t flip;               // what turns its bytes into u8: still to be done by whoever reads them
 };
 
-// Uses x itself when it is channels_last and its groups are whole words; else copies it once. For depthwise, whole
-// blocks of 16 channels with spatial padding filled with `zero_point` (as a byte for 8 bit, where int8 is shifted to
-// uint8; zero for floats).
-ConvInput prepare_input(const ConvShape& shape, const Tensor& x, bool depthwise, uint8_t zero_point);
+// Uses x itself when it is channels_last and its groups are whole words; else copies it once.
+ConvInput prepare_input(const ConvShape& shape, const Tensor& x);
 
 }  // namespace pykernels

@@ -6,18 +6,21 @@
 
 namespace pykernels {
 
-// c[x][j] = sum over t < taps of a[x * x_stride + tap_offset[t]][channel j] * weight[t][j],  x < pixels, j < 16
-// a: u8, bf16 or fp32 at the first of the 16 channels; all 16 must be readable at every tap. Weights are one depthwise
-// panel of common/packed.h (words of taps). c is [pixels][16], s32 or fp32. tap_offset has round_up(taps, 4) entries:
-// those beyond taps meet zero weights and only have to be readable.
+// sum[x][j] = sum over t < taps of tap[t][at + x * x_stride][channel j] * weight[t][j],  x < pixels, j < 16
+// c[x][j] = min(high, max(low, sum[x][j] + bias[j])) for fp32, else sum[x][j]
+// tap[t] + at: u8, bf16 or fp32 at the first of the 16 channels, all of which must be readable. Weights are one
+// depthwise panel of common/packed.h (words of taps). c is [pixels][ldc], s32 or fp32. There are round_up(taps, 4)
+// pointers: those beyond taps meet zero weights and only have to be readable.
 struct DepthwiseArgs {
-  const uint8_t* a;
-  int64_t x_stride;  // bytes
-  const int64_t* tap_offset;
-  int64_t words;
+  const uint8_t* const* tap;
+  int64_t at, x_stride;  // bytes
+  int64_t words, kh, kw;
   const uint8_t* panel;
   int64_t pixels;
+  const float* bias;  // or null
+  float low, high;
   void* c;
+  int64_t ldc;  // elements
 };
 
 struct DepthwiseKernels {

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/conv/depthwise_op.h"
 #include "cpu/conv/input.h"
-#include "cpu/conv/kernels.h"
 
 namespace pykernels {
 namespace {
@@ -70,55 +70,17 @@ void run_dot(const ConvShape& s, const ConvInput& in, const PackedView& weights,
   run(p);
 }
 
-void run_depthwise(const ConvShape& s, const ConvInput& in, const PackedView& weights,
-                   void (*kernel)(const DepthwiseArgs&), const Epilogue& e) {
-  constexpr int64_t kRun = 32;  // pixels whose accumulators (2 KiB) stay in L1 until the epilogue
-  const auto epilogue = weights.h.element == Element::s8 ? epilogue_kernels().s32 : epilogue_kernels().f32;
-  Ints offsets;
-  for (int64_t y = 0; y < s.kh; ++y)
-    for (int64_t x = 0; x < s.kw; ++x) offsets.push_back(y * s.dh * in.row + x * s.dw * in.pixel);
-  while (offsets.size() % 4) offsets.push_back(0);
-  const int64_t panels = weights.panels_per_group(), panel_bytes = weights.panel_bytes();
-  const int64_t block_bytes = kColumns * element_bytes(weights.h.element);
-  const int64_t line_work = s.ow * s.c * s.kh * s.kw;
-  parallel(s.n * s.oh, std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(line_work, 1)),
-           [&](int64_t first, int64_t last) {
-             alignas(64) uint8_t c[kRun * kBlockBytes];
-             for (int64_t line = first; line < last; ++line) {
-               const uint8_t* row = in.data + line / s.oh * in.image + line % s.oh * s.sh * in.row;
-               for (int64_t panel = 0; panel < panels; ++panel) {
-                 for (int64_t x = 0; x < s.ow; x += kRun) {
-                   const int64_t pixels = std::min(kRun, s.ow - x);
-                   kernel({row + x * s.sw * in.pixel + panel * block_bytes, s.sw * in.pixel, offsets.data(),
-                           weights.words(), weights.panels + panel * panel_bytes, pixels, c});
-                   epilogue(e, {c, kColumns, line * s.ow + x, pixels, panel * kColumns, panel * kColumns,
-                                std::min(kColumns, s.c - panel * kColumns)});
-                 }
-               }
-             }
-           });
-}
-
 void run_conv(const ConvShape& s, const Tensor& x, const PackedView& weights, Epilogue e) {
   const auto zero_point = static_cast<uint8_t>(e.x_zero_point);
-  const ConvInput in = prepare_input(s, x, weights.h.kind == PackKind::depthwise, zero_point);
   e.out_stride = s.o;
   if (s.n == 0) return;
-  if (weights.h.kind == PackKind::depthwise) {
-    const DepthwiseKernels& k = depthwise_kernels();
-    run_depthwise(s, in, weights,
-                  weights.h.element == Element::s8     ? k.s8
-                  : weights.h.element == Element::bf16 ? k.bf16
-                                                       : k.f32,
-                  e);
-  } else {
-    const DotKernels& k = dot_kernels();
-    run_dot(s, in, weights,
-            weights.h.element == Element::s8     ? k.s8
-            : weights.h.element == Element::bf16 ? k.bf16
-                                                 : k.f32,
-            e, zero_point);
-  }
+  if (weights.h.kind == PackKind::depthwise) return run_depthwise(s, x, zero_point, weights, e);
+  const DotKernels& k = dot_kernels();
+  run_dot(s, prepare_input(s, x), weights,
+          weights.h.element == Element::s8     ? k.s8
+          : weights.h.element == Element::bf16 ? k.bf16
+                                               : k.f32,
+          e, zero_point);
 }
 
 // The residual as channels_last memory of the output's shape.
