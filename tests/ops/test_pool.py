@@ -220,6 +220,28 @@ def test_averages_are_the_same_bits_on_every_isa(isa: str, dtype: torch.dtype, l
 # ---- sizes at the edges ----
 
 
+@pytest.mark.parametrize("dtype", FLOATS + BYTES)
+def test_planes_of_any_length_are_averaged_whole(isa: str, dtype: torch.dtype) -> None:
+    for columns in range(1, 36):
+        x = random_like((1, columns % 7 + 1, 1, columns), dtype, "contiguous", 0)
+        if dtype in FLOATS:
+            assert_average(ops.adaptive_avg_pool2d(x, [1, 1]), reference.adaptive_avg_pool2d(x, [1, 1]))
+        else:
+            y = ops.qadaptive_avg_pool2d(x, [1, 1], 0.5, 3, None, 0, torch.float32)
+            assert_same(y, reference.qadaptive_avg_pool2d(x, [1, 1], 0.5, 3, None, 0, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", FLOATS + BYTES)
+@pytest.mark.parametrize("channels", [1, 7, 16, 31, 33, 64, 100, 131])
+def test_maxima_of_any_number_of_channels_have_their_places(isa: str, dtype: torch.dtype, channels: int) -> None:
+    x = random_like((2, channels, 5, 6), dtype, "channels_last", 0)
+    arguments = [3, 2], [2, 2], [1, 1], [1, 1], False
+    for actual, expected in zip(
+        ops.max_pool2d_with_indices(x, *arguments), reference.max_pool2d_with_indices(x, *arguments), strict=True
+    ):
+        assert_same(actual, expected)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_kernel_far_larger_than_the_plane_pools_all_of_it(isa: str, layout: str) -> None:
     x = random_like((1, 5, 4, 3), torch.float32, layout, 0)

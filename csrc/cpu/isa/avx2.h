@@ -136,6 +136,16 @@ PK_INLINE i32 min(i32 a, i32 b) { return _mm256_min_epi32(a, b); }
 PK_INLINE i32 max(i32 a, i32 b) { return _mm256_max_epi32(a, b); }
 PK_INLINE f32 to_f32(i32 a) { return _mm256_cvtepi32_ps(a); }
 PK_INLINE i32 to_i32(f32 a) { return _mm256_cvtps_epi32(a); }
+PK_INLINE float sum_lanes(f32 a) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+PK_INLINE int32_t sum_lanes(i32 a) {
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, _MM_SHUFFLE(3, 2, 3, 2)));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, _MM_SHUFFLE(1, 1, 1, 1))));
+}
 template <int k>
 PK_INLINE i32 shift_left(i32 a) {
   return _mm256_slli_epi32(a, k);

@@ -63,6 +63,8 @@ PK_INLINE i32 min(i32 a, i32 b) { return a < b ? a : b; }
 PK_INLINE i32 max(i32 a, i32 b) { return a > b ? a : b; }
 PK_INLINE f32 to_f32(i32 a) { return float(a); }
 PK_INLINE i32 to_i32(f32 a) { return _mm_cvtss_si32(_mm_set_ss(a)); }
+PK_INLINE float sum_lanes(f32 a) { return a; }
+PK_INLINE int32_t sum_lanes(i32 a) { return a; }
 template <int k>
 PK_INLINE i32 shift_left(i32 a) {
   return int32_t(uint32_t(a) << k);

@@ -17,6 +17,7 @@
 //        store4(uint8_t*|int8_t*, a, b, c, d): 4 kLanes bytes, store16(uint8_t*|int8_t*, v): v[0] .. v[16 / kLanes - 1]
 //        as 16 bytes; both saturating
 //        set1_i32  add sub mul min max  to_f32(i32)  to_i32(f32) (half to even; the caller clamps first)
+//        sum_lanes(f32|i32), by halves: lane i + lane i + kLanes/2 first
 //        shift_left<k>  cast_f32/cast_i32 (the same bits)
 //   u8   load_u8(const void*, n)  store_u8(void*, u8, n)  max_u8  min_u8  max_s8  min_s8  set1_u8  xor_u8
 //        byte_table(const uint8_t[256]) -> ByteTable   lookup(ByteTable, u8 index)

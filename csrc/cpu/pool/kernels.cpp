@@ -230,20 +230,28 @@ PK_INLINE float real(bfloat16 x) {
 }
 
 // Averages of whole planes: a plane is a run of memory. Element i belongs to sum i % 16 whatever the width of a vector.
+// Planes are summed side by side, since each adds to its sums one step after another.
+constexpr int kPlanes = 4;
+
 template <class R>
-PK_INLINE typename R::Acc sum_run(const typename R::In* x, int64_t count, typename R::Vec zero) {
-  constexpr int kSums = 16, kVectors = kSums / R::kWidth;
-  typename R::Vec acc[kVectors];
-  for (int v = 0; v < kVectors; ++v) acc[v] = zero;
+PK_INLINE void sum_runs(const typename R::In* const* x, int64_t count, typename R::Vec zero, typename R::Acc* sums) {
+  constexpr int kSums = 16, W = R::kWidth, kVectors = kSums / W;
+  typename R::Vec acc[kPlanes][kVectors];
+  for (int k = 0; k < kPlanes; ++k)
+    for (int v = 0; v < kVectors; ++v) acc[k][v] = zero;
   int64_t i = 0;
   for (; i + kSums <= count; i += kSums)
-    for (int v = 0; v < kVectors; ++v) acc[v] = R::merge(acc[v], R::read(x + i + v * R::kWidth, R::kWidth));
-  typename R::Acc sums[kSums];
-  for (int v = 0; v < kVectors; ++v) R::put(sums + v * R::kWidth, acc[v], R::kWidth);
-  for (int s = 0; i < count; ++i, ++s) sums[s] = R::one(sums[s], static_cast<typename R::Acc>(real(x[i])));
-  for (int half = kSums / 2; half > 0; half /= 2)
-    for (int s = 0; s < half; ++s) sums[s] = R::one(sums[s], sums[s + half]);
-  return sums[0];
+    for (int k = 0; k < kPlanes; ++k)
+      for (int v = 0; v < kVectors; ++v) acc[k][v] = R::merge(acc[k][v], R::read(x[k] + i + v * W, W));
+  for (int v = 0; v < kVectors && i + v * W < count; ++v) {
+    const int n = step_size(count - i - v * W, W);
+    for (int k = 0; k < kPlanes; ++k) acc[k][v] = R::merge(acc[k][v], R::read(x[k] + i + v * W, n));
+  }
+  for (int k = 0; k < kPlanes; ++k) {
+    for (int half = kVectors / 2; half > 0; half /= 2)
+      for (int v = 0; v < half; ++v) acc[k][v] = R::merge(acc[k][v], acc[k][v + half]);
+    sums[k] = sum_lanes(acc[k][0]);
+  }
 }
 
 template <class R>
@@ -252,13 +260,15 @@ PK_INLINE void average_planes(const Pool& p, int64_t begin, int64_t end) {
   const typename R::Vec zero = R::start(p, 0), offset = R::start(p, p.run);
   const f32 divisor = set1(p.rows[0].extent * p.cols[0].extent);
   for (int64_t plane = begin; plane < end; plane += W) {
-    const int n = end - plane < W ? static_cast<int>(end - plane) : W;
-    typename R::Acc sums[W] = {};
-    for (int k = 0; k < n; ++k) {
-      const int64_t at = plane + k;
-      sums[k] = sum_run<R>(
-          static_cast<const typename R::In*>(p.x) + at / p.channels * p.x_batch + at % p.channels * p.x_channel, p.run,
-          zero);
+    const int n = step_size(end - plane, W);
+    typename R::Acc sums[W + kPlanes] = {};
+    for (int k = 0; k < n; k += kPlanes) {
+      const typename R::In* x[kPlanes];
+      for (int j = 0; j < kPlanes; ++j) {
+        const int64_t at = plane + k + j < end ? plane + k + j : end - 1;  // beyond the last, the last again
+        x[j] = static_cast<const typename R::In*>(p.x) + at / p.channels * p.x_batch + at % p.channels * p.x_channel;
+      }
+      sum_runs<R>(x, p.run, zero, sums + k);
     }
     R::finish(p, R::merge(R::get(sums), offset), divisor, plane, n);
   }
@@ -282,10 +292,42 @@ PK_INLINE void write_real(bfloat16* y, f32 v, int n) { store(y, v, n); }
 PK_INLINE void write_real(uint8_t* y, f32 v, int n) { store_i32(y, to_i32(v), n); }
 PK_INLINE void write_real(int8_t* y, f32 v, int n) { store_i32(y, to_i32(v), n); }
 
+PK_INLINE void write_indices(int64_t* to, i32 places, int n) {
+  int32_t lanes[kLanes];
+  store_i32(lanes, places);
+  if (n == kLanes)
+    for (int k = 0; k < kLanes; ++k) to[k] = lanes[k];
+  else
+    for (int k = 0; k < n; ++k) to[k] = lanes[k];
+}
+
+// As pixel(), with the places in the plane, the first of which is `place`.
+template <class T, int V>
+PK_INLINE void pixel_indices(const Pool& p, const T* x, const Window& row, const Window& col, int32_t place, int64_t at,
+                             int n) {
+  const int64_t down = p.row_step * p.x_row, right = p.col_step * p.x_col;
+  f32 best[V], index[V];
+  for (int v = 0; v < V; ++v) best[v] = set1(-__builtin_inff()), index[v] = cast_f32(set1_i32(place));
+  for (int64_t r = 0; r < row.count; ++r, x += down, place += static_cast<int32_t>(p.row_step * p.width)) {
+    const T* tap = x;
+    int32_t here = place;
+    for (int64_t s = 0; s < col.count; ++s, tap += right, here += static_cast<int32_t>(p.col_step)) {
+      const f32 now = cast_f32(set1_i32(here));
+      for (int v = 0; v < V; ++v) {
+        const f32 value = read_real(tap + v * kLanes, n);
+        index[v] = select_over(value, best[v], now, index[v]);
+        best[v] = select_over(value, best[v], value, best[v]);
+      }
+    }
+  }
+  for (int v = 0; v < V; ++v) {
+    write_real(static_cast<T*>(p.y) + at + v * kLanes, best[v], n);
+    write_indices(p.indices + at + v * kLanes, cast_i32(index[v]), n);
+  }
+}
+
 template <class T>
 void max_indices_channels_last(const Pool& p, int64_t begin, int64_t end) {
-  T* const y = static_cast<T*>(p.y);
-  const int64_t down = p.row_step * p.x_row, right = p.col_step * p.x_col;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t block = unit % p.blocks, line = unit / p.blocks;
     const int64_t first = block * p.block_channels, left = p.channels - first;
@@ -296,24 +338,16 @@ void max_indices_channels_last(const Pool& p, int64_t begin, int64_t end) {
       const Window& col = p.cols[ow];
       const int32_t place = static_cast<int32_t>(row.begin * p.width + col.begin);
       const int64_t at = (line * p.out_w + ow) * p.channels + first;
-      for (int64_t c = 0; c < channels; c += kLanes) {
+      const T* x = x_row + col.begin * p.x_col;
+      int64_t c = 0;
+      for (; c + 4 * kLanes <= channels; c += 4 * kLanes)
+        pixel_indices<T, 4>(p, x + c, row, col, place, at + c, kLanes);
+      for (; c < channels; c += kLanes) {
         const int64_t i = step_begin(c, channels, kLanes);
-        const int n = step_size(channels, kLanes);
-        f32 best = set1(-__builtin_inff()), index = cast_f32(set1_i32(place));
-        const T* from = x_row + col.begin * p.x_col + i;
-        for (int64_t r = 0; r < row.count; ++r, from += down) {
-          const T* tap = from;
-          int32_t here = place + static_cast<int32_t>(r * p.row_step * p.width);
-          for (int64_t s = 0; s < col.count; ++s, tap += right, here += static_cast<int32_t>(p.col_step)) {
-            const f32 v = read_real(tap, n);
-            index = select_over(v, best, cast_f32(set1_i32(here)), index);
-            best = max_nan(v, best);
-          }
-        }
-        write_real(y + at + i, best, n);
-        int32_t lanes[kLanes];
-        store_i32(lanes, cast_i32(index));
-        for (int k = 0; k < n; ++k) p.indices[at + i + k] = lanes[k];
+        if (channels >= kLanes)
+          pixel_indices<T, 1>(p, x + i, row, col, place, at + i, kLanes);
+        else
+          pixel_indices<T, 1>(p, x + i, row, col, place, at + i, step_size(channels, kLanes));
       }
     }
   }
