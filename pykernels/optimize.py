@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from pykernels._export import dynamic_batch_shapes, example_for_export
 from pykernels.surgery.capture import Captured, capture, plain, prepare
 from pykernels.surgery.lower import lower
-from pykernels.surgery.report import Report
+from pykernels.surgery.report import Report, bytes_of
 
 __all__ = ["Optimized", "load", "optimize"]
 
@@ -141,15 +141,9 @@ def optimize(
     prepare(captured)
     program, report = lower(captured.module, precision)
     if precision != "int8" or not _quantized(model):
-        report.bytes_before = _bytes_of(model)
+        report.bytes_before = bytes_of((*model.parameters(), *model.buffers()))
     report.notes = [*captured.notes, *report.notes]
     return Optimized(program, report, captured.in_spec, captured.out_spec, captured.example, captured.dynamic)
-
-
-def _bytes_of(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers, shared ones once."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _quantized(model: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from pykernels.nn._chain import Chain, Head
 from pykernels.nn._quantize import quantize_weight
 from pykernels.nn.follow import BY_NAME, BatchNorm2d
+from pykernels.ops._sizes import spread
 
 
 class Conv(Head):
@@ -178,7 +179,7 @@ class ConvBNReLU(nn.Module):
         if activation != "none" and activation not in BY_NAME:
             raise ValueError(f"activation must be one of none, {', '.join(BY_NAME)}, not '{activation}'")
         if padding is None:
-            sizes, steps = _pair(kernel_size), _pair(dilation)
+            sizes, steps = spread(kernel_size), spread(dilation)
             padding = (steps[0] * (sizes[0] - 1) // 2, steps[1] * (sizes[1] - 1) // 2)
         self.conv = Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.bn = BatchNorm2d(out_channels, eps, momentum)
@@ -188,10 +189,6 @@ class ConvBNReLU(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """act(bn(conv(x)))."""
         return self.act(self.bn(self.conv(x)))
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
 
 
 def _check_padding_mode(module: nn.Module) -> None:

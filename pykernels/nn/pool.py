@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from pykernels.ops import pool as ops
+
 
 class Pool(nn.Module):
     """What the pools share: when the kernel is used."""
@@ -39,11 +41,8 @@ class MaxPool2d(Pool, nn.MaxPool2d):
 
     def run(self, x: torch.Tensor) -> Any:
         """The maximum, with indices if `return_indices`."""
-        kernel, stride, padding, dilation = (
-            _pair(v) for v in (self.kernel_size, self.stride, self.padding, self.dilation)
-        )
-        op = torch.ops.pykernels.max_pool2d_with_indices if self.return_indices else torch.ops.pykernels.max_pool2d
-        return op(x, kernel, stride, padding, dilation, self.ceil_mode)
+        pool = ops.max_pool2d_with_indices if self.return_indices else ops.max_pool2d
+        return pool(x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
 
 
 class AvgPool2d(Pool, nn.AvgPool2d):
@@ -53,10 +52,8 @@ class AvgPool2d(Pool, nn.AvgPool2d):
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """The average."""
-        kernel, stride, padding = (_pair(v) for v in (self.kernel_size, self.stride, self.padding))
-        return torch.ops.pykernels.avg_pool2d(
-            x, kernel, stride, padding, self.ceil_mode, self.count_include_pad, self.divisor_override
-        )
+        window = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
+        return ops.avg_pool2d(x, *window, self.divisor_override)
 
 
 class AdaptiveAvgPool2d(Pool, nn.AdaptiveAvgPool2d):
@@ -66,7 +63,7 @@ class AdaptiveAvgPool2d(Pool, nn.AdaptiveAvgPool2d):
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """The averages of `output_size` windows."""
-        return torch.ops.pykernels.adaptive_avg_pool2d(x, _output_size(self.output_size, x))
+        return ops.adaptive_avg_pool2d(x, self.output_size)
 
 
 class AdaptiveMaxPool2d(Pool, nn.AdaptiveMaxPool2d):
@@ -77,17 +74,5 @@ class AdaptiveMaxPool2d(Pool, nn.AdaptiveMaxPool2d):
 
     def run(self, x: torch.Tensor) -> Any:
         """The maxima of `output_size` windows, with indices if `return_indices`."""
-        size = _output_size(self.output_size, x)
-        if self.return_indices:
-            return torch.ops.pykernels.adaptive_max_pool2d_with_indices(x, size)
-        return torch.ops.pykernels.adaptive_max_pool2d(x, size)
-
-
-def _pair(value: Any) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
-
-
-def _output_size(size: Any, x: torch.Tensor) -> list[int]:
-    """None keeps the size of the input, as in torch."""
-    pair = [size, size] if isinstance(size, int) or size is None else list(size)
-    return [x.shape[2 + i] if n is None else n for i, n in enumerate(pair)]
+        pool = ops.adaptive_max_pool2d_with_indices if self.return_indices else ops.adaptive_max_pool2d
+        return pool(x, self.output_size)

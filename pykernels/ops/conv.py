@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from pykernels.ops._sizes import spread
+
 __all__ = ["conv1d", "conv2d", "conv2d_pack", "conv_bn_relu", "qconv2d", "qconv2d_pack"]
 
 
@@ -59,9 +61,9 @@ def conv_bn_relu(
         gamma,
         beta,
         eps,
-        _pair(stride),
+        spread(stride),
         sides(padding),
-        _pair(dilation),
+        spread(dilation),
         groups,
         activation,
         residual,
@@ -99,10 +101,10 @@ def conv2d(
         x,
         packed,
         out_channels,
-        _pair(kernel_size),
-        _pair(stride),
+        spread(kernel_size),
+        spread(stride),
         sides(padding),
-        _pair(dilation),
+        spread(dilation),
         groups,
         activation,
         residual,
@@ -178,10 +180,10 @@ def qconv2d(
         x,
         packed,
         out_channels,
-        _pair(kernel_size),
-        _pair(stride),
+        spread(kernel_size),
+        spread(stride),
         sides(padding),
-        _pair(dilation),
+        spread(dilation),
         groups,
         x_scale,
         x_zero_point,
@@ -195,10 +197,6 @@ def qconv2d(
         residual_order,
     )
     return y
-
-
-def _pair(value: int | tuple[int, int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
 
 
 def sides(padding: int | tuple[int, ...]) -> list[int]:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from pykernels.ops._sizes import spread
+
 __all__ = [
     "adaptive_avg_pool2d",
     "adaptive_max_pool2d",
@@ -29,10 +31,6 @@ __all__ = [
     "qavg_pool2d",
     "qglobal_avg_pool2d",
 ]
-
-
-def _pair(value: int | Sequence[int]) -> list[int]:
-    return [value, value] if isinstance(value, (int, torch.SymInt)) else list(value)
 
 
 def _adaptive_size(x: torch.Tensor, output_size: int | Sequence[int | None] | None) -> list[int]:
@@ -75,8 +73,8 @@ def max_pool2d(
     Padding is never the maximum. Quantized tensors keep their scale and zero point. The gradient finds the indices
     again: when training, :func:`max_pool2d_with_indices` saves that pass.
     """
-    kernel = _pair(kernel_size)
-    arguments = kernel, _pair(stride) if stride is not None else kernel, _pair(padding), _pair(dilation), ceil_mode
+    kernel = spread(kernel_size)
+    arguments = kernel, spread(stride) if stride is not None else kernel, spread(padding), spread(dilation), ceil_mode
     return _batched(x, lambda x: _run(torch.ops.pykernels.max_pool2d, x, *arguments))
 
 
@@ -92,8 +90,8 @@ def max_pool2d_with_indices(
 
     What ``torch.nn.functional.max_unpool2d`` takes. A plane must have fewer than 2^31 elements.
     """
-    kernel = _pair(kernel_size)
-    arguments = kernel, _pair(stride) if stride is not None else kernel, _pair(padding), _pair(dilation), ceil_mode
+    kernel = spread(kernel_size)
+    arguments = kernel, spread(stride) if stride is not None else kernel, spread(padding), spread(dilation), ceil_mode
     return _batched_pair(x, lambda x: _run(torch.ops.pykernels.max_pool2d_with_indices, x, *arguments))
 
 
@@ -128,9 +126,9 @@ def avg_pool2d(
     The divisor is the number of elements of the window, with padding (``count_include_pad``) or without, or
     ``divisor_override``.
     """
-    kernel = _pair(kernel_size)
-    steps = _pair(stride) if stride is not None else kernel
-    arguments = kernel, steps, _pair(padding), ceil_mode, count_include_pad, divisor_override
+    kernel = spread(kernel_size)
+    steps = spread(stride) if stride is not None else kernel
+    arguments = kernel, steps, spread(padding), ceil_mode, count_include_pad, divisor_override
     return _batched(x, lambda x: _run(torch.ops.pykernels.avg_pool2d, x, *arguments))
 
 
@@ -166,9 +164,9 @@ def qavg_pool2d(
     uint8 or int8 with ``out_scale`` (given then, and only then) and ``out_zero_point``. A window has fewer than 2^23
     elements.
     """
-    kernel = _pair(kernel_size)
-    steps = _pair(stride) if stride is not None else kernel
-    window = kernel, steps, _pair(padding), ceil_mode, count_include_pad, divisor_override
+    kernel = spread(kernel_size)
+    steps = spread(stride) if stride is not None else kernel
+    window = kernel, steps, spread(padding), ceil_mode, count_include_pad, divisor_override
     affine = x_scale, x_zero_point, out_scale, out_zero_point, out_dtype
     return _batched(x, lambda x: _run(torch.ops.pykernels.qavg_pool2d, x, *window, *affine))
 

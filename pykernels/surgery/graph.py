@@ -18,6 +18,7 @@ aten = torch.ops.aten
 
 __all__ = [
     "MOVES",
+    "ON_BYTES",
     "Facts",
     "annotate",
     "argument",
@@ -56,6 +57,10 @@ MOVES: frozenset[str] = names(
     pixel_unshuffle channel_shuffle movedim swapaxes
     """
 )
+
+
+# What the lowering runs on an 8-bit tensor itself; torch interpolates uint8 and no int8.
+ON_BYTES = MOVES | {"getitem", "aten.upsample_nearest2d"}
 
 
 def name_of(node: fx.Node) -> str:

@@ -6,21 +6,33 @@ value is kept in the form it was produced in, 8 bits or float; the other form is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from pykernels.ops._sizes import spread
 from pykernels.surgery.canonical import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
-from pykernels.surgery.graph import MOVES, Facts, arguments, aten, constant, facts, is_call, module_path, name_of, names
+from pykernels.surgery.graph import (
+    MOVES,
+    ON_BYTES,
+    Facts,
+    arguments,
+    aten,
+    constant,
+    facts,
+    is_call,
+    module_path,
+    name_of,
+    names,
+)
 from pykernels.surgery.match import Group, QParams, match, qparams
-from pykernels.surgery.report import Fused, Left, Report
+from pykernels.surgery.report import Fused, Left, Report, bytes_of
 
 __all__ = ["lower"]
 
-_STAYS_QUANTIZED = MOVES | {"getitem", "aten.upsample_nearest2d"}
 _REASONS = {
     "aten.conv_transpose1d": "transposed convolution: no kernel of ours",
     "aten.conv_transpose2d": "transposed convolution: no kernel of ours",
@@ -80,7 +92,7 @@ class _Lowering:
         for node in self.module.graph.nodes:
             if node.op == "get_attr":
                 tensor = constant(self.module, node)
-                self.report.bytes_before += 0 if tensor is None else _bytes_of(tensor)
+                self.report.bytes_before += 0 if tensor is None else bytes_of([tensor])
             elif node in self.inside:
                 continue
             elif node.op == "output":
@@ -91,7 +103,7 @@ class _Lowering:
         lowered.graph.eliminate_dead_code()
         lowered.graph.lint()
         lowered.recompile()
-        self.report.bytes_after = sum(_bytes_of(buffer) for buffer in lowered.buffers())
+        self.report.bytes_after = bytes_of(lowered.buffers())
         return lowered, self.report
 
     # --- values ---
@@ -163,7 +175,7 @@ class _Lowering:
             return self._quantize(node)
         if is_call(node, DEQUANTIZE, DEQUANTIZE_CHANNEL):
             return self._dequantize(node)
-        if name_of(node) in _STAYS_QUANTIZED and isinstance(node.args[0], fx.Node):
+        if name_of(node) in ON_BYTES and isinstance(node.args[0], fx.Node):
             source = self.values.get(node.args[0])
             if source is not None and source.quantized is not None:
                 return self._move(node, source)
@@ -399,13 +411,13 @@ class _Lowering:
         """Average pools, float or 8-bit in."""
         anchor, values = group.nodes[0], arguments(group.nodes[0])
         if is_call(anchor, "aten.adaptive_avg_pool2d"):
-            geometry: list[Any] = [_twice(values["output_size"])]
+            geometry: list[Any] = [spread(values["output_size"])]
         else:
-            kernel = _twice(values["kernel_size"])
+            kernel = spread(values["kernel_size"])
             geometry = [
                 kernel,
-                _twice(values["stride"]) if values["stride"] else kernel,
-                _twice(values["padding"]),
+                spread(values["stride"]) if values["stride"] else kernel,
+                spread(values["padding"]),
                 values["ceil_mode"],
                 values["count_include_pad"],
                 values["divisor_override"],
@@ -425,12 +437,12 @@ class _Lowering:
         """Max pools; of an 8-bit tensor the maximum is taken on its bytes."""
         values = arguments(group.nodes[0])
         if "kernel_size" in values:
-            kernel = _twice(values["kernel_size"])
-            stride = _twice(values["stride"]) if values["stride"] else kernel
-            tail = (_twice(values["padding"]), _twice(values["dilation"]), values["ceil_mode"])
+            kernel = spread(values["kernel_size"])
+            stride = spread(values["stride"]) if values["stride"] else kernel
+            tail = (spread(values["padding"]), spread(values["dilation"]), values["ceil_mode"])
             geometry: tuple[Any, ...] = (kernel, stride, *tail)
         else:
-            geometry = (_twice(values["output_size"]),)
+            geometry = (spread(values["output_size"]),)
         self.fused(group.kind, group)
         source = self.values.get(group.x)
         if group.kind == "max_pool2d" and source is not None and source.quantized is not None:
@@ -465,13 +477,8 @@ def _epilogue(group: Group, residual: fx.Node | None) -> tuple[Any, ...]:
 
 def _pair(value: Any, one_d: bool, across: int) -> list[int]:
     """A size per dimension as [height, width]; a 1-D layer is a row of height one."""
-    items = [value] if isinstance(value, int) else list(value)
-    return [across, items[0]] if one_d else _twice(items)
-
-
-def _twice(value: int | Sequence[int]) -> list[int]:
-    items = [value] if isinstance(value, int) else list(value)
-    return items * 2 if len(items) == 1 else items
+    items = spread(value)
+    return [across, items[0]] if one_d else items
 
 
 def _in_bf16(tree: Any) -> Any:
@@ -481,7 +488,3 @@ def _in_bf16(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _in_bf16(item) for key, item in tree.items()}
     return torch.bfloat16 if tree is torch.float32 else tree
-
-
-def _bytes_of(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

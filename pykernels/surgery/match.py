@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from pykernels.ops._sizes import spread
 from pykernels.surgery.canonical import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
-from pykernels.surgery.graph import MOVES, arguments, constant, facts, is_call, name_of, names, only_user
+from pykernels.surgery.graph import ON_BYTES, arguments, constant, facts, is_call, name_of, names, only_user
 
 __all__ = ["ACTIVATIONS", "Group", "QParams", "Weight", "match", "quantized_source", "unary"]
 
@@ -38,7 +39,6 @@ _POINTWISE = names(
     add sub mul div rsub
     """
 )
-_THROUGH = MOVES | {"getitem", "aten.upsample_nearest2d"}
 _8BIT = (torch.uint8, torch.int8)
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -135,7 +135,7 @@ def _passes(node: fx.Node) -> bool:
         return known is not None and len(known.shape) == 4
     if is_call(node, "aten.constant_pad_nd"):
         return (node.args[2] if len(node.args) > 2 else 0) == 0
-    return name_of(node) in _THROUGH
+    return name_of(node) in ON_BYTES
 
 
 def int8_weight(module: fx.GraphModule, node: object) -> Weight | None:
@@ -407,19 +407,14 @@ def conv_padding(module: fx.GraphModule, node: fx.Node) -> tuple[int, int, int, 
             return None
         kernel = weight.shape[2:]
         sides: list[int] = []
-        for size, step in reversed(list(zip(kernel, _spread(dilation, len(kernel)), strict=True))):
+        for size, step in reversed(list(zip(kernel, spread(dilation, len(kernel)), strict=True))):
             total = step * (size - 1)
             sides += [total // 2, total - total // 2]
         return tuple(sides + [0] * (4 - len(sides)))
-    if any(not isinstance(value, int) for value in _spread(padding, 1 if one_d else 2)):
+    if any(not isinstance(value, int) for value in spread(padding, 1 if one_d else 2)):
         return None
     if one_d:
-        (left,) = _spread(padding, 1)
+        (left,) = spread(padding, 1)
         return (left, left, 0, 0)
-    top, left = _spread(padding, 2)
+    top, left = spread(padding, 2)
     return (left, left, top, top)
-
-
-def _spread(value: Any, count: int) -> list[int]:
-    items = [value] if isinstance(value, int) else list(value)
-    return items * count if len(items) == 1 else items

@@ -6,7 +6,14 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
-__all__ = ["Fused", "Left", "Report"]
+import torch
+
+__all__ = ["Fused", "Left", "Report", "bytes_of"]
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """The size of some tensors, one that comes twice counted once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in {id(t): t for t in tensors}.values())
 
 
 @dataclass(frozen=True)

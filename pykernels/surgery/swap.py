@@ -18,7 +18,7 @@ from pykernels.nn import conv, linear, pool
 from pykernels.nn._chain import Chain, Follower, Head, Member
 from pykernels.nn.follow import ACTIVATIONS, NORMS, SHAREABLE
 from pykernels.surgery.adjacency import Adjacency, adjacency
-from pykernels.surgery.report import Fused, Left, Report
+from pykernels.surgery.report import Fused, Left, Report, bytes_of
 
 __all__ = ["swap"]
 
@@ -85,7 +85,7 @@ def swap(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not '{precision}'")
     restore(model)
-    report = Report(precision=precision, bytes_before=_bytes(model.parameters()) + _bytes(model.buffers()))
+    report = Report(precision=precision, bytes_before=bytes_of((*model.parameters(), *model.buffers())))
     names: dict[int, str] = {}
     for name, module in model.named_modules():
         names.setdefault(id(module), name or type(module).__name__)
@@ -328,10 +328,6 @@ def _packed_bytes(head: Head) -> int:
         return head.packed.numel()
     with torch.no_grad():
         return int(head.pack(*head.chain.folded()).numel())
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _snake(cls: type[nn.Module]) -> str:
