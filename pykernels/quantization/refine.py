@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
+from pykernels.ops._sizes import spread
+
 from .patterns import CONVOLUTIONS, HEAVY, LINEARS, argument, is_call
 from .transforms import constant_of
 
@@ -34,7 +36,8 @@ MEMORY = 2 << 30  # bytes of activations kept at once, about
 MAX_SAMPLES = 48
 MIN_SAMPLES = 8
 DAMPING = 0.01  # of the mean variance of the inputs, added to each variance
-BLOCK = 64  # weights rounded between two updates of the rest
+BLOCK = 32  # weights rounded between two updates of the rest
+FEW = 4  # with so many times fewer samples than values, samples stand for their covariance
 
 
 def float_weights(model: GraphModule) -> dict[str, torch.Tensor]:
@@ -129,7 +132,12 @@ class _Reconstruction:
             value = operator.attrgetter(str(node.target))(self.model)
             self.exact[node] = self.inexact[node] = [value] * count
             return
+        if all(self._refinable(user) and user.args[1] is node for user in node.users):
+            return  # a weight about to be rounded anew
         function = self.model.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+        if is_call(node, WEIGHT_DEQUANTIZES):
+            self.exact[node] = self.inexact[node] = [_call(function, node, self.exact, 0)] * count
+            return
         if is_call(node, QUANTIZES | DEQUANTIZES):  # the fp32 network has none
             self.exact[node] = self.exact[node.args[0]]
         else:
@@ -141,9 +149,9 @@ class _Reconstruction:
         dequantize = node.args[1]
         weight, scale = self.weights[node.name], constant_of(self.model, dequantize.args[1])
         rows = _Rows(node, weight, self.inexact[node.args[0]], self.generator)
-        rounded = round_with_compensation(rows.weight(weight), rows.covariance(), scale)
+        rounded = rows.round(weight, scale)
         stored = operator.attrgetter(str(dequantize.args[0].target))(self.model)
-        stored.copy_(rounded.reshape(weight.shape).to(torch.int8))
+        stored.copy_(rounded.to(torch.int8))
         in_effect = stored.float() * scale.float().reshape(-1, *[1] * (weight.ndim - 1))
 
         channel = 1 if is_call(node, CONVOLUTIONS) else -1
@@ -180,6 +188,9 @@ class _Reconstruction:
 def round_with_compensation(weight: torch.Tensor, covariance: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """GPTQ: the int8 values (as fp32) of ``weight`` that least disturb its products with inputs of this covariance.
 
+    With C = R R', R upper triangular, and e the errors of the weights rounded so far, the disturbance e' C e grows no
+    more when the k-th weight goes to w_k - sum_{j<k} e_j R_jk / R_kk: that is the value to round.
+
     Args:
         weight: fp32 [groups, N, K]: each group's rows; N output channels of K inputs.
         covariance: fp32 or fp64 [groups, K, K] of the inputs (any positive factor).
@@ -190,28 +201,90 @@ def round_with_compensation(weight: torch.Tensor, covariance: torch.Tensor, scal
     """
     groups, rows, size = weight.shape
     variance = covariance.diagonal(dim1=-2, dim2=-1)
-    # Inputs that vary most are rounded first, while many others can still make up for the error.
-    order = variance.argsort(dim=-1, descending=True)
-    damping = (DAMPING * variance.mean(-1)).clamp_min(1e-12)
-    covariance = covariance.double() + torch.diag_embed(damping.double()[:, None].expand(groups, size))
-    covariance = covariance.gather(1, order[:, :, None].expand(-1, -1, size))
+    order, damping = _order_and_damping(variance)
+    covariance = covariance.gather(1, order[:, :, None].expand(-1, -1, size)).double()
     covariance = covariance.gather(2, order[:, None, :].expand(-1, size, -1))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
-    left = weight.gather(2, order[:, None, :].expand(-1, rows, -1)).clone()
-    step = scale.float().reshape(groups, rows)
-    result = torch.empty_like(left)
-    for start in range(0, size, BLOCK):
-        stop = min(start + BLOCK, size)
-        errors = torch.empty(groups, rows, stop - start)
-        for k in range(start, stop):
-            value = left[:, :, k]
-            result[:, :, k] = torch.round(value / step).clamp(-127, 127)
-            error = (value - result[:, :, k] * step) / factor[:, k, k, None]
-            left[:, :, k:stop] -= error[:, :, None] * factor[:, k, None, k:stop]
-            errors[:, :, k - start] = error
-        left[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
-    return torch.empty_like(result).scatter_(2, order[:, None, :].expand(-1, rows, -1), result)
+    covariance.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
+    factor = torch.linalg.cholesky(covariance.flip(1, 2)).flip(1, 2)
+    influence = (factor / factor.diagonal(dim1=-2, dim2=-1)[:, None, :]).float()
+
+    real, step = _columns(weight, order), scale.float().reshape(groups, rows)
+    wanted, codes = real.clone(), torch.empty_like(real)
+    for at in _blocks(size):
+        codes[:, at], errors = _round_block(wanted[:, at], real[:, at], influence[:, at, at], step)
+        wanted[:, at.stop :] -= influence[:, at, at.stop :].transpose(1, 2) @ errors
+    return _in_place(codes, order)
+
+
+def round_with_few_inputs(
+    weight: torch.Tensor, variance: torch.Tensor, inputs: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """`round_with_compensation` for the covariance ``diag(variance) + inputs' inputs`` of few, but long, ``inputs``.
+
+    The same answer for K r^2 + K r N instead of K^3 + K^2 N operations, and no K x K matrix: what the rounded weights
+    leave for the others to make up for is seen only through its r products with the inputs.
+
+    Args:
+        weight: fp32 [groups, N, K].
+        variance: fp32 [groups, K].
+        inputs: fp32 [groups, r, K].
+        scale: fp32 [groups * N].
+    """
+    groups, rows, size = weight.shape
+    order, damping = _order_and_damping(variance + inputs.square().sum(1))
+    rank = inputs.shape[1]
+    alone = (variance.double() + damping[:, None]).gather(1, order)
+    seen = inputs.gather(2, order[:, None, :].expand(-1, rank, -1)).transpose(1, 2).double().contiguous()  # [G, K, r]
+    # Of the weights from k on, P = (1 + sum_j v_j v_j' / d_j)^-1 (Sherman-Morrison, from the end), and the k-th of them
+    # answers a disturbance s with -v_k' P s / d_k.
+    answer = torch.empty_like(seen)
+    inverse = torch.eye(rank, dtype=torch.float64).expand(groups, -1, -1).contiguous()
+    for k in reversed(range(size)):
+        moved = (inverse @ seen[:, k, :, None])[..., 0]
+        answer[:, k] = moved / (alone[:, k] + (moved * seen[:, k]).sum(-1))[:, None]
+        inverse -= moved[:, :, None] * answer[:, k, None, :]
+
+    real, step = _columns(weight, order), scale.float().reshape(groups, rows)
+    seen, answer = seen.float(), answer.float()
+    disturbance, codes = torch.zeros(groups, rank, rows), torch.empty_like(real)
+    for at in _blocks(size):
+        wanted = real[:, at] - answer[:, at] @ disturbance
+        influence = seen[:, at] @ answer[:, at].transpose(1, 2)
+        codes[:, at], errors = _round_block(wanted, real[:, at], influence, step)
+        disturbance += seen[:, at].transpose(1, 2) @ errors
+    return _in_place(codes, order)
+
+
+def _order_and_damping(variance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs that vary most are rounded first, while many others can still make up for the error: [G, K] and [G]."""
+    return variance.argsort(dim=-1, descending=True), (DAMPING * variance.double().mean(-1)).clamp_min(1e-12)
+
+
+def _columns(weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """[groups, N, K] -> [groups, K, N] in the order of rounding: what is rounded together lies together."""
+    return weight.transpose(1, 2).gather(1, order[:, :, None].expand(-1, -1, weight.shape[1]))
+
+
+def _in_place(codes: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Undo `_columns`."""
+    back = torch.empty_like(codes).scatter_(1, order[:, :, None].expand_as(codes), codes)
+    return back.transpose(1, 2).contiguous()
+
+
+def _blocks(size: int) -> list[slice]:
+    return [slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
+
+
+def _round_block(
+    wanted: torch.Tensor, real: torch.Tensor, influence: torch.Tensor, step: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round ``wanted`` [G, B, N], each value moved by the errors before it; the codes, and their errors to ``real``."""
+    codes, errors = torch.empty_like(real), torch.empty_like(real)
+    for k in range(real.shape[1]):
+        torch.round(wanted[:, k] / step, out=codes[:, k]).clamp_(-127, 127)
+        torch.sub(codes[:, k] * step, real[:, k], out=errors[:, k])
+        wanted[:, k + 1 :].addcmul_(influence[:, k, k + 1 :, None], errors[:, k, None], value=-1)
+    return codes, errors
 
 
 class _Rows:
@@ -237,22 +310,38 @@ class _Rows:
     @staticmethod
     def _wanted(size: int) -> int:
         """Positions to look at for rows of ``size`` inputs."""
-        return max(1024, 3 * size)
+        return max(1024, size)
 
-    def weight(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.reshape(self.groups, -1, weight[0].numel())
+    def round(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """The int8 values of ``weight``, of its shape, by the inputs' covariance about their mean.
 
-    def covariance(self) -> torch.Tensor:
-        """fp32 [groups, K, K]; about the mean, because a shift of the mean is the bias's to correct.
-
-        Of few samples no covariance can be learned: it is shrunk towards its diagonal by K / (K + positions), so that
-        rounding falls back to the nearest value instead of fitting the samples.
+        (A shift of the mean is the bias's to correct.) Of few samples no covariance can be learned: it is shrunk
+        towards its diagonal by K / (K + positions), so that rounding falls back to the nearest value instead of fitting
+        the samples.
         """
+        rows = weight.reshape(self.groups, -1, weight[0].numel())
         centred = (self.inputs - self.inputs.mean(0)).transpose(0, 1)
         positions, size = centred.shape[1:]
-        covariance = centred.transpose(1, 2) @ centred / positions
+        variance = centred.square().mean(1)
         kept = positions / (positions + size)
-        return covariance * kept + torch.diag_embed(covariance.diagonal(dim1=1, dim2=2) * (1 - kept))
+        if positions * FEW <= size:
+            rounded = round_with_few_inputs(rows, variance * (1 - kept), centred * (kept / positions) ** 0.5, scale)
+        else:
+            covariance = _products(centred).mul_(kept / positions)
+            covariance.diagonal(dim1=1, dim2=2).add_(variance * (1 - kept))
+            rounded = round_with_compensation(rows, covariance, scale)
+        return rounded.reshape(weight.shape)
+
+
+def _products(x: torch.Tensor) -> torch.Tensor:
+    """``x' x`` of [G, P, K], each product once: [G, K, K]."""
+    groups, _, size = x.shape
+    products = torch.empty(groups, size, size)
+    for start in range(0, size, 512):
+        stop = min(start + 512, size)
+        products[:, start:stop, start:] = x[:, :, start:stop].transpose(1, 2) @ x[:, :, start:]
+        products[:, stop:, start:stop] = products[:, start:stop, stop:].transpose(1, 2)
+    return products
 
 
 def _patches(
@@ -262,13 +351,13 @@ def _patches(
     kernel = list(weight.shape[2:])
     spatial = len(kernel)
     stride, padding, dilation = (argument(node, i, n, d) for i, n, d in _GEOMETRY)
-    stride, dilation = _each(stride, spatial), _each(dilation, spatial)
+    stride, dilation = spread(stride, spatial), spread(dilation, spatial)
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if isinstance(padding, str):
         before = [r // 2 if padding == "same" else 0 for r in reach]
         after = [r - b if padding == "same" else 0 for r, b in zip(reach, before, strict=True)]
     else:
-        before = after = _each(padding, spatial)
+        before = after = spread(padding, spatial)
     value = F.pad(value, [p for pair in zip(before[::-1], after[::-1], strict=True) for p in pair]).contiguous()
     places = [(s - r - 1) // t + 1 for s, r, t in zip(value.shape[2:], reach, stride, strict=True)]
     strides = value.stride()
@@ -287,11 +376,6 @@ def _patches(
 
 
 _GEOMETRY = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
-
-
-def _each(value: Any, count: int) -> list[int]:
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    return values * count if len(values) == 1 else values
 
 
 def _call(function: Callable[..., Any], node: Node, values: dict[Node, list[Any]], batch: int) -> Any:

@@ -8,7 +8,7 @@ from torch import nn
 
 from pykernels._export import NotExportable
 from pykernels.quantization import quantize
-from pykernels.quantization.refine import round_with_compensation
+from pykernels.quantization.refine import round_with_compensation, round_with_few_inputs
 
 from .graphs import aten, calls, relative_error
 
@@ -139,3 +139,16 @@ def test_rounding_with_compensation_beats_rounding_to_nearest(groups: int, rows:
     rounded = round_with_compensation(weight, covariance, scale)
     assert torch.equal(rounded, rounded.round()) and rounded.abs().max() <= 127
     assert error(rounded) < 0.7 * error(torch.round(weight / step))
+
+
+@pytest.mark.parametrize(("groups", "rows", "size", "samples"), [(1, 8, 40, 3), (6, 1, 9, 1), (2, 4, 300, 20)])
+def test_few_inputs_round_as_their_covariance_does(groups: int, rows: int, size: int, samples: int) -> None:
+    weight, inputs = torch.randn(groups, rows, size), torch.randn(groups, samples, size)
+    variance, scale = torch.rand(groups, size), torch.full((groups * rows,), 0.1)
+    covariance = torch.diag_embed(variance) + inputs.transpose(1, 2) @ inputs
+    few, all_ = (
+        round_with_few_inputs(weight, variance, inputs, scale),
+        round_with_compensation(weight, covariance, scale),
+    )
+    assert (few != all_).float().mean() < 0.01, "but for ties"
+    assert (few != torch.round(weight / 0.1).clamp(-127, 127)).float().mean() > 0.05, "and not to the nearest"
