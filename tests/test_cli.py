@@ -77,7 +77,7 @@ def test_doctor_lists_every_public_op_as_the_dispatcher_knows_it() -> None:
     assert not [name for name in support if name.startswith("_")]
     for name, op in support.items():
         assert re.search(rf"\b{name} +│ +{'yes' if op.cpu else 'no'} ", text), name
-        assert not op.cuda
+        assert op.cpu and not op.cuda, name
 
 
 def test_doctor_says_why_there_is_no_cuda() -> None:

@@ -25,7 +25,7 @@ struct byte {  // a lane of the u8 vectors
   X(round_f32, float, float, round(x), number)                                            \
   X(abs_f32, float, float, abs(x), exact)                                                 \
   X(sqrt_f32, float, float, sqrt(x), number)                                              \
-  X(zero_nan, float, float, zero_nan(x), exact)                                           \
+  X(max_or_zero, float, float, max_or_zero(x, y), exact)                                  \
   X(select_lt, float, float, select_lt(x, y, sub(y, x), y), number)                       \
   X(select_over, float, float, select_over(x, y, sub(y, x), y), number)                   \
   X(max_nan, float, float, max_nan(x, y), exact)                                          \

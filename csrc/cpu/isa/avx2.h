@@ -63,7 +63,7 @@ PK_INLINE f32 fma(f32 a, f32 b, f32 c) { return _mm256_fmadd_ps(a, b, c); }
 PK_INLINE f32 round(f32 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 PK_INLINE f32 abs(f32 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 PK_INLINE f32 sqrt(f32 a) { return _mm256_sqrt_ps(a); }
-PK_INLINE f32 zero_nan(f32 a) { return _mm256_and_ps(a, _mm256_cmp_ps(a, a, _CMP_ORD_Q)); }
+PK_INLINE f32 max_or_zero(f32 a, f32 b) { return _mm256_and_ps(_mm256_max_ps(a, b), _mm256_cmp_ps(a, a, _CMP_ORD_Q)); }
 PK_INLINE f32 select_lt(f32 a, f32 b, f32 x, f32 y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 PK_INLINE f32 select_over(f32 v, f32 m, f32 x, f32 y) {
   return _mm256_blendv_ps(y, x, _mm256_or_ps(_mm256_cmp_ps(v, m, _CMP_GT_OQ), _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));

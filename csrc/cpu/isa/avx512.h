@@ -52,7 +52,7 @@ PK_INLINE f32 fma(f32 a, f32 b, f32 c) { return _mm512_fmadd_ps(a, b, c); }
 PK_INLINE f32 round(f32 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 PK_INLINE f32 abs(f32 a) { return _mm512_abs_ps(a); }
 PK_INLINE f32 sqrt(f32 a) { return _mm512_sqrt_ps(a); }
-PK_INLINE f32 zero_nan(f32 a) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a); }
+PK_INLINE f32 max_or_zero(f32 a, f32 b) { return _mm512_maskz_max_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a, b); }
 PK_INLINE f32 select_lt(f32 a, f32 b, f32 x, f32 y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
 }
@@ -100,7 +100,7 @@ PK_INLINE void store4(int8_t* p, i32 a, i32 b, i32 c, i32 d) {
 }
 template <class Q>
 PK_INLINE void store16(Q* p, const i32* v) {
-  store_i32(p, *v);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(*v));
 }
 PK_INLINE i32 set1_i32(int32_t v) { return _mm512_set1_epi32(v); }
 PK_INLINE i32 add(i32 a, i32 b) { return _mm512_add_epi32(a, b); }

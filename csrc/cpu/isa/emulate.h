@@ -154,8 +154,8 @@ PK_EMULATE __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
   });
 }
 PK_EMULATE __m512 _mm512_mask_blend_ps(__mmask16 mask, __m512 a, __m512 b) { return emulated_blend<float>(mask, a, b); }
-PK_EMULATE __m512 _mm512_maskz_mov_ps(__mmask16 mask, __m512 a) {
-  return emulated_blend<float>(mask, _mm512_setzero_ps(), a);
+PK_EMULATE __m512 _mm512_maskz_max_ps(__mmask16 mask, __m512 a, __m512 b) {
+  return emulated_blend<float>(mask, _mm512_setzero_ps(), _mm512_max_ps(a, b));
 }
 PK_EMULATE __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* p) {
   return emulated_load<float>(mask, _mm512_setzero_ps(), p);

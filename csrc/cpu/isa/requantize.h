@@ -8,7 +8,7 @@
 namespace pykernels::PYKERNELS_ISA_NS {
 
 // 1/scale is computed once, in fp32. Clamping to the integers low - zero_point and high - zero_point before the
-// rounding conversion yields what clamping after it would, and one step less.
+// rounding conversion yields what clamping after it would, and one step less. low <= 0 <= high.
 struct Requantize {
   f32 inverse, low, high;
   i32 zero_point;
@@ -26,7 +26,7 @@ PK_INLINE Requantize requantizer(float inverse, int32_t zero_point, const int8_t
 }
 
 PK_INLINE i32 requantize(const Requantize& r, f32 f) {
-  return add(to_i32(min(max(zero_nan(mul(f, r.inverse)), r.low), r.high)), r.zero_point);
+  return add(to_i32(min(max_or_zero(mul(f, r.inverse), r.low), r.high)), r.zero_point);
 }
 
 PK_INLINE f32 dequantize(i32 q, i32 zero_point, f32 scale) { return mul(to_f32(sub(q, zero_point)), scale); }

@@ -33,7 +33,7 @@ PK_INLINE f32 fma(f32 a, f32 b, f32 c) { return a * b + c; }
 PK_INLINE f32 round(f32 a) { return __builtin_rintf(a); }
 PK_INLINE f32 abs(f32 a) { return __builtin_fabsf(a); }
 PK_INLINE f32 sqrt(f32 a) { return __builtin_sqrtf(a); }
-PK_INLINE f32 zero_nan(f32 a) { return a == a ? a : 0.0f; }
+PK_INLINE f32 max_or_zero(f32 a, f32 b) { return a == a ? max(a, b) : 0.0f; }
 PK_INLINE f32 select_lt(f32 a, f32 b, f32 x, f32 y) { return a < b ? x : y; }
 PK_INLINE f32 select_over(f32 v, f32 m, f32 x, f32 y) { return v > m || v != v ? x : y; }
 PK_INLINE f32 max_nan(f32 v, f32 m) { return v > m || v != v ? v : m; }

@@ -9,13 +9,13 @@
 //   to even)
 //        set1(float)  add sub mul div min max  fma(a,b,c)=a*b+c  round (half to even)  abs  sqrt
 //        min(a,b)/max(a,b) yield b when a or b is NaN: max(zero, x) keeps the NaN of x.
-//        zero_nan(a) = 0 where a is NaN, else a
+//        max_or_zero(a, b) = 0 where a is NaN, else max(a, b)
 //        select_lt(a, b, x, y) = a < b ? x : y, lane by lane
 //        select_over(v, m, x, y) = v > m or v is NaN ? x : y; max_nan(v, m) = select_over(v, m, v, m): a running
 //        maximum that keeps the first of equals and any NaN, as torch's pools do
 //   i32  load_i32(const int32_t*|uint8_t*|int8_t*, n)  store_i32(int32_t*|uint8_t*|int8_t*, i32, n) (8-bit: saturating)
-//        store4(uint8_t*|int8_t*, a, b, c, d): 4 kLanes bytes, store16(uint8_t*|int8_t*, v): v[0] .. v[16 / kLanes - 1]
-//        as 16 bytes; both saturating
+//        store4(uint8_t*|int8_t*, a, b, c, d): 4 kLanes bytes, saturating; store16(uint8_t*|int8_t*, v):
+//        v[0] .. v[16 / kLanes - 1], which must fit, as 16 bytes
 //        set1_i32  add sub mul min max  to_f32(i32)  to_i32(f32) (half to even; the caller clamps first)
 //        sum_lanes(f32|i32), by halves: lane i + lane i + kLanes/2 first
 //        shift_left<k>  cast_f32/cast_i32 (the same bits)

@@ -183,10 +183,12 @@ Tensor qlookup(const Tensor& x, const Tensor& table) {
 STABLE_TORCH_LIBRARY_IMPL(pykernels, CPU, m) {
   m.impl("qadd", TORCH_BOX(&qadd));
   m.impl("qmul", TORCH_BOX(&qmul));
+  m.impl("qcat", TORCH_BOX(&qcat));
   m.impl("qlookup", TORCH_BOX(&qlookup));
 }
 
-// An empty list names no device: registered for CPU alone, the dispatcher would refuse it with a page of its own.
+// An empty list names no device: with the registration for CPU alone, the dispatcher would refuse it with a page of its
+// own.
 STABLE_TORCH_LIBRARY_IMPL(pykernels, CompositeExplicitAutograd, m) { m.impl("qcat", TORCH_BOX(&qcat)); }
 
 }  // namespace pykernels
