@@ -1,4 +1,4 @@
-"""The machine code of the dot tiles, read without running it, so of every isa on any host.
+"""The machine code of the dot tiles and the depthwise kernels, read without running it, so of every isa on any host.
 
 What is looked for was seen: GCC 12 keeps a tile's accumulators on the stack unless the source is written with care, and
 the kernel then computes the right numbers at a third of its speed.
@@ -34,28 +34,34 @@ EXPECTED = {
 pytestmark = pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
 
 
-def dot_object(isa: str) -> pathlib.Path:
+def kernel_object(isa: str, source: str) -> pathlib.Path:
     if _host.build()["emulated"]:
         pytest.skip("this build emulates what it would read here")
     if not _host.build()["compiler"].startswith("GNU") or _host.build()["sanitizers"]:
         pytest.skip("the tiles are tuned to an unsanitized build by GCC")
     for folder in (pathlib.Path(sys.prefix) / "build", ROOT / "build"):
-        path = folder / f"CMakeFiles/kernels_{isa}.dir/csrc/cpu/tile/dot.cpp.o"
+        path = folder / f"CMakeFiles/kernels_{isa}.dir/csrc/cpu/{source}.o"
         if path.exists():
             return path
     pytest.skip("installed from a wheel: its object files are not here")
 
 
-def tiles(path: pathlib.Path) -> Iterator[tuple[str, list[tuple[int, str]]]]:
-    """Each tile function: "DotS8, 12, 2" (element, rows, panels) and its instructions with their addresses."""
+def functions(path: pathlib.Path) -> Iterator[tuple[str, list[tuple[int, str]]]]:
+    """Each function's demangled name and its instructions with their addresses."""
     listing = subprocess.run(
         ["objdump", "-dC", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=True
     ).stdout
     for function in re.split(r"\n(?=[0-9a-f]+ <)", listing):
-        name = re.match(r"[0-9a-f]+ <.*\btile<.*?(Dot\w+, \d+, \d+)>.*>:\n", function)
-        if name:
+        if name := re.match(r"[0-9a-f]+ <(.*)>:\n", function):
             instructions = re.findall(r"^\s+([0-9a-f]+):\s+(.*)$", function, re.M)
             yield name[1], [(int(address, 16), text) for address, text in instructions]
+
+
+def tiles(isa: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
+    """Each tile function: "DotS8, 12, 2" (element, rows, panels) and its instructions with their addresses."""
+    for name, instructions in functions(kernel_object(isa, "tile/dot.cpp")):
+        if tile := re.search(r"\btile<.*?(Dot\w+, \d+, \d+)>", name):
+            yield tile[1], instructions
 
 
 def inner_loops(instructions: list[tuple[int, str]]) -> list[list[str]]:
@@ -75,7 +81,7 @@ def inner_loops(instructions: list[tuple[int, str]]) -> list[list[str]]:
 @pytest.mark.parametrize("isa", ["avx2", "avxvnni", "avx512", "avx512vnni"])
 def test_inner_loops_of_the_dot_tiles_stay_in_registers(isa: str) -> None:
     seen = 0
-    for name, instructions in tiles(dot_object(isa)):
+    for name, instructions in tiles(isa):
         for loop in inner_loops(instructions):
             seen += 1
             stack = [text for text in loop if "%rsp" in text or "%rbp)" in text]
@@ -83,9 +89,20 @@ def test_inner_loops_of_the_dot_tiles_stay_in_registers(isa: str) -> None:
     assert seen >= 26
 
 
+@pytest.mark.parametrize("isa", ["avx2", "avxvnni", "avx512", "avx512vnni"])
+def test_inner_loops_of_the_depthwise_kernels_stay_in_registers(isa: str) -> None:
+    seen = 0
+    for name, instructions in functions(kernel_object(isa, "conv/depthwise.cpp")):
+        for loop in inner_loops(instructions):
+            seen += 1
+            stack = [text for text in loop if "%rsp" in text or "%rbp)" in text]
+            assert not [text for text in stack if "mm" in text], f"{name} spills: {stack}"
+    assert seen >= 7
+
+
 @pytest.mark.parametrize(("isa", "element"), EXPECTED)
 def test_dot_tiles_multiply_with_the_instruction_of_their_isa(isa: str, element: str) -> None:
-    for name, instructions in tiles(dot_object(isa)):
+    for name, instructions in tiles(isa):
         dot, rows, panels = name.split(", ")
         if dot != element:
             continue

@@ -212,11 +212,12 @@ void run_depthwise(const ConvShape& s, const Tensor& input, uint8_t zero_point, 
   d.high = e.activation == Activation::relu6 ? 6.0f : HUGE_VALF;
   d.slots = std::min((s.kh - 1) * s.dh + 1, s.h);
 
-  // Copying bytes costs little beside their products; floats are read where they lie, if by more than a few pixels.
+  // Copying bytes costs little beside their products, unless a stride leaves fewer of these; the rest is read where it
+  // lies, if by more than a few pixels.
   constexpr int64_t kWorthwhile = 16;
   const int64_t room = s.w - 1 - (s.kw - 1) * s.dw + s.left;
   const int64_t low = ceil_div(s.left, s.sw), high = room < 0 ? 0 : std::min(room / s.sw + 1, s.ow);
-  if (element != Element::s8 && s.c % kColumns == 0 && high - low >= kWorthwhile) {
+  if ((element != Element::s8 || (s.sw > 1 && !d.flip)) && s.c % kColumns == 0 && high - low >= kWorthwhile) {
     d.add_piece(0, low, false);
     d.add_piece(low, high, true);
     d.add_piece(high, s.ow, false);
