@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["Exported", "NotExportable", "dynamic_batch_shapes", "example_for_export", "export", "mode"]
+from pykernels._errors import reason
+
+__all__ = ["Exported", "NotExportable", "constant", "dynamic_batch_shapes", "example_for_export", "export", "mode"]
 
 
 class NotExportable(RuntimeError):
@@ -63,7 +65,7 @@ def export(
     with mode(model, training), torch.set_grad_enabled(training and torch.is_grad_enabled()):
         for example, named, shapes in attempts:
             if failure is not None:
-                notes.append(f"the batch size is fixed: export with a dynamic one failed ({_reason(failure)})")
+                notes.append(f"the batch size is fixed: export with a dynamic one failed ({reason(failure)})")
                 failure = None
             for strict in (False, True):
                 try:
@@ -74,7 +76,7 @@ def export(
                     return Exported(program, example, named, shapes is not None, notes)
     assert failure is not None
     raise NotExportable(
-        f"torch.export cannot capture {type(model).__name__} as one graph: {_reason(failure)}\n"
+        f"torch.export cannot capture {type(model).__name__} as one graph: {reason(failure)}\n"
         "pykernels.swap(model) works module by module and needs no graph."
     ) from failure
 
@@ -130,8 +132,11 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = was
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of an export error that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    line = lines[0] if lines else ""
-    return f"{type(error).__name__}: {line[:300]}" if line else type(error).__name__
+def constant(module: fx.GraphModule, node: object) -> torch.Tensor | None:
+    """The tensor behind a ``get_attr`` node, or None when `node` is anything else."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value.detach() if isinstance(value, torch.Tensor) else None

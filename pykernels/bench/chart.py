@@ -53,18 +53,13 @@ def draw(run: Run, path: pathlib.Path) -> pathlib.Path:
 def _bars(timed: Sequence[Result]) -> list[tuple[str, list[Result]]]:
     cases: dict[str, list[Result]] = {}
     for r in timed:
-        cases.setdefault(r.case if r.family in ("network", "gemm") else f"{r.group} {r.case}", []).append(r)
+        cases.setdefault(r.title, []).append(r)
     if len(cases) <= DETAILED:
-        return [(name, sorted(entries, key=_median)) for name, entries in cases.items()]
+        return [(name, sorted(entries, key=lambda r: r.taken)) for name, entries in cases.items()]
     short: dict[str, list[Result]] = {}
     for name, _, ours, rival in pairs(timed):
         short.setdefault(name, []).extend((ours, rival))
-    return [(name, sorted(entries, key=_median)) for name, entries in (short or cases).items()]
-
-
-def _median(r: Result) -> float:
-    assert r.median_ms is not None
-    return r.median_ms
+    return [(name, sorted(entries, key=lambda r: r.taken)) for name, entries in (short or cases).items()]
 
 
 def _draw_bars(axes: Any, bars: list[tuple[str, list[Result]]]) -> None:
@@ -78,8 +73,8 @@ def _draw_bars(axes: Any, bars: list[tuple[str, list[Result]]]) -> None:
         position += 1
         for r in entries:
             color = COLORS[r.precision]
-            axes.barh(position, _median(r), color=color, alpha=1.0 if r.ours else 0.4, edgecolor=color, height=0.8)
-            axes.text(_median(r), position, f" {_median(r):.3g} ms", va="center", fontsize=7)
+            axes.barh(position, r.taken, color=color, alpha=1.0 if r.ours else 0.4, edgecolor=color, height=0.8)
+            axes.text(r.taken, position, f" {r.taken:.3g} ms", va="center", fontsize=7)
             ticks.append(position)
             labels.append(r.label)
             position += 1

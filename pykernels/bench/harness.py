@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pykernels import machine as machines
+from pykernels._errors import reason
 from pykernels.bench import families as shapes
 from pykernels.bench import peaks, rivals, timing
 from pykernels.bench.case import PRECISIONS, Case
@@ -52,6 +53,17 @@ class Result:
     @property
     def label(self) -> str:
         return f"{self.rival} {self.precision}"
+
+    @property
+    def title(self) -> str:
+        """The case among all others: where its shape comes from, unless its name says enough."""
+        return self.case if self.family in ("network", "gemm") else f"{self.group} {self.case}"
+
+    @property
+    def taken(self) -> float:
+        """The median of a result that has one."""
+        assert self.median_ms is not None
+        return self.median_ms
 
 
 @dataclass(frozen=True)
@@ -95,12 +107,12 @@ def measure_case(
                 found[i] = dataclasses.replace(blank[i], reason=str(absent))
                 continue
             except Exception as error:  # whatever a rival stumbles over, the others are still measured
-                found[i] = dataclasses.replace(blank[i], reason=f"failed: {_first_line(error)}")
+                found[i] = dataclasses.replace(blank[i], reason=f"failed: {reason(error)}")
                 continue
             wrong, allowed = case.error(rival.precision, output), case.allowed(rival.precision, output)
-            reason = None if wrong <= allowed else f"wrong answer: error {wrong:.3g}, allowed {allowed:.3g}"
-            found[i] = dataclasses.replace(blank[i], error=wrong, reason=reason)
-            if reason is None:
+            refused = None if wrong <= allowed else f"wrong answer: error {wrong:.3g}, allowed {allowed:.3g}"
+            found[i] = dataclasses.replace(blank[i], error=wrong, reason=refused)
+            if refused is None:
                 ready[i] = run
         if ready:
             tell(f"{case.label}: timing {len(ready)} side by side")
@@ -222,11 +234,6 @@ def _spoil(case: Case) -> None:
     spoilt = [torch.full(oracle.shape, float("nan"), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)] * 2
     spoilt += [torch.full(oracle.shape, 0xA5, dtype=torch.uint8) for _ in range(4)]
     del spoilt
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -58,14 +58,13 @@ def summary(run: Run) -> Table:
     table.add_column("fastest rival")
     table.add_column("ours is", justify="right")
     for title, precision, ours, rival in pairs(run.results):
-        assert ours.median_ms is not None and rival.median_ms is not None
-        ratio = rival.median_ms / ours.median_ms
+        ratio = rival.taken / ours.taken
         style = "green" if ratio >= 1 else "red"
         table.add_row(
             title,
             precision,
-            f"{ours.median_ms:.3f}",
-            f"{rival.median_ms:.3f}",
+            f"{ours.taken:.3f}",
+            f"{rival.taken:.3f}",
             rival.rival,
             f"[{style}]{ratio:.2f}x[/]",
         )
@@ -79,18 +78,13 @@ def pairs(results: Sequence[Result]) -> list[tuple[str, str, Result, Result]]:
         if r.median_ms is not None:
             grouped.setdefault((r.family, r.group, r.case, r.precision), []).append(r)
     found = []
-    for (family, group, case, precision), entries in grouped.items():
+    for entries in grouped.values():
         ours = [r for r in entries if r.ours]
         others = [r for r in entries if not r.ours]
         if ours and others:
-            title = case if family in ("network", "gemm") else f"{group} {case}"
-            found.append((title, precision, min(ours, key=_median), min(others, key=_median)))
+            mine, theirs = (min(some, key=lambda r: r.taken) for some in (ours, others))
+            found.append((mine.title, mine.precision, mine, theirs))
     return found
-
-
-def _median(r: Result) -> float:
-    assert r.median_ms is not None
-    return r.median_ms
 
 
 def machine_table(run: Run) -> Table:

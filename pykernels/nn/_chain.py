@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from pykernels._batch_norm import scale_and_shift
+
 _FLOATS = (torch.float32, torch.bfloat16)
 _PLAIN = (nn.Parameter, torch.Tensor)  # no subclass: what such a weight holds is its own affair
 _ACTIVATED = "_pykernels_activated"  # attribute of a tensor: the shared activation that a head has applied to it
@@ -112,14 +114,9 @@ class Chain:
         if self.norm is None:
             return weight, bias
         assert mean is not None and var is not None
-        scale = torch.rsqrt(var.double() + self.norm.eps)
-        if gamma is not None:
-            scale = scale * gamma.double()
-        shift = -mean.double() * scale
+        scale, shift = scale_and_shift(mean, var, self.norm.eps, gamma, beta)
         if bias is not None:
             shift = shift + bias.double() * scale
-        if beta is not None:
-            shift = shift + beta.double()
         return (weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype), shift.to(weight.dtype)
 
 

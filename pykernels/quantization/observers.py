@@ -132,7 +132,7 @@ class PerChannelMSEObserver(UniformQuantizationObserverBase):
             return x
         self._seen = seen
         rows = x.detach().float().movedim(self.ch_axis, 0).flatten(1)
-        at_once = max(1, IN_CACHE // max(1, rows.shape[1]))
+        at_once = max(1, IN_CACHE // max(1, min(rows.shape[1], WEIGHED)))
         best = torch.cat([self._clipping(some) for some in rows.split(at_once)])
         self.min_val, self.max_val = -best, best
         return x

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
+from pykernels._export import constant
 from pykernels.ops._sizes import spread
 
 from .patterns import CONVOLUTIONS, HEAVY, LINEARS, argument, is_call
-from .transforms import constant_of
 
 quantized = torch.ops.quantized_decomposed
 QUANTIZES = frozenset({quantized.quantize_per_tensor.default})
@@ -36,7 +36,7 @@ MEMORY = 2 << 30  # bytes of activations kept at once, about
 MAX_SAMPLES = 48
 MIN_SAMPLES = 8
 DAMPING = 0.01  # of the mean variance of the inputs, added to each variance
-BLOCK = 32  # weights rounded between two updates of the rest
+BLOCK = 64  # weights rounded between two updates of the rest
 FEW = 4  # with so many times fewer samples than values, samples stand for their covariance
 
 
@@ -48,7 +48,7 @@ def float_weights(model: GraphModule) -> dict[str, torch.Tensor]:
             source = node.args[1]
             while isinstance(source, Node) and source.op == "call_module":  # the weight's observer
                 source = source.args[0]
-            weight = constant_of(model, source)
+            weight = constant(model, source)
             if weight is not None:
                 weights[node.name] = weight.clone()
     return weights
@@ -125,7 +125,7 @@ class _Reconstruction:
         if node.name not in self.weights or not is_call(node.args[1], WEIGHT_DEQUANTIZES):
             return False
         stored = node.args[1].args[0]
-        return constant_of(self.model, stored) is not None and len(stored.users) == 1 and len(node.args[1].users) == 1
+        return constant(self.model, stored) is not None and len(stored.users) == 1 and len(node.args[1].users) == 1
 
     def _compute(self, node: Node, count: int) -> None:
         if node.op == "get_attr":
@@ -147,7 +147,7 @@ class _Reconstruction:
     def _refine(self, node: Node, count: int) -> None:
         """Round the weight of a convolution or linear anew, then correct its bias; computes the node's values."""
         dequantize = node.args[1]
-        weight, scale = self.weights[node.name], constant_of(self.model, dequantize.args[1])
+        weight, scale = self.weights[node.name], constant(self.model, dequantize.args[1])
         rows = _Rows(node, weight, self.inexact[node.args[0]], self.generator)
         rounded = rows.round(weight, scale)
         stored = operator.attrgetter(str(dequantize.args[0].target))(self.model)
@@ -173,7 +173,7 @@ class _Reconstruction:
         return [torch.fx.map_arg(a, lambda n: self.exact[n][batch]) for a in node.args[2:]]
 
     def _add_to_bias(self, node: Node, shift: torch.Tensor) -> None:
-        bias = constant_of(self.model, argument(node, 2, "bias"))
+        bias = constant(self.model, argument(node, 2, "bias"))
         name = f"{node.name}_corrected_bias"
         self.model.register_buffer(name, shift if bias is None else bias + shift)
         with self.model.graph.inserting_before(node):
@@ -212,7 +212,7 @@ def round_with_compensation(weight: torch.Tensor, covariance: torch.Tensor, scal
     wanted, codes = real.clone(), torch.empty_like(real)
     for at in _blocks(size):
         codes[:, at], errors = _round_block(wanted[:, at], real[:, at], influence[:, at, at], step)
-        wanted[:, at.stop :] -= influence[:, at, at.stop :].transpose(1, 2) @ errors
+        wanted[:, at.stop :].baddbmm_(influence[:, at, at.stop :].transpose(1, 2), errors, alpha=-1)
     return _in_place(codes, order)
 
 
@@ -248,10 +248,10 @@ def round_with_few_inputs(
     seen, answer = seen.float(), answer.float()
     disturbance, codes = torch.zeros(groups, rank, rows), torch.empty_like(real)
     for at in _blocks(size):
-        wanted = real[:, at] - answer[:, at] @ disturbance
+        wanted = torch.baddbmm(real[:, at], answer[:, at], disturbance, alpha=-1)
         influence = seen[:, at] @ answer[:, at].transpose(1, 2)
         codes[:, at], errors = _round_block(wanted, real[:, at], influence, step)
-        disturbance += seen[:, at].transpose(1, 2) @ errors
+        disturbance.baddbmm_(seen[:, at].transpose(1, 2), errors)
     return _in_place(codes, order)
 
 

@@ -17,6 +17,8 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
+from pykernels._batch_norm import constant_scale_and_shift
+
 from .patterns import (
     BATCH_NORMS,
     CONVOLUTIONS,
@@ -153,22 +155,11 @@ def batch_norm_to_convolution(model: GraphModule) -> None:
 
 def _batch_norm_affine(model: GraphModule, node: Node, eps_index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Scale and shift of an evaluation-mode batch norm, fp32 [C] each; None when its statistics are not constants."""
-    gamma, beta, mean, variance = (constant_of(model, argument(node, i, "")) for i in range(1, 5))
-    if mean is None or variance is None:
-        return None
+    gamma, beta, mean, variance = (argument(node, i, "") for i in range(1, 5))
     eps = argument(node, eps_index, "eps", 1e-5)
     assert isinstance(eps, float)
-    scale = torch.rsqrt(variance.double() + eps) * (1.0 if gamma is None else gamma.double())
-    shift = -mean.double() * scale + (0.0 if beta is None else beta.double())
-    return scale.float(), shift.float()
-
-
-def constant_of(model: GraphModule, node: object) -> torch.Tensor | None:
-    """The parameter or buffer a ``get_attr`` node reads, detached; None for anything else."""
-    if not isinstance(node, Node) or node.op != "get_attr":
-        return None
-    value = operator.attrgetter(str(node.target))(model)
-    return value.detach() if isinstance(value, torch.Tensor) else None
+    affine = constant_scale_and_shift(model, mean, variance, eps, gamma, beta)
+    return None if affine is None else (affine[0].float(), affine[1].float())
 
 
 def _parameter(model: GraphModule, name: str, value: torch.Tensor) -> Node:

@@ -19,6 +19,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from pykernels._errors import reason
+
 __all__ = ["Adjacency", "adjacency"]
 
 _MOST_VARIANTS = 8
@@ -81,7 +83,7 @@ def _prove(
 ) -> None:
     if _is_torch_leaf(module):
         return
-    calls, reason = _attempt(module, opaque, originals)
+    calls, why = _attempt(module, opaque, originals)
     if calls is None:
         before, known = _copy(found.calls), len(opaque)
         for child in _children(module):
@@ -91,7 +93,7 @@ def _prove(
             calls, _ = _attempt(module, opaque, originals)
         if calls is None:
             opaque.add(id(module))
-            found.opaque[names[id(module)]] = f"{type(originals[id(module)]).__name__}.forward: {reason}"
+            found.opaque[names[id(module)]] = f"{type(originals[id(module)]).__name__}.forward: {why}"
             found.opaque_children.update(id(originals[id(child)]) for child in _children(module))
             return
         found.calls = before
@@ -106,8 +108,7 @@ def _attempt(
     try:
         return _trace(module, opaque, originals), ""
     except Exception as error:  # a forward may fail in any way on a symbol instead of a tensor
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return None, lines[0]
+        return None, reason(error)
 
 
 def _children(module: nn.Module) -> Iterator[nn.Module]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from pykernels._batch_norm import constant_scale_and_shift
 from pykernels.surgery.graph import (
     annotate,
     arguments,
@@ -115,22 +116,8 @@ def _scale_and_shift(module: fx.GraphModule, node: fx.Node) -> tuple[torch.Tenso
     values = arguments(node)
     if values["training"]:
         return None
-    mean, var = constant(module, values["running_mean"]), constant(module, values["running_var"])
-    if mean is None or var is None:
-        return None
-    scale = torch.rsqrt(var.double() + float(values["eps"]))
-    if values["weight"] is not None:
-        gamma = constant(module, values["weight"])
-        if gamma is None:
-            return None
-        scale = scale * gamma.double()
-    shift = -mean.double() * scale
-    if values["bias"] is not None:
-        beta = constant(module, values["bias"])
-        if beta is None:
-            return None
-        shift = shift + beta.double()
-    return scale, shift
+    statistics = values["running_mean"], values["running_var"]
+    return constant_scale_and_shift(module, *statistics, float(values["eps"]), values["weight"], values["bias"])
 
 
 def _fold_into(module: fx.GraphModule, layer: fx.Node, scale: torch.Tensor, shift: torch.Tensor) -> bool:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from pykernels._export import constant
+
 aten = torch.ops.aten
 
 __all__ = [
@@ -97,16 +99,6 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 def argument(node: fx.Node, name: str) -> Any:
     """One argument of an ATen call by its name in the schema."""
     return arguments(node)[name]
-
-
-def constant(module: fx.GraphModule, node: object) -> torch.Tensor | None:
-    """The tensor behind a ``get_attr`` node, or None when `node` is anything else."""
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    value: Any = module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    return value.detach() if isinstance(value, torch.Tensor) else None
 
 
 def set_constant(module: fx.GraphModule, before: fx.Node, value: torch.Tensor, hint: str) -> fx.Node:

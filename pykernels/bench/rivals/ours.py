@@ -13,6 +13,7 @@ from pykernels import _load
 from pykernels.bench.case import Case
 from pykernels.bench.rivals.base import Absent, Rival, Run
 from pykernels.bench.rivals.torch_rivals import module_of
+from pykernels.nn._quantize import quantize_weight
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.GELU: "gelu", nn.SiLU: "silu"}
 
@@ -50,9 +51,7 @@ class Ours(Rival):
         linear, activation = _linear_of(model)
         features = linear.out_features
         if self.precision == "int8":
-            scale = linear.weight.abs().amax(1) / 127
-            weight = torch.clamp(torch.round(linear.weight / scale[:, None]), -127, 127).to(torch.int8)
-            packed = ops.int8_linear_pack(weight, scale, linear.bias)
+            packed = ops.int8_linear_pack(*quantize_weight(linear.weight), linear.bias)
             return lambda: ops.int8_linear(x, packed, features, activation=activation)
         packed = ops.linear_pack(linear.weight, linear.bias)
         return lambda: ops.linear(x, packed, features, activation)
