@@ -36,7 +36,7 @@ MEMORY = 2 << 30  # bytes of activations kept at once, about
 MAX_SAMPLES = 48
 MIN_SAMPLES = 8
 DAMPING = 0.01  # of the mean variance of the inputs, added to each variance
-BLOCK = 64  # weights rounded between two updates of the rest
+BLOCK = 16  # weights rounded between two updates of the rest: their rows fit the cache, and no thread need wait
 FEW = 4  # with so many times fewer samples than values, samples stand for their covariance
 
 
