@@ -141,7 +141,7 @@ def run(
     torch's). tell: gets progress. done: gets each case's results when it is finished.
 
     Raises:
-        ValueError: an unknown family, precision or group, or threads below 1.
+        ValueError: an unknown family, precision or group, nothing measured in these precisions, or threads below 1.
     """
     families, groups, precisions, names = tuple(families), tuple(groups), tuple(precisions), tuple(names)
     for precision in precisions:
@@ -180,9 +180,13 @@ def run(
                 else:
                     fresh = measure_case(case, entrants, ceilings, rounds, seconds, tell=tell)
                     del case
+                if not fresh:  # a case of other precisions only
+                    continue
                 results += fresh
                 done(fresh)
                 torch._dynamo.reset()
+        if not results:
+            raise ValueError(f"precisions: no case of {', '.join(families)} is measured in {', '.join(precisions)}")
         settings = {
             "rounds": rounds,
             "seconds": seconds,

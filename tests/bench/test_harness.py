@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -145,6 +146,21 @@ def test_every_rival_has_its_own_label_and_ours_stand_in_every_family():
 def test_bad_arguments_are_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         harness.run(**arguments)
+
+
+def test_a_case_of_other_precisions_is_passed_over(case, monkeypatch):
+    only_int8 = dataclasses.replace(case, name="bytes", precisions=("int8",))
+    monkeypatch.setattr(
+        harness.shapes, "cases", lambda family, groups: [("bytes", lambda: only_int8), ("floats", lambda: case)]
+    )
+    monkeypatch.setattr(harness.rivals, "everybody", lambda: [Fake("right", lambda c: c.oracle.clone())])
+    monkeypatch.setattr(harness.peaks, "measure", lambda: PEAKS)
+    shown: list[list[harness.Result]] = []
+    run = harness.run(("linear",), precisions=("fp32",), rounds=3, seconds=0.0, done=shown.append)
+    assert [[r.case for r in results] for results in shown] == [[case.name]] == [[r.case for r in run.results]]
+    monkeypatch.setattr(harness.shapes, "cases", lambda family, groups: [("bytes", lambda: only_int8)])
+    with pytest.raises(ValueError, match="precisions"):
+        harness.run(("linear",), precisions=("fp32",))
 
 
 def test_peaks_are_measured_on_the_isa_in_force(isa):
