@@ -19,7 +19,7 @@ import pytest
 from pykernels import _host
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOT = re.compile(r"vpdpbusd|vpmaddwd|vfmadd")
+DOT = re.compile(r"vpdpbusd|v?pmaddwd|vfmadd|\bmulps")
 EXPECTED = {
     ("avx2", "DotS8"): r"vpmaddwd .*%ymm",
     ("avx2", "DotF32"): r"vfmadd\d+ps .*%ymm",
@@ -111,3 +111,19 @@ def test_dot_tiles_multiply_with_the_instruction_of_their_isa(isa: str, element:
         registers = registers or (1 if isa.startswith("avx512") else 2)
         assert len(products) == int(rows) * int(panels) * registers, f"{name}: {products}"
         assert all(re.match(EXPECTED[isa, element], text) for text in products), f"{name}: {products}"
+
+
+PEAKS = EXPECTED | {("scalar", "DotS8"): r"pmaddwd .*%xmm", ("scalar", "DotF32"): r"mulps .*%xmm"}
+
+
+@pytest.mark.parametrize(("isa", "element"), PEAKS)
+def test_the_measured_peak_is_of_multiplications_done_in_every_step(isa: str, element: str) -> None:
+    name = {"DotS8": "int8(long)", "DotF32": "fp32(long)"}[element]
+    (instructions,) = (
+        body for title, body in functions(kernel_object(isa, "peak/kernels.cpp")) if title.endswith(name)
+    )
+    (loop,) = inner_loops(instructions)
+    products = [text for text in loop if re.match(PEAKS[isa, element], text)]
+    assert len(products) == (24 if isa.startswith("avx512") else 12)
+    if isa != "scalar":  # SSE2 has two operands: it must copy one
+        assert not [text for text in loop if text.startswith("vmov")]

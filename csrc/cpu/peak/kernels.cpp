@@ -30,9 +30,8 @@ __attribute__((noinline)) double fp32(int64_t steps) {
   for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 32
     for (auto& c : acc) {
-      __m128 product = _mm_mul_ps(a, b);
-      KEEP(product);
-      c = _mm_add_ps(c, product);
+      KEEP(a);  // or the compiler would multiply once
+      c = _mm_add_ps(c, _mm_mul_ps(a, b));
     }
   }
 #pragma GCC unroll 32
@@ -47,9 +46,8 @@ __attribute__((noinline)) double int8(int64_t steps) {
   for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 32
     for (auto& c : acc) {
-      __m128i product = _mm_madd_epi16(a, b);
-      KEEP(product);
-      c = _mm_add_epi32(c, product);
+      KEEP(a);
+      c = _mm_add_epi32(c, _mm_madd_epi16(a, b));
     }
   }
 #pragma GCC unroll 32
@@ -79,26 +77,25 @@ __attribute__((noinline)) double fp32(int64_t steps) {
   return double(steps) * kChains * kLanes * 2;
 }
 
-// One step of the isa's exact integer dot product, and the multiplies in it.
+// One step of the isa's exact integer dot product, and the multiplies in it. Where the product does not depend on the
+// sum, an operand is kept opaque: the compiler would multiply once.
 #if defined(PYKERNELS_ISA_AVX512VNNI)
 constexpr int kProducts = 64;
-PK_INLINE i32 dot(i32 c, i32 a, i32 b) { return _mm512_dpbusd_epi32(c, a, b); }
+PK_INLINE i32 dot(i32 c, i32& a, i32 b) { return _mm512_dpbusd_epi32(c, a, b); }
 #elif defined(PYKERNELS_ISA_AVX512)
 constexpr int kProducts = 32;
-PK_INLINE i32 dot(i32 c, i32 a, i32 b) {
-  i32 product = _mm512_madd_epi16(a, b);
-  KEEP_WIDE(product);
-  return _mm512_add_epi32(c, product);
+PK_INLINE i32 dot(i32 c, i32& a, i32 b) {
+  KEEP_WIDE(a);
+  return _mm512_add_epi32(c, _mm512_madd_epi16(a, b));
 }
 #elif defined(PYKERNELS_ISA_AVXVNNI)
 constexpr int kProducts = 32;
-PK_INLINE i32 dot(i32 c, i32 a, i32 b) { return _mm256_dpbusd_avx_epi32(c, a, b); }
+PK_INLINE i32 dot(i32 c, i32& a, i32 b) { return _mm256_dpbusd_avx_epi32(c, a, b); }
 #else
 constexpr int kProducts = 16;
-PK_INLINE i32 dot(i32 c, i32 a, i32 b) {
-  i32 product = _mm256_madd_epi16(a, b);
-  KEEP_WIDE(product);
-  return _mm256_add_epi32(c, product);
+PK_INLINE i32 dot(i32 c, i32& a, i32 b) {
+  KEEP_WIDE(a);
+  return _mm256_add_epi32(c, _mm256_madd_epi16(a, b));
 }
 #endif
 
