@@ -1,12 +1,17 @@
 #include "cpu/tile/driver.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 namespace pykernels {
 namespace {
 
-// Bytes of A that a block of tiles may hold: a part of a small L2, the rest is for the weights.
-constexpr int64_t kBlockBytesOfA = 128 << 10;
+// Bytes of A that a block of tiles may hold: half of L2, the rest is for the weights, which each block reads anew.
+int64_t block_bytes() {
+  static const int64_t bytes = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE) / 2, 128 << 10, 1 << 20);
+  return bytes;
+}
 constexpr int64_t kMaxBlock = 16;
 // Rows of one panel group that wait for one call of the epilogue; they stay in L1.
 constexpr int64_t kMaxRun = 128 * kColumns;
@@ -150,7 +155,7 @@ TilePlan plan_tiles(TileProblem& p, int64_t threads) {
     }
   }
   plan.tasks = plan.tile_splits * plan.panel_splits;
-  plan.block = std::clamp<int64_t>(kBlockBytesOfA / std::max<int64_t>(tile_bytes, 1), 1,
+  plan.block = std::clamp<int64_t>(block_bytes() / std::max<int64_t>(tile_bytes, 1), 1,
                                    std::min(kMaxBlock, ceil_div(plan.tiles, plan.tile_splits)));
   plan_views(p, plan);
 
