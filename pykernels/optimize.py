@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -92,7 +93,15 @@ class Optimized(nn.Module):
             "out_spec": pytree.treespec_dumps(self._out_spec),
             "report": self._report.to_json(),
         }
-        torch.export.save(program, path, extra_files={_EXTRA: json.dumps(extra)})
+        # A file object: torch wants names to end in .pt2. Under another name at first: a failure leaves what was there.
+        partial = f"{os.fspath(path)}.partial"
+        try:
+            with open(partial, "wb") as file:
+                torch.export.save(program, file, extra_files={_EXTRA: json.dumps(extra)})
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(partial)
 
 
 def optimize(
@@ -204,6 +213,7 @@ def _read(path: str, extra: dict[str, Any]) -> torch.export.ExportedProgram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            return torch.export.load(path, extra_files=extra)
+            with open(path, "rb") as file:
+                return torch.export.load(file, extra_files=extra)
         except Exception as error:  # torch's reader checks little: a foreign archive fails wherever it first differs
             raise ValueError(f"torch.export cannot read it: {type(error).__name__}: {error}") from error

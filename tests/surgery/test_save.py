@@ -44,6 +44,28 @@ def test_a_loaded_network_can_be_saved_again(saved, tmp_path) -> None:
     assert torch.equal(pk.load(tmp_path / "again.pk")(x), fast(x))
 
 
+def test_any_name_will_do_without_a_word_from_torch(tmp_path, caplog) -> None:
+    fast = pk.optimize(lively(Mixed(), 3, 12, 12), torch.randn(2, 3, 12, 12))
+    with caplog.at_level("WARNING"):
+        fast.save(tmp_path / "net.pk")
+        pk.load(tmp_path / "net.pk")
+    assert not [record for record in caplog.records if "pt2" in record.getMessage()]
+
+
+def test_a_save_that_fails_leaves_what_was_there(saved, tmp_path, monkeypatch) -> None:
+    path, fast = tmp_path / "net.pk", saved[1]
+    path.write_bytes(b"the network of yesterday")
+
+    def full(program, file, **_) -> None:
+        file.write(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch.export, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        fast.save(path)
+    assert path.read_bytes() == b"the network of yesterday" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_truncated_altered_or_foreign_file_is_refused(saved, tmp_path) -> None:
     path, _ = saved
     data, bad = path.read_bytes(), tmp_path / "bad.pk"
