@@ -101,7 +101,7 @@ void pack_channels(const PackedHeader& h, const void* weight, const float* scale
     if (h.kind == PackKind::dot && taps == 1) {  // whole words, as every linear has them
       const int64_t bytes = h.k * es;
       for (int64_t w = 0; w < bytes / 4; ++w) std::memcpy(panel + w * kBlockBytes, row + 4 * w, 4);
-      std::memcpy(panel + bytes / 4 * kBlockBytes, row + bytes / 4 * 4, bytes % 4);
+      if (bytes % 4) std::memcpy(panel + bytes / 4 * kBlockBytes, row + bytes / 4 * 4, bytes % 4);
     } else {
       switch (es) {
         case 1: scatter<uint8_t>(h, taps, words, row, panel); break;

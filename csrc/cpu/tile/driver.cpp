@@ -66,7 +66,7 @@ void stage_line(const TileProblem& p, const uint8_t* image, int64_t y, int64_t x
   const int64_t first = inside ? std::clamp<int64_t>(-x, 0, count) : count;
   const int64_t last = inside ? std::clamp<int64_t>(p.width - x, first, count) : count;
   blank(0, first);
-  if (last > first)
+  if (last > first && words > 0)
     p.dot->stage(image + y * p.row_stride + (x + first) * p.pixel, (last - first) * words, p.flip, to + first * bytes);
   blank(last, count);
 }
