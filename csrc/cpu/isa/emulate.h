@@ -239,12 +239,6 @@ PK_EMULATE __m512i _mm512_cvtepi8_epi32(__m128i a) {
 PK_EMULATE __m512i _mm512_cvtepu16_epi32(__m256i a) {
   return join(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1)));
 }
-PK_EMULATE __m512i _mm512_cvtepu8_epi16(__m256i a) {
-  return join(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(a)), _mm256_cvtepu8_epi16(_mm256_extracti128_si256(a, 1)));
-}
-PK_EMULATE __m512i _mm512_cvtepi8_epi16(__m256i a) {
-  return join(_mm256_cvtepi8_epi16(_mm256_castsi256_si128(a)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(a, 1)));
-}
 PK_ELEMENTWISE __m256i _mm512_cvtepi32_epi16(__m512i a) {  // truncates
   const auto e = Elements<uint32_t, __m512i>::of(a);
   Elements<uint16_t, __m256i> out;
@@ -272,13 +266,6 @@ PK_ELEMENTWISE __m512i _mm512_permutexvar_epi64(__m512i index, __m512i a) {
   const auto i = Elements<uint64_t, __m512i>::of(index), x = Elements<uint64_t, __m512i>::of(a);
   Elements<uint64_t, __m512i> out;
   for (int k = 0; k < 8; ++k) out.at[k] = x.at[i.at[k] & 7];
-  return out.vector();
-}
-PK_ELEMENTWISE __m512i _mm512_permutex2var_epi32(__m512i a, __m512i index, __m512i b) {
-  const auto i = Elements<uint32_t, __m512i>::of(index), x = Elements<uint32_t, __m512i>::of(a),
-             y = Elements<uint32_t, __m512i>::of(b);
-  Elements<uint32_t, __m512i> out;
-  for (int k = 0; k < 16; ++k) out.at[k] = (i.at[k] & 16 ? y : x).at[i.at[k] & 15];
   return out.vector();
 }
 
