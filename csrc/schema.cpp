@@ -78,4 +78,15 @@ STABLE_TORCH_LIBRARY(pykernels, m) {
       "qcat(Tensor[] xs, float[] scales, int[] zero_points, int dim, float out_scale, int out_zero_point, "
       "ScalarType out_dtype) -> Tensor");
   m.def("qlookup(Tensor x, Tensor table) -> Tensor");
+
+  // compress: results are written into arguments
+  m.def(
+      "compress_encode(Tensor x, Tensor(a!)? residual, Tensor(b!) payload, Tensor segments, str codec, int block, "
+      "bool stochastic=False, int seed=0) -> ()");
+  m.def(
+      "compress_decode(Tensor payloads, Tensor(a!) out, Tensor segments, str codec, int block, float factor=1.0) "
+      "-> ()");
+  m.def(
+      "compress_reduce(Tensor payloads, Tensor(a!)? residual, Tensor(b!) payload, Tensor segments, str codec, "
+      "int block, float factor, bool stochastic=False, int seed=0) -> ()");
 }

@@ -112,6 +112,50 @@ def _(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return _like(x, table.dtype)
 
 
+# ---- compress: results are written into arguments ----
+
+
+@fake("compress_encode")
+def _(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    payload: torch.Tensor,
+    segments: torch.Tensor,
+    codec: str,
+    block: int,
+    stochastic: bool = False,
+    seed: int = 0,
+) -> None:
+    return None
+
+
+@fake("compress_decode")
+def _(
+    payloads: torch.Tensor,
+    out: torch.Tensor,
+    segments: torch.Tensor,
+    codec: str,
+    block: int,
+    factor: float = 1.0,
+) -> None:
+    return None
+
+
+@fake("compress_reduce")
+def _(
+    payloads: torch.Tensor,
+    residual: torch.Tensor | None,
+    payload: torch.Tensor,
+    segments: torch.Tensor,
+    codec: str,
+    block: int,
+    factor: float,
+    stochastic: bool = False,
+    seed: int = 0,
+) -> None:
+    return None
+
+
 # ---- linear: leading dimensions are kept, the result is contiguous ----
 
 

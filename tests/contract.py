@@ -26,6 +26,7 @@ class Sample:
         rest: the arguments that are no tensors, by name.
         batched: tensor arguments whose first dimension is the batch.
         label: what is particular about this call.
+        mutated: tensor arguments that the op writes into.
     """
 
     op: str
@@ -33,6 +34,7 @@ class Sample:
     rest: dict[str, Any]
     batched: tuple[str, ...] = ("x",)
     label: str = ""
+    mutated: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -40,11 +42,13 @@ class Sample:
         return f"{self.op} {self.label}".strip()
 
     def call(self, **tensors: torch.Tensor) -> Any:
-        """Run the op."""
+        """Run the op. One without outputs writes into copies of its mutated arguments, which are returned."""
         gathered: dict[str, Any] = dict(tensors)
+        gathered |= {name: tensors[name].clone() for name in self.mutated}
         if self.op == "qcat":
             gathered = {"xs": [tensors["a"], tensors["b"]]}
-        return getattr(ops, self.op)(**gathered, **self.rest)
+        outputs = getattr(ops, self.op)(**gathered, **self.rest)
+        return [gathered[name] for name in self.mutated] if self.mutated else outputs
 
 
 def images(n: int, c: int = 8, h: int = 9, w: int = 7) -> torch.Tensor:
@@ -75,9 +79,15 @@ def samples() -> list[Sample]:
     found: list[Sample] = []
 
     def add(
-        op: str, make: Callable[[int], dict[str, torch.Tensor]], label: str = "", *, batched=("x",), **rest: Any
+        op: str,
+        make: Callable[[int], dict[str, torch.Tensor]],
+        label: str = "",
+        *,
+        batched=("x",),
+        mutated=(),
+        **rest: Any,
     ) -> None:
-        found.append(Sample(op, make, rest, tuple(batched), label))
+        found.append(Sample(op, make, rest, tuple(batched), label, tuple(mutated)))
 
     weight, bias = torch.randn(16, 8, 3, 3) * 0.2, torch.randn(16)
     matrix, row = torch.randn(5, 12) * 0.3, torch.randn(5)
@@ -179,4 +189,24 @@ def samples() -> list[Sample]:
     add("dequantize_per_block",
         lambda n: {"x": bytes_(torch.randn(n, 32), torch.int8), "scale": torch.rand(n * 2) + 0.1},
         batched=["x", "scale"], block_size=16, dtype=torch.float32)  # fmt: skip
+
+    # compress: 40 elements an image, of which two runs are sent
+    segments = torch.tensor([[0, 70, 0], [81, 20, 3 * 36]])
+    sent = torch.zeros(4 * 36, dtype=torch.uint8)
+    ops.compress_encode(torch.randn(101), None, sent, segments, "int8", 32)
+    add("compress_encode",
+        lambda n: {"x": torch.randn(n, 40), "residual": torch.randn(n, 40), "payload": torch.zeros_like(sent),
+                   "segments": segments},
+        batched=["x", "residual"], mutated=["residual", "payload"], codec="int8", block=32, stochastic=True,
+        seed=5)  # fmt: skip
+    add("compress_encode",
+        lambda n: {"x": torch.randn(n, 40).bfloat16(), "payload": torch.zeros_like(sent), "segments": segments},
+        "no residual", mutated=["payload"], residual=None, codec="int4", block=32)  # fmt: skip
+    add("compress_decode",
+        lambda n: {"payloads": sent[None].repeat(2, 1), "out": torch.randn(n, 40), "segments": segments},
+        batched=["out"], mutated=["out"], codec="int8", block=32, factor=0.5)  # fmt: skip
+    add("compress_reduce",
+        lambda n: {"payloads": sent.repeat(n, 1), "residual": torch.randn(101), "payload": torch.zeros_like(sent),
+                   "segments": segments},
+        batched=["payloads"], mutated=["residual", "payload"], codec="int8", block=32, factor=0.25)  # fmt: skip
     return found

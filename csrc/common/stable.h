@@ -44,7 +44,8 @@ inline int64_t element_size(ScalarType t) {
   switch (t) {
     case ScalarType::Byte:
     case ScalarType::Char: return 1;
-    case ScalarType::BFloat16: return 2;
+    case ScalarType::BFloat16:
+    case ScalarType::Half: return 2;
     case ScalarType::Long: return 8;
     default: return 4;
   }

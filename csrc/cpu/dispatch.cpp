@@ -1,6 +1,7 @@
 // The one place that chooses among the builds of the kernels.
 #include <atomic>
 
+#include "cpu/compress/kernels.h"
 #include "cpu/conv/kernels.h"
 #include "cpu/isa/isa.h"
 #include "cpu/peak/kernels.h"
@@ -25,6 +26,7 @@ std::atomic<int>& choice() {
 Isa current_isa() { return static_cast<Isa>(choice().load(std::memory_order_relaxed)); }
 void set_isa(Isa isa) { choice() = static_cast<int>(isa); }
 
+PYKERNELS_DISPATCH(CompressKernels, compress_kernels)
 PYKERNELS_DISPATCH(DepthwiseKernels, depthwise_kernels)
 PYKERNELS_DISPATCH(DotKernels, dot_kernels)
 PYKERNELS_DISPATCH(EpilogueKernels, epilogue_kernels)

@@ -109,7 +109,7 @@ def _encode_records(
         most = torch.finfo(dtype).max
         codes = torch.where(v.isfinite(), v.clamp(-most, most), v).to(dtype).float()
         codes = torch.where(v.isfinite(), codes.clamp(-most, most), v)  # rounding may have reached infinity
-        return _bytes(torch.where(v.isnan(), torch.nan, codes).to(dtype))
+        return _bytes(codes.to(dtype).masked_fill(v.isnan(), torch.nan))  # NaNs convert to various ones
     bad = ~v.isfinite().all(1, keepdim=True)
     v = torch.where(bad, 0.0, v)
     top = v.abs().amax(1, keepdim=True)
@@ -132,7 +132,7 @@ def _encode_records(
     else:
         if stochastic:
             low = t.floor()
-            q = low + (_uniform(first, *v.shape, seed) < t - low).float()
+            q = low + (_uniform(first, v.shape[0], v.shape[1], seed) < t - low).float()
         else:
             q = t.round()
         q = q.clamp(-LEVELS[codec], LEVELS[codec]).to(torch.int32)

@@ -9,12 +9,14 @@ namespace {
 
 PK_INLINE f32 get(const float* p, int n) { return load(p, n); }
 PK_INLINE f32 get(const bfloat16* p, int n) { return load(p, n); }
+PK_INLINE f32 get(const float16* p, int n) { return load(p, n); }
 PK_INLINE i32 get(const int32_t* p, int n) { return load_i32(p, n); }
 PK_INLINE i32 get(const uint8_t* p, int n) { return load_i32(p, n); }
 PK_INLINE i32 get(const int8_t* p, int n) { return load_i32(p, n); }
 PK_INLINE u8 get(const byte* p, int n) { return load_u8(p, n); }
 PK_INLINE void put(float* p, f32 v, int n) { store(p, v, n); }
 PK_INLINE void put(bfloat16* p, f32 v, int n) { store(p, v, n); }
+PK_INLINE void put(float16* p, f32 v, int n) { store(p, v, n); }
 PK_INLINE void put(int32_t* p, i32 v, int n) { store_i32(p, v, n); }
 PK_INLINE void put(uint8_t* p, i32 v, int n) { store_i32(p, v, n); }
 PK_INLINE void put(int8_t* p, i32 v, int n) { store_i32(p, v, n); }

@@ -23,6 +23,7 @@ struct byte {  // a lane of the u8 vectors
   X(max_f32, float, float, max(x, y), exact)                                              \
   X(fma_f32, float, float, fma(x, y, y), fma)                                             \
   X(round_f32, float, float, round(x), number)                                            \
+  X(floor_f32, float, float, floor(x), number)                                            \
   X(abs_f32, float, float, abs(x), exact)                                                 \
   X(sqrt_f32, float, float, sqrt(x), number)                                              \
   X(max_or_zero, float, float, max_or_zero(x, y), exact)                                  \
@@ -32,6 +33,8 @@ struct byte {  // a lane of the u8 vectors
   X(set1_f32, float, float, set1(0.1f), exact)                                            \
   X(from_bf16, bfloat16, float, x, exact)                                                 \
   X(to_bf16, float, bfloat16, x, exact)                                                   \
+  X(from_f16, float16, float, x, exact)                                                   \
+  X(to_f16, float, float16, x, exact)                                                     \
   X(copy_i32, int32_t, int32_t, x, exact)                                                 \
   X(add_i32, int32_t, int32_t, add(x, y), exact)                                          \
   X(sub_i32, int32_t, int32_t, sub(x, y), exact)                                          \
@@ -39,6 +42,11 @@ struct byte {  // a lane of the u8 vectors
   X(min_i32, int32_t, int32_t, min(x, y), exact)                                          \
   X(max_i32, int32_t, int32_t, max(x, y), exact)                                          \
   X(shift_left, int32_t, int32_t, shift_left<23>(x), exact)                               \
+  X(shift_right, int32_t, int32_t, shift_right<15>(x), exact)                             \
+  X(shift_right_signed, int32_t, int32_t, shift_right_signed<28>(x), exact)               \
+  X(bit_and, int32_t, int32_t, bit_and(x, y), exact)                                      \
+  X(bit_or, int32_t, int32_t, bit_or(x, y), exact)                                        \
+  X(bit_xor, int32_t, int32_t, bit_xor(x, y), exact)                                      \
   X(set1_i32, int32_t, int32_t, set1_i32(-7), exact)                                      \
   X(to_f32, int32_t, float, to_f32(x), exact)                                             \
   X(to_i32, float, int32_t, to_i32(x), exact)                                             \

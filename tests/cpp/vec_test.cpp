@@ -17,6 +17,9 @@ namespace pykernels {
 struct bfloat16 {
   uint16_t bits;
 };
+struct float16 {
+  uint16_t bits;
+};
 
 namespace {
 
@@ -46,11 +49,21 @@ std::vector<T> awkward();
 
 template <>
 std::vector<float> awkward() {
-  std::vector<float> v = {
-      0.0f,   0.5f,   1.0f,          1.5f,        2.5f,        3.5f,          0.49999997f,   0.625f, 3.0f,
-      6.0f,   7.3f,   87.0f,         88.0f,       89.0f,       126.5f,        127.5f,        128.5f, 254.5f,
-      255.5f, 256.0f, 8388607.5f,    8388608.0f,  16777217.0f, 2147483520.0f, 2147483648.0f, 4e9f,   1.17549435e-38f,
-      1e-40f, 1e-45f, 3.4028235e38f, 1.00390625f, 1.01171875f, INFINITY};
+  std::vector<float> v = {0.0f,          0.5f,          1.0f,
+                          1.5f,          2.5f,          3.5f,
+                          0.49999997f,   0.625f,        3.0f,
+                          6.0f,          7.3f,          87.0f,
+                          88.0f,         89.0f,         126.5f,
+                          127.5f,        128.5f,        254.5f,
+                          255.5f,        256.0f,        8388607.5f,
+                          8388608.0f,    16777217.0f,   2147483520.0f,
+                          2147483648.0f, 4e9f,          1.17549435e-38f,
+                          1e-40f,        1e-45f,        3.4028235e38f,
+                          1.00390625f,   1.01171875f,   INFINITY,
+                          65503.9f,      65504.0f,      65519.996f,
+                          65520.0f,      1.0004883f,    1.0014648f,
+                          6.1035156e-5f, 6.0976e-5f,    5.9604645e-8f,
+                          2.9802322e-8f, 2.9802326e-8f, 8.940697e-8f};
   const size_t half = v.size();
   for (size_t i = 0; i < half; ++i) v.push_back(-v[i]);
   for (const uint32_t bits :
@@ -77,6 +90,10 @@ std::vector<T> all_patterns() {
 template <>
 std::vector<bfloat16> awkward() {
   return all_patterns<bfloat16>();
+}
+template <>
+std::vector<float16> awkward() {
+  return all_patterns<float16>();
 }
 template <>
 std::vector<uint8_t> awkward() {

@@ -18,24 +18,32 @@ PK_INLINE __m256i lane_mask(int n) {
 
 PK_INLINE f32 load(const float* p) { return _mm256_loadu_ps(p); }
 PK_INLINE f32 load(const float* p, int n) { return n == 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, lane_mask(n)); }
-PK_INLINE f32 load(const bfloat16* p, int n = 8) {
-  __m128i half;
-  if (n == 8) {
-    half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  } else {
-    alignas(16) uint16_t buffer[8] = {};
-    std::memcpy(buffer, p, 2 * n);
-    half = _mm_load_si128(reinterpret_cast<const __m128i*>(buffer));
-  }
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+PK_INLINE __m128i load_words8(const void* p, int n) {
+  if (n == 8) return _mm_loadu_si128(static_cast<const __m128i*>(p));
+  alignas(16) uint16_t buffer[8] = {};
+  std::memcpy(buffer, p, 2 * n);
+  return _mm_load_si128(reinterpret_cast<const __m128i*>(buffer));
 }
+PK_INLINE void store_words8(void* p, __m128i v, int n) {
+  if (n == 8) {
+    _mm_storeu_si128(static_cast<__m128i*>(p), v);
+    return;
+  }
+  alignas(16) uint16_t buffer[8];
+  _mm_store_si128(reinterpret_cast<__m128i*>(buffer), v);
+  std::memcpy(p, buffer, 2 * n);
+}
+PK_INLINE f32 load(const bfloat16* p, int n = 8) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_words8(p, n)), 16));
+}
+PK_INLINE f32 load(const float16* p, int n = 8) { return _mm256_cvtph_ps(load_words8(p, n)); }
 PK_INLINE void store(float* p, f32 v, int n = 8) {
   if (n == 8)
     _mm256_storeu_ps(p, v);
   else
     _mm256_maskstore_ps(p, lane_mask(n), v);
 }
-PK_INLINE void store(bfloat16* p, f32 v, int n = 8) {
+PK_INLINE __m128i narrow(bfloat16*, f32 v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded =
@@ -43,15 +51,18 @@ PK_INLINE void store(bfloat16* p, f32 v, int n = 8) {
   const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
   const __m256i wide = _mm256_blendv_epi8(rounded, quiet, nan);
-  const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-  if (n == 8) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
-  } else {
-    alignas(16) uint16_t buffer[8];
-    _mm_store_si128(reinterpret_cast<__m128i*>(buffer), half);
-    std::memcpy(p, buffer, 2 * n);
-  }
+  return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
 }
+PK_INLINE __m128i narrow(float16*, f32 v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+PK_INLINE void store(bfloat16* p, f32 v, int n = 8) { store_words8(p, narrow(p, v), n); }
+PK_INLINE void store(float16* p, f32 v, int n = 8) { store_words8(p, narrow(p, v), n); }
+PK_INLINE void stream(float* p, f32 v) { _mm256_stream_ps(p, v); }
+template <class T>
+PK_INLINE void stream(T* p, f32 v) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(p, v));
+}
+PK_INLINE void fence() { _mm_sfence(); }
+PK_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 PK_INLINE f32 set1(float v) { return _mm256_set1_ps(v); }
 PK_INLINE f32 add(f32 a, f32 b) { return _mm256_add_ps(a, b); }
 PK_INLINE f32 sub(f32 a, f32 b) { return _mm256_sub_ps(a, b); }
@@ -61,6 +72,7 @@ PK_INLINE f32 min(f32 a, f32 b) { return _mm256_min_ps(a, b); }
 PK_INLINE f32 max(f32 a, f32 b) { return _mm256_max_ps(a, b); }
 PK_INLINE f32 fma(f32 a, f32 b, f32 c) { return _mm256_fmadd_ps(a, b, c); }
 PK_INLINE f32 round(f32 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+PK_INLINE f32 floor(f32 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 PK_INLINE f32 abs(f32 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 PK_INLINE f32 sqrt(f32 a) { return _mm256_sqrt_ps(a); }
 PK_INLINE f32 max_or_zero(f32 a, f32 b) { return _mm256_and_ps(_mm256_max_ps(a, b), _mm256_cmp_ps(a, a, _CMP_ORD_Q)); }
@@ -150,6 +162,18 @@ template <int k>
 PK_INLINE i32 shift_left(i32 a) {
   return _mm256_slli_epi32(a, k);
 }
+template <int k>
+PK_INLINE i32 shift_right(i32 a) {
+  return _mm256_srli_epi32(a, k);
+}
+template <int k>
+PK_INLINE i32 shift_right_signed(i32 a) {
+  return _mm256_srai_epi32(a, k);
+}
+PK_INLINE i32 bit_and(i32 a, i32 b) { return _mm256_and_si256(a, b); }
+PK_INLINE i32 bit_or(i32 a, i32 b) { return _mm256_or_si256(a, b); }
+PK_INLINE i32 bit_xor(i32 a, i32 b) { return _mm256_xor_si256(a, b); }
+PK_INLINE i32 lane_index() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 PK_INLINE f32 cast_f32(i32 a) { return _mm256_castsi256_ps(a); }
 PK_INLINE i32 cast_i32(f32 a) { return _mm256_castps_si256(a); }
 

@@ -17,30 +17,44 @@ PK_INLINE __mmask64 byte_mask(int n) { return n == 64 ? ~__mmask64{0} : (__mmask
 PK_INLINE f32 load(const float* p, int n = 16) {
   return n == 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(lane_mask(n), p);
 }
-PK_INLINE f32 load(const bfloat16* p, int n = 16) {
-  const __m256i half =
-      n == 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(lane_mask(n), p);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+PK_INLINE __m256i load_words16(const void* p, int n) {
+  return n == 16 ? _mm256_loadu_si256(static_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(lane_mask(n), p);
 }
+PK_INLINE void store_words16(void* p, __m256i v, int n) {
+  if (n == 16)
+    _mm256_storeu_si256(static_cast<__m256i*>(p), v);
+  else
+    _mm256_mask_storeu_epi16(p, lane_mask(n), v);
+}
+PK_INLINE f32 load(const bfloat16* p, int n = 16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_words16(p, n)), 16));
+}
+PK_INLINE f32 load(const float16* p, int n = 16) { return _mm512_cvtph_ps(load_words16(p, n)); }
 PK_INLINE void store(float* p, f32 v, int n = 16) {
   if (n == 16)
     _mm512_storeu_ps(p, v);
   else
     _mm512_mask_storeu_ps(p, lane_mask(n), v);
 }
-PK_INLINE void store(bfloat16* p, f32 v, int n = 16) {
+PK_INLINE __m256i narrow(bfloat16*, f32 v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded =
       _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  const __m256i half = _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, quiet));
-  if (n == 16)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
-  else
-    _mm256_mask_storeu_epi16(p, lane_mask(n), half);
+  return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, quiet));
 }
+PK_INLINE __m256i narrow(float16*, f32 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+PK_INLINE void store(bfloat16* p, f32 v, int n = 16) { store_words16(p, narrow(p, v), n); }
+PK_INLINE void store(float16* p, f32 v, int n = 16) { store_words16(p, narrow(p, v), n); }
+PK_INLINE void stream(float* p, f32 v) { _mm512_stream_ps(p, v); }
+template <class T>
+PK_INLINE void stream(T* p, f32 v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p, v));
+}
+PK_INLINE void fence() { _mm_sfence(); }
+PK_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 PK_INLINE f32 set1(float v) { return _mm512_set1_ps(v); }
 PK_INLINE f32 add(f32 a, f32 b) { return _mm512_add_ps(a, b); }
 PK_INLINE f32 sub(f32 a, f32 b) { return _mm512_sub_ps(a, b); }
@@ -50,6 +64,7 @@ PK_INLINE f32 min(f32 a, f32 b) { return _mm512_min_ps(a, b); }
 PK_INLINE f32 max(f32 a, f32 b) { return _mm512_max_ps(a, b); }
 PK_INLINE f32 fma(f32 a, f32 b, f32 c) { return _mm512_fmadd_ps(a, b, c); }
 PK_INLINE f32 round(f32 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+PK_INLINE f32 floor(f32 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 PK_INLINE f32 abs(f32 a) { return _mm512_abs_ps(a); }
 PK_INLINE f32 sqrt(f32 a) { return _mm512_sqrt_ps(a); }
 PK_INLINE f32 max_or_zero(f32 a, f32 b) { return _mm512_maskz_max_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a, b); }
@@ -128,6 +143,18 @@ template <int k>
 PK_INLINE i32 shift_left(i32 a) {
   return _mm512_slli_epi32(a, k);
 }
+template <int k>
+PK_INLINE i32 shift_right(i32 a) {
+  return _mm512_srli_epi32(a, k);
+}
+template <int k>
+PK_INLINE i32 shift_right_signed(i32 a) {
+  return _mm512_srai_epi32(a, k);
+}
+PK_INLINE i32 bit_and(i32 a, i32 b) { return _mm512_and_si512(a, b); }
+PK_INLINE i32 bit_or(i32 a, i32 b) { return _mm512_or_si512(a, b); }
+PK_INLINE i32 bit_xor(i32 a, i32 b) { return _mm512_xor_si512(a, b); }
+PK_INLINE i32 lane_index() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 PK_INLINE f32 cast_f32(i32 a) { return _mm512_castsi512_ps(a); }
 PK_INLINE i32 cast_i32(f32 a) { return _mm512_castps_si512(a); }
 

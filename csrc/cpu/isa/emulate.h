@@ -134,11 +134,24 @@ PK_EMULATE __m512 _mm512_abs_ps(__m512 a) {
 PK_EMULATE __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
   return join(_mm256_fmadd_ps(half(a, 0), half(b, 0), half(c, 0)), _mm256_fmadd_ps(half(a, 1), half(b, 1), half(c, 1)));
 }
-// Bits 7:4 of the control are the number of fraction bits to keep; the kernels keep none, and round to nearest even.
-PK_EMULATE __m512 _mm512_roundscale_ps(__m512 a, int) {
-  constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  return join(_mm256_round_ps(half(a, 0), kMode), _mm256_round_ps(half(a, 1), kMode));
+// Bits 7:4 of the control are the number of fraction bits to keep; the kernels keep none, and round to nearest even or
+// down.
+PK_EMULATE __m512 _mm512_roundscale_ps(__m512 a, int control) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  if (control == kDown) return join(_mm256_round_ps(half(a, 0), kDown), _mm256_round_ps(half(a, 1), kDown));
+  return join(_mm256_round_ps(half(a, 0), kNearest), _mm256_round_ps(half(a, 1), kNearest));
 }
+PK_EMULATE __m512 _mm512_cvtph_ps(__m256i a) {
+  return join(_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1)));
+}
+// The control is the rounding, always to nearest even.
+PK_EMULATE __m256i _mm512_cvtps_ph(__m512 a, int) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm256_cvtps_ph(half(a, 0), kNearest)),
+                                 _mm256_cvtps_ph(half(a, 1), kNearest), 1);
+}
+PK_EMULATE void _mm512_stream_ps(void* p, __m512 v) { std::memcpy(p, &v, 64); }
 PK_EMULATE __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
   return emulated_mask<float, __mmask16>(a, b, [predicate](float x, float y) {
     switch (predicate) {

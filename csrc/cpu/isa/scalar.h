@@ -22,6 +22,40 @@ PK_INLINE void store(bfloat16* p, f32 v, int = 1) {
   std::memcpy(&bits, &v, 4);
   p->bits = v != v ? uint16_t((bits >> 16) | 0x40) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+PK_INLINE f32 load(const float16* p, int = 1) {
+  const uint32_t sign = uint32_t{p->bits & 0x8000u} << 16, exponent = (p->bits >> 10) & 31, fraction = p->bits & 0x3ff;
+  uint32_t bits = (exponent + 112) << 23 | fraction << 13;
+  if (exponent == 31) bits = 0x7f800000 | fraction << 13 | (fraction ? 0x400000 : 0);  // a NaN becomes a quiet one
+  if (exponent == 0) {
+    const f32 small = float(fraction) * 0x1p-24f;
+    std::memcpy(&bits, &small, 4);
+  }
+  bits |= sign;
+  f32 v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+PK_INLINE void store(float16* p, f32 v, int = 1) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000)
+    half = 0x7e00 | ((magnitude >> 13) & 0x3ff);
+  else if (magnitude >= 0x477ff000)  // 65520 rounds to infinity
+    half = 0x7c00;
+  else if (magnitude < 0x38800000)  // below 2^-14 there are whole steps of 2^-24
+    half = uint32_t(_mm_cvtss_si32(_mm_set_ss(__builtin_fabsf(v) * 0x1p24f)));
+  else
+    half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  p->bits = uint16_t(half | (bits >> 16 & 0x8000));
+}
+template <class T>
+PK_INLINE void stream(T* p, f32 v) {
+  store(p, v);
+}
+PK_INLINE void fence() {}
+PK_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 PK_INLINE f32 set1(float v) { return v; }
 PK_INLINE f32 add(f32 a, f32 b) { return a + b; }
 PK_INLINE f32 sub(f32 a, f32 b) { return a - b; }
@@ -31,6 +65,7 @@ PK_INLINE f32 min(f32 a, f32 b) { return a < b ? a : b; }
 PK_INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }
 PK_INLINE f32 fma(f32 a, f32 b, f32 c) { return a * b + c; }
 PK_INLINE f32 round(f32 a) { return __builtin_rintf(a); }
+PK_INLINE f32 floor(f32 a) { return __builtin_floorf(a); }
 PK_INLINE f32 abs(f32 a) { return __builtin_fabsf(a); }
 PK_INLINE f32 sqrt(f32 a) { return __builtin_sqrtf(a); }
 PK_INLINE f32 max_or_zero(f32 a, f32 b) { return a == a ? max(a, b) : 0.0f; }
@@ -69,6 +104,18 @@ template <int k>
 PK_INLINE i32 shift_left(i32 a) {
   return int32_t(uint32_t(a) << k);
 }
+template <int k>
+PK_INLINE i32 shift_right(i32 a) {
+  return int32_t(uint32_t(a) >> k);
+}
+template <int k>
+PK_INLINE i32 shift_right_signed(i32 a) {
+  return a >> k;
+}
+PK_INLINE i32 bit_and(i32 a, i32 b) { return a & b; }
+PK_INLINE i32 bit_or(i32 a, i32 b) { return a | b; }
+PK_INLINE i32 bit_xor(i32 a, i32 b) { return a ^ b; }
+PK_INLINE i32 lane_index() { return 0; }
 PK_INLINE f32 cast_f32(i32 a) {
   f32 v;
   std::memcpy(&v, &a, 4);

@@ -5,9 +5,11 @@
 //
 // Types: f32 and i32 hold kLanes 32-bit lanes; u8 holds kBytes bytes. `n` is a number of valid elements, 1..kLanes
 // (or kBytes): loads leave zero in the rest and never touch memory past n; stores write n elements.
-//   f32  load(const float*, n)  load(const bfloat16*, n)  store(float*, f32, n)  store(bfloat16*, f32, n)   (bf16: half
-//   to even)
-//        set1(float)  add sub mul div min max  fma(a,b,c)=a*b+c  round (half to even)  abs  sqrt
+//   f32  load(const float*|bfloat16*|float16*, n)  store(float*|bfloat16*|float16*, f32, n) (half to even)
+//        stream(float*|bfloat16*|float16*, f32): a whole vector past the caches; the address is a multiple of the bytes
+//        stored, and fence() makes such stores visible to other threads. prefetch(const void*): the line of an address
+//        set1(float)  add sub mul div min max  fma(a,b,c)=a*b+c  round (half to even)  floor  abs
+//        sqrt
 //        min(a,b)/max(a,b) yield b when a or b is NaN: max(zero, x) keeps the NaN of x.
 //        max_or_zero(a, b) = 0 where a is NaN, else max(a, b)
 //        select_lt(a, b, x, y) = a < b ? x : y, lane by lane
@@ -18,7 +20,8 @@
 //        v[0] .. v[16 / kLanes - 1], which must fit, as 16 bytes
 //        set1_i32  add sub mul min max  to_f32(i32)  to_i32(f32) (half to even; the caller clamps first)
 //        sum_lanes(f32|i32), by halves: lane i + lane i + kLanes/2 first
-//        shift_left<k>  cast_f32/cast_i32 (the same bits)
+//        shift_left<k>  shift_right<k> (zeros come in)  shift_right_signed<k>  bit_and  bit_or  bit_xor
+//        lane_index(): 0, 1, .. kLanes - 1   cast_f32/cast_i32 (the same bits)
 //   u8   load_u8(const void*, n)  store_u8(void*, u8, n)  max_u8  min_u8  max_s8  min_s8  set1_u8  xor_u8
 //        byte_table(const uint8_t[256]) -> ByteTable   lookup(ByteTable, u8 index)
 #pragma once
@@ -32,8 +35,11 @@
 
 namespace pykernels {
 
-// Storage of a bf16; arithmetic happens in fp32.
+// Storage of a bf16 or an fp16; arithmetic happens in fp32.
 struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
   uint16_t bits;
 };
 

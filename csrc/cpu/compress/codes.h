@@ -1,0 +1,194 @@
+// The codes of one record, once per isa: fp32 values to codes and their errors, and codes to values.
+#pragma once
+
+#include "cpu/compress/kernels.h"
+#include "cpu/isa/loops.h"
+
+namespace pykernels::PYKERNELS_ISA_NS {
+
+constexpr float kInfinite = __builtin_huge_valf();
+
+template <Codec codec>
+constexpr int kBits = kCodeBits[static_cast<int>(codec)];
+// The greatest code, and what the maximum of a record is divided by (for int2, if it is rounded stochastically).
+template <Codec codec>
+constexpr float kLevel = codec == Codec::int8   ? 127.0f
+                         : codec == Codec::int4 ? 7.0f
+                         : codec == Codec::fp8  ? 448.0f
+                                                : 1.0f;
+
+// ---- stochastic rounding: uniform numbers that depend on a record's key and the place in the record ----
+
+// The 32-bit mixer lowbias32 (C. Wellons, "Prospecting for hash functions").
+PK_INLINE uint32_t mix(uint32_t h) {
+  h = (h ^ h >> 16) * 0x7feb352du;
+  h = (h ^ h >> 15) * 0x846ca68bu;
+  return h ^ h >> 16;
+}
+PK_INLINE i32 mix(i32 h) {
+  h = mul(bit_xor(h, shift_right<16>(h)), set1_i32(0x7feb352d));
+  h = mul(bit_xor(h, shift_right<15>(h)), set1_i32(static_cast<int32_t>(0x846ca68bu)));
+  return bit_xor(h, shift_right<16>(h));
+}
+PK_INLINE uint32_t key_of(uint64_t position, uint64_t seed) {
+  const uint32_t h = mix(static_cast<uint32_t>(position) ^ mix(static_cast<uint32_t>(position >> 32)));
+  return mix(static_cast<uint32_t>(seed) ^ mix(static_cast<uint32_t>(seed >> 32) ^ h));
+}
+PK_INLINE f32 uniform(uint32_t key, int64_t place) {
+  const i32 places = add(set1_i32(static_cast<int32_t>(place)), lane_index());
+  const i32 h =
+      mix(bit_xor(set1_i32(static_cast<int32_t>(key)), mul(places, set1_i32(static_cast<int32_t>(0x9e3779b9u)))));
+  return mul(to_f32(shift_right<8>(h)), set1(0x1p-24f));
+}
+
+// ---- fp8 e4m3fn: 4 bits of exponent (bias 7), 3 of fraction; no infinity, 0x7f is NaN ----
+
+PK_INLINE i32 select_lt(f32 a, f32 b, i32 x, i32 y) { return cast_i32(select_lt(a, b, cast_f32(x), cast_f32(y))); }
+
+// Half to even; |t| <= 448. Below 2^-6 there are whole steps of 2^-9.
+PK_INLINE i32 to_e4m3(f32 t) {
+  const f32 magnitude = abs(t);
+  const i32 bits = cast_i32(magnitude);
+  const i32 odd = bit_and(shift_right<20>(bits), set1_i32(1));
+  const i32 normal = shift_right<20>(add(bits, add(odd, set1_i32(0x7ffff - (120 << 23)))));
+  const i32 code = select_lt(magnitude, set1(0x1p-6f), to_i32(mul(magnitude, set1(512.0f))), normal);
+  return bit_or(code, bit_and(shift_right<24>(cast_i32(t)), set1_i32(0x80)));
+}
+PK_INLINE f32 from_e4m3(i32 code) {
+  const i32 magnitude = bit_and(code, set1_i32(0x7f));
+  const f32 number = to_f32(magnitude);
+  const f32 normal = cast_f32(add(shift_left<20>(magnitude), set1_i32(120 << 23)));
+  f32 v = select_lt(number, set1(8.0f), mul(number, set1(0x1p-9f)), normal);
+  v = select_lt(number, set1(126.5f), v, set1(__builtin_nanf("")));
+  return cast_f32(bit_or(cast_i32(v), shift_left<24>(bit_and(code, set1_i32(0x80)))));
+}
+
+// ---- encode ----
+
+struct Encoding {
+  const float* v;
+  float* error;  // v - decoded(v) goes here; may be v
+  int64_t plane;
+  f32 scale, inverse;
+  uint32_t key;
+};
+
+template <Codec codec, bool kStochastic>
+PK_INLINE i32 code_of(f32 t, const Encoding& e, int64_t i) {
+  if constexpr (codec == Codec::fp8) {
+    return to_e4m3(min(set1(448.0f), max(set1(-448.0f), t)));
+  } else {
+    if constexpr (kStochastic) {
+      const f32 low = floor(t);
+      t = add(low, select_lt(uniform(e.key, i), sub(t, low), set1(1.0f), set1(0.0f)));
+    }
+    return to_i32(min(set1(kLevel<codec>), max(set1(-kLevel<codec>), t)));
+  }
+}
+
+// The code of the vector at place i, in the lowest bits; its error is written.
+template <Codec codec, bool kStochastic, bool kError>
+PK_INLINE i32 encode_vector(const Encoding& e, int64_t i, int n) {
+  const f32 v = load(e.v + i, n);
+  i32 code;
+  f32 decoded;
+  if constexpr (codec == Codec::onebit) {
+    code = select_lt(v, set1(0.0f), set1_i32(1), set1_i32(0));
+    decoded = cast_f32(bit_xor(cast_i32(e.scale), shift_left<31>(code)));
+  } else {
+    code = code_of<codec, kStochastic>(mul(v, e.inverse), e, i);
+    decoded = mul(codec == Codec::fp8 ? from_e4m3(code) : to_f32(code), e.scale);
+    if constexpr (kBits<codec> < 8) code = bit_and(code, set1_i32((1 << kBits<codec>)-1));
+  }
+  if constexpr (kError) store(e.error + i, sub(v, decoded), n);
+  return code;
+}
+
+// The byte j of all planes from the p-th on.
+template <Codec codec, bool kStochastic, bool kError, int p = 0>
+PK_INLINE i32 encode_planes(const Encoding& e, int64_t j, int n) {
+  const i32 code = shift_left<p * kBits<codec>>(encode_vector<codec, kStochastic, kError>(e, j + p * e.plane, n));
+  if constexpr ((p + 1) * kBits<codec> < 8)
+    return bit_or(code, encode_planes<codec, kStochastic, kError, p + 1>(e, j, n));
+  else
+    return code;
+}
+
+template <Codec codec, bool kStochastic, bool kError>
+__attribute__((noinline)) static void encode_codes(const Encoding& e, uint8_t* codes) {
+  const auto bytes = [&](int64_t j, int n) PK_LAMBDA { return encode_planes<codec, kStochastic, kError>(e, j, n); };
+  if constexpr (codec == Codec::int8)
+    each_byte(reinterpret_cast<int8_t*>(codes), e.plane, bytes);
+  else
+    each_byte(codes, e.plane, bytes);
+}
+
+// ---- decode ----
+
+template <Codec codec, int p>
+PK_INLINE f32 decode_vector(i32 bytes, f32 scale) {
+  constexpr int kAbove = 32 - (p + 1) * kBits<codec>;  // bits above the code
+  if constexpr (codec == Codec::onebit)
+    return cast_f32(bit_xor(cast_i32(scale), bit_and(shift_left<kAbove>(bytes), set1_i32(INT32_MIN))));
+  else if constexpr (codec == Codec::fp8)
+    return mul(from_e4m3(bytes), scale);
+  else if constexpr (codec == Codec::int8)
+    return mul(to_f32(bytes), scale);
+  else
+    return mul(to_f32(shift_right_signed<32 - kBits<codec>>(shift_left<kAbove>(bytes))), scale);
+}
+
+template <Codec codec, bool kAdd, int p = 0>
+PK_INLINE void decode_planes(i32 bytes, f32 scale, float* sum, int64_t plane, int n) {
+  f32 d = decode_vector<codec, p>(bytes, scale);
+  if constexpr (kAdd) d = add(load(sum, n), d);
+  store(sum, d, n);
+  if constexpr ((p + 1) * kBits<codec> < 8) decode_planes<codec, kAdd, p + 1>(bytes, scale, sum + plane, plane, n);
+}
+
+// sum[i] (+)= the value of code i.
+template <Codec codec, bool kAdd>
+__attribute__((noinline)) static void decode_codes(const uint8_t* codes, float scale, int64_t block, float* sum) {
+  const int64_t plane = block * kBits<codec> / 8;
+  const auto at = [&](int64_t j, int n) PK_LAMBDA {
+    i32 bytes;
+    if constexpr (codec == Codec::int8)
+      bytes = load_i32(reinterpret_cast<const int8_t*>(codes) + j, n);
+    else
+      bytes = load_i32(codes + j, n);
+    decode_planes<codec, kAdd>(bytes, set1(scale), sum + j, plane, n);
+  };
+  int64_t j = 0;
+  for (; j + kLanes <= plane; j += kLanes) at(j, kLanes);
+  if (j < plane) at(j, static_cast<int>(plane - j));
+}
+
+// ---- bf16, fp16, fp32: the code is the number ----
+
+// Numbers beyond the dtype become its greatest, infinities stay, NaNs become the positive quiet one.
+PK_INLINE f32 bounded(f32 v, float greatest) {
+  const f32 infinite = set1(kInfinite);
+  v = select_lt(abs(v), infinite, min(set1(greatest), max(set1(-greatest), v)), v);
+  return select_over(v, infinite, set1(__builtin_nanf("")), v);
+}
+PK_INLINE float greatest_of(const float*) { return 3.4028234663852886e38f; }
+PK_INLINE float greatest_of(const bfloat16*) { return 3.3895313892515355e38f; }
+PK_INLINE float greatest_of(const float16*) { return 65504.0f; }
+
+template <bool kError, class T>
+__attribute__((noinline)) static void encode_numbers(const float* v, float* error, int64_t block, T* codes) {
+  for (int64_t i = 0; i < block; i += kLanes) {
+    const f32 x = load(v + i);
+    store(codes + i, bounded(x, greatest_of(codes)));
+    if (kError) store(error + i, sub(x, load(codes + i)));
+  }
+}
+template <bool kAdd, class T>
+__attribute__((noinline)) static void decode_numbers(const T* codes, int64_t block, float* sum) {
+  for (int64_t i = 0; i < block; i += kLanes) {
+    const f32 d = load(codes + i);
+    store(sum + i, kAdd ? add(load(sum + i), d) : d);
+  }
+}
+
+}  // namespace pykernels::PYKERNELS_ISA_NS

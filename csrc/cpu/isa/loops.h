@@ -1,0 +1,29 @@
+// How a run of elements is cut into vectors, once per isa.
+#pragma once
+
+#include "cpu/isa/vec.h"
+
+namespace pykernels::PYKERNELS_ISA_NS {
+
+#define PK_LAMBDA __attribute__((always_inline))
+
+PK_INLINE int lanes_left(int64_t left) { return left < kLanes ? static_cast<int>(left) : kLanes; }
+
+// q[i] = f(i, number of lanes) for runs of kLanes elements, the last one shorter.
+template <class Q, class F>
+PK_INLINE void each_byte(Q* q, int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    store4(q + i, f(i, kLanes), f(i + kLanes, kLanes), f(i + 2 * kLanes, kLanes), f(i + 3 * kLanes, kLanes));
+  for (; i + kLanes <= n; i += kLanes) store_i32(q + i, f(i, kLanes));
+  if (i < n) store_i32(q + i, f(i, lanes_left(n - i)), lanes_left(n - i));
+}
+
+template <class X, class F>
+PK_INLINE void each_real(X* x, int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(x + i, f(i, kLanes));
+  if (i < n) store(x + i, f(i, lanes_left(n - i)), lanes_left(n - i));
+}
+
+}  // namespace pykernels::PYKERNELS_ISA_NS
