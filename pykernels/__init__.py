@@ -8,6 +8,7 @@ from pykernels import _load as _load
 
 from pykernels import _fake as _fake  # isort: skip  (needs the library)
 from pykernels import _autograd as _autograd  # isort: skip
+from pykernels import _cuda as _cuda  # isort: skip
 from pykernels.optimize import Optimized, load, optimize  # isort: skip
 from pykernels.surgery.swap import swap  # isort: skip
 

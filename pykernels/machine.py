@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import pykernels
-from pykernels import _load
+from pykernels import _cuda, _load
 
 __all__ = ["Machine", "OpSupport", "machine", "op_support"]
 
@@ -89,22 +89,25 @@ def machine() -> Machine:
         isa_reason=reason,
         build=dict(host.build()) if host else {},
         cpu_error=_load.CPU_ERROR,
-        cuda_error=None if _load.library_path("pykernels_cuda") else "no CUDA kernels in this build",
+        cuda_error=_cuda.error(),
     )
 
 
 def op_support() -> list[OpSupport]:
-    """Every public op, by name, as the dispatcher knows it. Empty without the CPU library."""
+    """Every public op, by name, as the dispatcher knows it. Empty without the CPU library.
+
+    An op whose CUDA implementation could not run here, since Triton is missing, counts as having none.
+    """
     if _load.CPU_ERROR is not None:
         return []
-    dispatcher = torch._C
+    dispatcher, cuda = torch._C, _cuda.error() is None
     names = {name.split(".")[0] for name in dispatcher._dispatch_get_all_op_names() if name.startswith("pykernels::")}
 
     def has(name: str, key: str) -> bool:
         return bool(dispatcher._dispatch_has_kernel_for_dispatch_key(name, key))
 
     return [
-        OpSupport(name.removeprefix("pykernels::"), has(name, "CPU"), has(name, "CUDA"), has(name, "Autograd"))
+        OpSupport(name.removeprefix("pykernels::"), has(name, "CPU"), cuda and has(name, "CUDA"), has(name, "Autograd"))
         for name in sorted(names)
         if not name.startswith("pykernels::_")
     ]

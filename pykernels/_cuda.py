@@ -1,0 +1,49 @@
+"""The CUDA implementations of ops, which are Triton kernels: registered here, but imported at their first call."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+
+import torch
+
+from pykernels import _load
+from pykernels._errors import reason
+
+__all__ = ["KERNELS", "error", "implementation"]
+
+INSTALL = "pip install 'pykernels[gpu]'"
+# Which file of pykernels/triton has the op's launcher.
+KERNELS = {
+    "compress_encode": "compress",
+    "compress_decode": "compress",
+    "compress_reduce": "compress",
+}
+
+
+def error() -> str | None:
+    """Why there are no CUDA ops here, or None."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if importlib.util.find_spec("triton") is None:
+        return f"Triton is not installed: {INSTALL}"
+    return None
+
+
+def implementation(op: str) -> Callable[..., None]:
+    """A function that calls the launcher of `op`; without Triton it says what to install."""
+
+    def call(*args: object, **kwargs: object) -> None:
+        try:
+            module = importlib.import_module(f"pykernels.triton.{KERNELS[op]}")
+        except ImportError as failure:
+            raise RuntimeError(f"pykernels: {op} on CUDA needs Triton ({reason(failure)}): {INSTALL}") from failure
+        getattr(module, op)(*args, **kwargs)
+
+    return call
+
+
+if _load.CPU_ERROR is None and torch.version.cuda is not None:
+    for _op in KERNELS:
+        torch.library.impl(f"pykernels::{_op}", "cuda", implementation(_op))

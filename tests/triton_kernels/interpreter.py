@@ -1,0 +1,64 @@
+"""Runs launchers of pykernels.triton on CPU tensors in Triton's interpreter.
+
+Whether a kernel is interpreted is settled when Triton is imported, for the whole process; so this happens in one of its
+own, and the environment of the other tests stays as it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+
+def begin() -> None:
+    """In the process that interprets."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+
+
+def _run(call: bytes) -> bytes:
+    function, arguments = pickle.loads(call)
+    return pickle.dumps(function(*arguments))
+
+
+def _launch(module: str, name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    getattr(importlib.import_module(f"pykernels.triton.{module}"), name)(*arguments)
+    return arguments
+
+
+class Interpreter:
+    """Calls launchers in a process that interprets."""
+
+    def __init__(self) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=begin)
+
+    def apply(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function of this file returns there. Copies travel: of tensors, ordinary pickles."""
+        return pickle.loads(self._pool.submit(_run, pickle.dumps((function, arguments))).result(timeout=600))
+
+    def __call__(self, module: str, name: str, *arguments: Any) -> tuple[Any, ...]:
+        """The arguments as `pykernels.triton.<module>.<name>` leaves them; the caller's own are not touched."""
+        left: tuple[Any, ...] = self.apply(_launch, module, name, arguments)
+        return left
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+def encode_by_changing_segments(x: torch.Tensor, tables: list[torch.Tensor], size: int) -> list[torch.Tensor]:
+    """There: payloads of the same segments tensor, overwritten with each of the tables."""
+    from pykernels.triton.compress import compress_encode
+
+    segments, payloads = tables[0].clone(), []
+    for table in tables:
+        segments.copy_(table)
+        payloads.append(torch.zeros(size, dtype=torch.uint8))
+        compress_encode(x, None, payloads[-1], segments, "int8", 32)
+    return payloads
