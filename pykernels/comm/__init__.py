@@ -1,0 +1,57 @@
+"""Gradients over slow links: compression codecs with error feedback as hooks of DistributedDataParallel."""
+
+from pykernels.comm.dense import (
+    Bf16State,
+    DenseState,
+    Fp8State,
+    Fp16State,
+    Int2State,
+    Int4State,
+    Int8State,
+    OneBitState,
+)
+from pykernels.comm.hooks import (
+    bf16_hook,
+    fp8_hook,
+    fp16_hook,
+    int2_hook,
+    int4_hook,
+    int8_hook,
+    onebit_hook,
+    powersgd_hook,
+    two_level_hook,
+)
+from pykernels.comm.powersgd import PowerSGDState
+from pykernels.comm.register import HOOKS, Handle, register
+from pykernels.comm.state import CommState, compress_all, one_dimensional
+from pykernels.comm.stats import Stats
+from pykernels.comm.two_level import TwoLevelState
+
+__all__ = [
+    "HOOKS",
+    "Bf16State",
+    "CommState",
+    "DenseState",
+    "Fp8State",
+    "Fp16State",
+    "Handle",
+    "Int2State",
+    "Int4State",
+    "Int8State",
+    "OneBitState",
+    "PowerSGDState",
+    "Stats",
+    "TwoLevelState",
+    "bf16_hook",
+    "compress_all",
+    "fp8_hook",
+    "fp16_hook",
+    "int2_hook",
+    "int4_hook",
+    "int8_hook",
+    "one_dimensional",
+    "onebit_hook",
+    "powersgd_hook",
+    "register",
+    "two_level_hook",
+]

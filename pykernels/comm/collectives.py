@@ -1,0 +1,30 @@
+"""The collectives that hooks launch, all asynchronous, on flat tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+_all_to_all: Any = dist.all_to_all_single
+
+
+def all_to_all(output: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Part r of `source` goes to rank r, part r of `output` comes from rank r; all parts are equally long."""
+    work: dist.Work = _all_to_all(output, source, group=group, async_op=True)
+    return work
+
+
+def all_gather(output: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """`output` becomes the sources of all ranks, one after another."""
+    work: dist.Work = _gather(output, source, group=group, async_op=True)
+    return work
+
+
+def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """`tensor` becomes the sum over the ranks."""
+    work = dist.all_reduce(tensor, group=group, async_op=True)
+    assert work is not None
+    return work

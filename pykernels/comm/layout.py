@@ -1,0 +1,137 @@
+"""How a bucket of gradients lies on the wire: which records go to which rank.
+
+A bucket is one flat tensor. Each of its parameters begins a new record, so no block holds two parameters. The records
+of all parameters, in order, are cut into one *shard* a rank, equally many records each (the last ones padded).
+Parameters that are not compressed travel in a second section of the same message as plain fp32 records, so that a
+bucket costs two collectives whatever it holds::
+
+    payload = [shard of rank 0][shard of rank 1] ...      what is sent, and what all ranks have in the end
+    shard   = [records of the codec][fp32 records][check]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pykernels.ops.compress import record_bytes
+
+RAW_BLOCK = 32  # fp32 records of 128 bytes: padding costs little where parameters are small
+
+
+@dataclass(frozen=True)
+class Run:
+    """Elements of one parameter, one after another in the bucket.
+
+    Attributes:
+        key: the parameter's name.
+        first: position of its first element in the bucket.
+        numel: how many elements.
+        exempt: travels as fp32, not through the codec.
+    """
+
+    key: str
+    first: int
+    numel: int
+    exempt: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements of one parameter that one rank owns: `numel` from `offset` in the parameter, at `first` in its shard's
+    residual."""
+
+    key: str
+    offset: int
+    numel: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Section:
+    """The records of one codec.
+
+    Attributes:
+        codec, block: what a record is.
+        segments: int64 [S, 3], (position in the bucket, elements, byte in the payload).
+        shard_segments: the same for this rank's shard, (position in its residual, elements, byte in the shard).
+        shard_numel: elements of a shard, padding included.
+        pieces: what this rank owns.
+    """
+
+    codec: str
+    block: int
+    segments: torch.Tensor
+    shard_segments: torch.Tensor
+    shard_numel: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sections of a bucket; `shard_bytes` is what one rank sends to another, `numel` the bucket's elements."""
+
+    sections: tuple[Section, ...]
+    numel: int
+    world: int
+    shard_bytes: int
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.world * self.shard_bytes
+
+
+def _align(size: int) -> int:
+    return -(-size // 16) * 16
+
+
+def _section(runs: Sequence[Run], codec: str, block: int, world: int, rank: int, begin: int, stride: int) -> Section:
+    size = record_bytes(codec, block)
+    shard_records = _shard_records(runs, block, world)
+    segments, owned, pieces = [], [], []
+    record = 0
+    for run in runs:
+        done = 0
+        while done < run.numel:
+            shard, place = divmod(record, shard_records)
+            numel = min(run.numel - done, (shard_records - place) * block)
+            segments.append((run.first + done, numel, shard * stride + begin + place * size))
+            if shard == rank:
+                owned.append((place * block, numel, begin + place * size))
+                pieces.append(Piece(run.key, done, numel, place * block))
+            done += numel
+            record += -(-numel // block)
+    return Section(codec, block, _table(segments), _table(owned), shard_records * block, tuple(pieces))
+
+
+def _table(rows: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+
+
+def _shard_records(runs: Iterable[Run], block: int, world: int) -> int:
+    return -(-sum(-(-run.numel // block) for run in runs) // world)
+
+
+def lay_out(runs: Sequence[Run], codec: str, block: int, world: int, rank: int, trailer: int = 0) -> Layout:
+    """The layout of a bucket for `rank` of `world`; each shard ends with `trailer` bytes for a check."""
+    numel = max((run.first + run.numel for run in runs), default=0)
+    kinds = [
+        (chosen, kind, size)
+        for chosen, kind, size in (
+            ([run for run in runs if not run.exempt], codec, block),
+            ([run for run in runs if run.exempt], "fp32", RAW_BLOCK),
+        )
+        if chosen
+    ]
+    begins, end = [], 0
+    for chosen, kind, size in kinds:
+        begins.append(end)
+        end = _align(end + _shard_records(chosen, size, world) * record_bytes(kind, size))
+    stride = end + _align(trailer)
+    sections = tuple(
+        _section(chosen, kind, size, world, rank, begin, stride)
+        for (chosen, kind, size), begin in zip(kinds, begins, strict=True)
+    )
+    return Layout(sections, numel, world, stride)

@@ -1,0 +1,220 @@
+"""What every hook's state has: the process groups, the buckets seen, the parameters' names, statistics, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import GradBucket
+
+from pykernels.comm.feedback import ErrorFeedback
+from pykernels.comm.lanes import Lanes
+from pykernels.comm.layout import Run
+from pykernels.comm.stats import Meter, Stats
+
+NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
+Exempt = Callable[[str, torch.Tensor], bool]
+FORMAT = 1  # of state_dict
+
+
+def one_dimensional(name: str, parameter: torch.Tensor) -> bool:
+    """Biases and the parameters of norms: few bytes, and other magnitudes than matrices have."""
+    return parameter.dim() <= 1
+
+
+def compress_all(name: str, parameter: torch.Tensor) -> bool:
+    """Leave no parameter out."""
+    return False
+
+
+class CommState(ABC):
+    """State of a DDP communication hook.
+
+    Args:
+        process_group: the ranks that average their gradients; the default group if None.
+        named_parameters: of the model, in any order, so that residuals have stable names in checkpoints and messages.
+            Without it parameters are named by bucket and place, and ``state_dict`` refuses.
+        exempt: ``exempt(name, parameter)`` says what travels as fp32; parameters of one dimension unless given.
+        grad_scaler: of automatic mixed precision; residuals are rescaled when its scale changes.
+
+    All ranks must construct their states at the same point of the program: process groups are made here.
+    """
+
+    codec: ClassVar[str]
+    lanes: ClassVar[int] = 2
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        named_parameters: NamedParameters | None = None,
+        *,
+        exempt: Exempt = one_dimensional,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        group = process_group if process_group is not None else dist.group.WORLD
+        if group is None:
+            raise RuntimeError("pykernels: torch.distributed is not initialized: call init_process_group first")
+        self.group = group
+        self.world = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        ranks = dist.get_process_group_ranks(group)
+        # The second collective of a bucket has a group of its own: its order is that of another thread.
+        self.gather_group = dist.new_group(ranks, use_local_synchronization=True) if self.world > 1 else group
+        self._names: dict[torch.Tensor, str] | None = None
+        if named_parameters is not None:
+            self._names = {parameter: name for name, parameter in named_parameters}
+        self._exempt = exempt
+        self._grad_scaler = grad_scaler
+        self._grad_scale: float | None = None
+        self._lanes = Lanes(self.lanes)
+        self._meter = Meter()
+        self.feedback = ErrorFeedback()
+        self.step = -1
+
+    # ---- a bucket ----
+
+    def __call__(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """Average a bucket over the ranks: what the hook does."""
+        if bucket.index() == 0:
+            self._begin_step()
+        if self.world == 1:
+            future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+        return self.average(bucket)
+
+    @abstractmethod
+    def average(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """Average a bucket over two or more ranks."""
+
+    def _begin_step(self) -> None:
+        self.step += 1
+        self._meter.total.steps += 1
+        if self.step:
+            self.feedback.has_history = True
+        if self._grad_scaler is not None and self._grad_scaler.is_enabled():
+            scale = self._grad_scaler.get_scale()
+            if self._grad_scale is not None and scale != self._grad_scale:
+                self.rescale(scale / self._grad_scale)
+            self._grad_scale = scale
+
+    def rescale(self, factor: float) -> None:
+        """Multiply what is kept of earlier gradients: from now on they are scaled otherwise."""
+        self.feedback.scale(factor)
+
+    def runs(self, bucket: GradBucket) -> list[Run]:
+        """The parameters of a bucket, where their gradients lie in it."""
+        buffer = bucket.buffer()
+        if buffer.layout != torch.strided:
+            raise ValueError(f"pykernels: sparse gradients (bucket {bucket.index()}) are not supported by this hook")
+        found = []
+        for place, (parameter, gradient) in enumerate(zip(bucket.parameters(), bucket.gradients(), strict=True)):
+            name = f"bucket {bucket.index()}, parameter {place}"
+            if self._names is not None:
+                if parameter not in self._names:
+                    raise ValueError(
+                        f"pykernels: named_parameters lacks a parameter of shape {list(parameter.shape)} that has a "
+                        f"gradient in {name}"
+                    )
+                name = self._names[parameter]
+            first = gradient.storage_offset() - buffer.storage_offset()
+            found.append(Run(name, int(first), gradient.numel(), self._exempt(name, parameter)))
+        return found
+
+    def agree(self, what: str, mine: Sequence[object], vote: bool = False) -> bool:
+        """Whether any rank votes yes. Raises on every rank, by name, if `mine` is not the same on all.
+
+        The step becomes the latest of any rank: one that joins a resumed job counts with the others. Collective and
+        slow: for new buckets only.
+        """
+        answers: list[Any] = [None] * self.world
+        dist.all_gather_object(answers, (list(mine), vote, self.step), group=self.group)
+        everyone = [items for items, _, _ in answers]
+        self.step = max(step for _, _, step in answers)
+        for rank, theirs in enumerate(everyone):
+            for place in range(max(len(theirs), len(everyone[0]))):
+                one = everyone[0][place] if place < len(everyone[0]) else "nothing"
+                other = theirs[place] if place < len(theirs) else "nothing"
+                if one != other:
+                    raise RuntimeError(
+                        f"pykernels: {what} differs between ranks: rank 0 has {one}, rank {rank} has {other}. All "
+                        "ranks must build the same model, with the same hook and options, and the same DDP bucket sizes"
+                    )
+        return any(yes for _, yes, _ in answers)
+
+    # ---- for the user ----
+
+    def stats(self) -> Stats:
+        """Bytes, times and residual norms since the beginning. Waits for nothing: call it between steps."""
+        total = self._meter.total
+        return dataclasses.replace(total, seconds=dict(total.seconds), residual_norms=self.feedback.norms())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank must keep to go on as if it had not stopped. Ranks differ: save one file a rank."""
+        if self._names is None:
+            raise RuntimeError(
+                "pykernels: state_dict needs stable names: give the state named_parameters=model.named_parameters()"
+            )
+        return {
+            "format": FORMAT,
+            "codec": self.codec,
+            "world": self.world,
+            "rank": self.rank,
+            "step": self.step,
+            "grad_scale": self._grad_scale,
+            **self.feedback.state_dict(),
+            **self.extra_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` gave.
+
+        The residuals of the same number of ranks return to their places. After a change of the number of ranks, each
+        rank may load any one of the old states, or none: worker residuals stay, what belonged to shards is reset.
+
+        Raises:
+            ValueError: a state of another codec, another format, or of another rank of the same number of ranks; a
+                residual for a parameter that the model has not, or that has another size.
+        """
+        if state.get("format") != FORMAT:
+            raise ValueError(f"pykernels: state_dict: format {state.get('format')!r} is not {FORMAT}")
+        if state["codec"] != self.codec:
+            raise ValueError(f"pykernels: state_dict: saved with {state['codec']!r}, this hook is {self.codec!r}")
+        same_world = state["world"] == self.world
+        if same_world and state["rank"] != self.rank:
+            raise ValueError(
+                f"pykernels: state_dict: saved by rank {state['rank']}, loaded by rank {self.rank}: save and load one "
+                "file a rank"
+            )
+        if self._names is not None:
+            sizes = {name: parameter.numel() for parameter, name in self._names.items()}
+            for name, values in state["worker"].items():
+                if sizes.get(name) != values.numel():
+                    raise ValueError(
+                        f"pykernels: state_dict: {name} has {values.numel()} elements, in the model "
+                        f"{sizes.get(name, 'there is no such parameter')}"
+                    )
+        self.step = int(state["step"])
+        self._grad_scale = state["grad_scale"]
+        self.feedback.load(state["worker"], state["shard"] if same_world else {}, bool(state["history"]))
+        self.load_extra_state(state)
+        self.forget_buckets()
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a subclass saves beside the residuals."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027  (most have none)
+        """The inverse of ``extra_state``."""
+
+    @abstractmethod
+    def forget_buckets(self) -> None:
+        """Drop what was made for the buckets seen; they attach to their residuals again."""
+
+    def close(self) -> None:
+        """End the threads. The hook must not be called afterwards."""
+        self._lanes.close()

@@ -1,0 +1,64 @@
+"""What a hook did: bytes, times, residuals."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Stats:
+    """Sums over all steps so far.
+
+    Attributes:
+        steps: backward passes with communication.
+        gradient_bytes: what an uncompressed ring all-reduce would have sent from this rank.
+        wire_bytes: what this rank sent.
+        seconds: by phase: encode, exchange, reduce, gather, decode. Exchange and gather are waits for the wire; the
+            phases of different buckets overlap. On GPUs these are times to launch, since nothing waits.
+        residual_norms: Euclidean norm of the worker residual of each parameter, where there is one.
+    """
+
+    steps: int = 0
+    gradient_bytes: int = 0
+    wire_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    residual_norms: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of an uncompressed all-reduce over bytes sent."""
+        return self.gradient_bytes / self.wire_bytes if self.wire_bytes else 1.0
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {1e3 * value / max(1, self.steps):.1f}" for name, value in self.seconds.items())
+        return (
+            f"{self.steps} steps, {self.wire_bytes / max(1, self.steps) / 1e6:.2f} MB a step on the wire "
+            f"({self.ratio:.1f}x fewer), ms a step: {times or 'none'}"
+        )
+
+
+class Meter:
+    """Adds up, from the threads of all lanes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.total = Stats()
+
+    def sent(self, gradient_bytes: float, wire_bytes: float) -> None:
+        with self._lock:
+            self.total.gradient_bytes += int(gradient_bytes)
+            self.total.wire_bytes += int(wire_bytes)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - begin
+            with self._lock:
+                self.total.seconds[phase] = self.total.seconds.get(phase, 0.0) + elapsed

@@ -1,0 +1,58 @@
+"""Runs a function on several ranks at once: processes of this machine, joined by gloo."""
+
+from __future__ import annotations
+
+import datetime
+import pathlib
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+TIMEOUT = 120.0  # seconds, for the collectives and for all of it
+
+
+def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=TIMEOUT)
+    )
+    try:
+        answer: tuple[bool, Any] = True, function(rank, *args)
+    except BaseException:
+        answer = False, traceback.format_exc()
+    finally:
+        dist.destroy_process_group()
+    (pathlib.Path(folder) / f"{rank}.pkl").write_bytes(pickle.dumps(answer))
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """``function(rank, *args)`` on each of `world` ranks; what they returned, by rank.
+
+    `function` stands at the top level of a module; what it returns is pickled.
+
+    Raises:
+        AssertionError: a rank raised (its traceback is the message), or died, or did not end in time.
+    """
+    context = multiprocessing.get_context("spawn")
+    found: dict[int, tuple[bool, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [context.Process(target=_rank, args=(rank, world, folder, function, args)) for rank in range(world)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(TIMEOUT)
+        for process in processes:
+            process.kill()
+        for rank in range(world):
+            if (file := pathlib.Path(folder) / f"{rank}.pkl").exists():
+                found[rank] = pickle.loads(file.read_bytes())
+    for rank in range(world):
+        good, answer = found.get(rank, (False, "no answer: it died, or did not end in time"))
+        assert good, f"rank {rank}: {answer}"
+    return [found[rank][1] for rank in range(world)]
