@@ -27,11 +27,13 @@ Isa current_isa() { return static_cast<Isa>(choice().load(std::memory_order_rela
 void set_isa(Isa isa) { choice() = static_cast<int>(isa); }
 
 PYKERNELS_DISPATCH(CompressKernels, compress_kernels)
+#ifndef PYKERNELS_HOST  // the module without torch has no other kernels
 PYKERNELS_DISPATCH(DepthwiseKernels, depthwise_kernels)
 PYKERNELS_DISPATCH(DotKernels, dot_kernels)
 PYKERNELS_DISPATCH(EpilogueKernels, epilogue_kernels)
 PYKERNELS_DISPATCH(PeakKernels, peak_kernels)
 PYKERNELS_DISPATCH(PoolKernels, pool_kernels)
 PYKERNELS_DISPATCH(QuantizeKernels, quantize_kernels)
+#endif
 
 }  // namespace pykernels

@@ -1,4 +1,5 @@
-// What is not a tensor op: CPU features and the isa choice, build facts. Torch-free.
+// What is not a tensor op: CPU features and the isa choice, build facts, the gradient codecs on NumPy arrays.
+// Torch-free.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,11 +7,12 @@
 #include <string>
 
 #include "cpu/features.h"
+#include "host/compress.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "CPU features and build facts of pykernels; needs no torch.";
+  m.doc() = "CPU features, build facts and gradient codecs of pykernels; needs no torch.";
   m.def(
       "isas",
       [] {
@@ -43,4 +45,5 @@ PYBIND11_MODULE(_host, m) {
         return facts;
       },
       "How this library was built.");
+  pykernels::define_compress(m);
 }

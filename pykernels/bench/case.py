@@ -124,9 +124,9 @@ class QDQLayer(nn.Module):
 class Case:
     """One piece of work.
 
-    family: gemm, linear, conv, pool, quantize or network. group: where the shape comes from ("resnet50", "bert_base").
-    name: the shape, for people. work: operations, a multiply and an add being two (0 where bytes are the limit).
-    traffic: for each precision the bytes that must move at least once (inputs, weights, outputs).
+    family: gemm, linear, conv, pool, quantize, codec or network. group: where the shape comes from ("resnet50",
+    "bert_base"). name: the shape, for people. work: operations, a multiply and an add being two (0 where bytes are the
+    limit). traffic: for each precision the bytes that must move at least once (inputs, weights, outputs).
     model, inputs: fp32, in evaluation mode; 4-D inputs are channels_last. quantized: the int8 form of a layer.
     calibration: batches like `inputs` for whole networks. parameters: what a family's rivals need beside (see
     families.py). tolerance: the relative error ‖y - oracle‖ / ‖oracle‖ that each precision may have. precisions:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pykernels import reference
 from pykernels.bench import zoo
 from pykernels.bench.case import Case, QuantizedLayer, pairs_saturate, qdq_ops
 
@@ -30,6 +31,7 @@ _REQUIRED = {
     "conv": {"in", "out", "size", "kernel", "stride", "padding", "groups", "activation", "count"},
     "pool": {"name", "kind", "channels", "size", "kernel", "stride", "padding"},
     "quantize": {"kind", "shape"},
+    "codec": {"codec", "block", "elements"},
     "network": {"name", "batch"},
 }
 FAMILIES = tuple(_REQUIRED)
@@ -250,6 +252,57 @@ def _quantize(group: str, s: dict[str, Any], data: dict[str, Any]) -> Iterator[t
     yield name, make
 
 
+class _CodecPass(nn.Module):
+    """The oracle of one pass of a codec: what its bytes mean, fp32 [elements]."""
+
+    def __init__(self, kind: str, codec: str, block: int, elements: int) -> None:
+        super().__init__()
+        self.kind, self.codec, self.block, self.elements = kind, codec, block, elements
+        self.bytes = -(-elements // block) * reference.record_bytes(codec, block)
+        self.segments = torch.tensor([[0, elements, 0]])
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        payload = torch.zeros(self.bytes, dtype=torch.uint8)
+        reference.compress_encode(x, None, payload, self.segments, self.codec, self.block)
+        return payload
+
+    def decode(self, payloads: torch.Tensor) -> torch.Tensor:
+        payloads = payloads.view(-1, self.bytes)
+        out = torch.zeros(self.elements)
+        reference.compress_decode(payloads, out, self.segments, self.codec, self.block, 1.0 / len(payloads))
+        return out
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        if self.kind == "encode":
+            return self.decode(self.encode(data))
+        mean = self.decode(data)
+        return mean if self.kind == "decode" else self.decode(self.encode(mean))
+
+
+def _codec(group: str, s: dict[str, Any], data: dict[str, Any]) -> Iterator[tuple[str, Make]]:
+    n = s["elements"]
+    for kind, ranks in (("encode", 1), ("decode", 1), ("reduce", 4)):
+        name = f"{kind} {s['codec']} {n}"
+
+        def make(kind: str = kind, ranks: int = ranks, name: str = name) -> Case:
+            model = _CodecPass(kind, **s).eval()
+            with _seeded():
+                x = torch.randn(n) * 1e-3
+            inputs = x if kind == "encode" else model.encode(x).repeat(ranks, 1)
+            # Gradients in and residuals in and out; bytes in, gradients out; bytes in and out, residuals in and out.
+            moved = {"encode": 12 * n + model.bytes, "decode": 4 * n + model.bytes, "reduce": 8 * n + 5 * model.bytes}
+            parameters = {
+                **s, "kind": kind, "segments": model.segments, "bytes": model.bytes, "decode": model.decode,
+            }  # fmt: skip
+            tolerance = {"fp32": 0.05 if s["codec"] == "int8" else 0.0}  # torch's codecs round otherwise
+            return Case(
+                "codec", group, name, 0.0, {"fp32": float(moved[kind])}, model, (inputs,), parameters=parameters,
+                tolerance=tolerance, precisions=("fp32",),
+            )  # fmt: skip
+
+        yield f"{group} {name}", make
+
+
 def _network(group: str, s: dict[str, Any], data: dict[str, Any]) -> Iterator[tuple[str, Make]]:
     name, batch = s["name"], s["batch"]
 
@@ -286,5 +339,6 @@ _MAKERS: dict[str, Callable[[str, dict[str, Any], dict[str, Any]], Iterator[tupl
     "conv": _conv,
     "pool": _pool,
     "quantize": _quantize,
+    "codec": _codec,
     "network": _network,
 }

@@ -29,7 +29,7 @@ def case_table(results: Sequence[Result]) -> Group:
         title = results[0].case or title
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     table.add_column("", min_width=22)
-    for name in ("median ms", "best ms", "GOP/s", "of limit", "error", "ours"):
+    for name in ("median ms", "best ms", "GOP/s", "GB/s", "of limit", "error", "ours"):
         table.add_column(name, justify="right")
     for r in timed:
         assert r.median_ms is not None and r.best_ms is not None
@@ -42,6 +42,7 @@ def case_table(results: Sequence[Result]) -> Group:
             f"{r.median_ms:.3f}",
             f"{r.best_ms:.3f}" + (" ~" if (r.spread or 0) > 0.2 else ""),
             f"{r.gops:.0f}" if r.gops else "",
+            "" if r.gops else f"{r.traffic / r.median_ms / 1e6:.1f}",
             "" if r.share is None else f"{100 * r.share:.0f} % {LIMITS[str(r.limit)]}",
             "" if r.error is None else f"{r.error:.2g}",
             Text(ratio, style="green" if ratio and r.median_ms > (against or 0) else "red"),

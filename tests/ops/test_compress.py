@@ -180,15 +180,20 @@ def test_many_segments_over_several_threads(threads: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("first", [0, 1, 5])
-def test_a_large_output_that_is_not_aligned(isa: str, dtype: torch.dtype, first: int) -> None:
-    """Outputs this large are written past the caches, which aligned addresses only allow."""
-    n, block = (6 << 20) // dtype.itemsize + 77, 1024
-    codec = "int8"
-    segments, elements, size = one_segment(n, codec, block)
-    segments[0, 0] = first
-    payload = torch.randint(0, 256, (1, size), dtype=torch.uint8)
+def test_a_large_output_is_that_of_its_parts(isa: str, dtype: torch.dtype, first: int) -> None:
+    """Outputs this large are written past the caches, in whole vectors at aligned addresses; parts of them are not."""
+    codec, block, parts = "int8", 1024, 4
+    records = (28 << 20) // dtype.itemsize // block // parts
+    step, size = records * block, records * record_bytes(codec, block)
+    payload = torch.randint(0, 256, (1, parts * size), dtype=torch.uint8)
     payload.view(-1, record_bytes(codec, block))[:, :4] = torch.tensor([0.25]).view(torch.uint8)
-    agree("compress_decode", payload, torch.zeros(elements + first + 3, dtype=dtype), segments, codec, block)
+    rows = torch.tensor([(first + i * step, step - (i == parts - 1) * 77, i * size) for i in range(parts)])
+    whole, pieces = (torch.full((first + parts * step,), 7.0, dtype=dtype) for _ in range(2))
+    compress.compress_decode(payload, whole, rows, codec, block)
+    for row in rows:
+        compress.compress_decode(payload, pieces, row[None], codec, block)
+    assert torch.equal(whole, pieces)
+    assert (whole[first : first + step] != 7.0).any()
 
 
 # ---- what the numbers mean -------------------------------------------------------------------------------------------

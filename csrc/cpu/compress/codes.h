@@ -7,6 +7,13 @@
 namespace pykernels::PYKERNELS_ISA_NS {
 
 constexpr float kInfinite = __builtin_huge_valf();
+constexpr int32_t kInfinity = 0x7f800000;  // its bits
+
+PK_INLINE float float_of(int32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
 
 template <Codec codec>
 constexpr int kBits = kCodeBits[static_cast<int>(codec)];
@@ -45,14 +52,22 @@ PK_INLINE f32 uniform(uint32_t key, int64_t place) {
 
 PK_INLINE i32 select_lt(f32 a, f32 b, i32 x, i32 y) { return cast_i32(select_lt(a, b, cast_f32(x), cast_f32(y))); }
 
-// Half to even; |t| <= 448. Below 2^-6 there are whole steps of 2^-9.
-PK_INLINE i32 to_e4m3(f32 t) {
+struct E4m3 {
+  i32 code;
+  f32 value;
+};
+// Half to even; |t| <= 448. Numbers of exponent e (at least -6) are whole steps of 2^(e-3): adding 1.5 * 2^(e+20)
+// rounds to them and leaves the count of steps in the lowest bits, which is the code but for the exponent.
+PK_INLINE E4m3 to_e4m3(f32 t) {
   const f32 magnitude = abs(t);
-  const i32 bits = cast_i32(magnitude);
-  const i32 odd = bit_and(shift_right<20>(bits), set1_i32(1));
-  const i32 normal = shift_right<20>(add(bits, add(odd, set1_i32(0x7ffff - (120 << 23)))));
-  const i32 code = select_lt(magnitude, set1(0x1p-6f), to_i32(mul(magnitude, set1(512.0f))), normal);
-  return bit_or(code, bit_and(shift_right<24>(cast_i32(t)), set1_i32(0x80)));
+  const i32 exponent = max(bit_and(cast_i32(magnitude), set1_i32(0x7f800000)), set1_i32(121 << 23));
+  const i32 shifter = add(exponent, set1_i32((20 << 23) + 0x400000));
+  const f32 shifted = add(magnitude, cast_f32(shifter));
+  const i32 steps = sub(cast_i32(shifted), shifter);
+  const i32 code = add(steps, sub(shift_right<20>(exponent), set1_i32(121 * 8)));
+  const i32 sign = bit_and(cast_i32(t), set1_i32(INT32_MIN));
+  const f32 value = sub(shifted, cast_f32(shifter));
+  return {bit_or(code, shift_right<24>(sign)), cast_f32(bit_or(cast_i32(value), sign))};
 }
 PK_INLINE f32 from_e4m3(i32 code) {
   const i32 magnitude = bit_and(code, set1_i32(0x7f));
@@ -74,16 +89,14 @@ struct Encoding {
 };
 
 template <Codec codec, bool kStochastic>
-PK_INLINE i32 code_of(f32 t, const Encoding& e, int64_t i) {
-  if constexpr (codec == Codec::fp8) {
-    return to_e4m3(min(set1(448.0f), max(set1(-448.0f), t)));
-  } else {
-    if constexpr (kStochastic) {
-      const f32 low = floor(t);
-      t = add(low, select_lt(uniform(e.key, i), sub(t, low), set1(1.0f), set1(0.0f)));
-    }
-    return to_i32(min(set1(kLevel<codec>), max(set1(-kLevel<codec>), t)));
+PK_INLINE i32 integer_of(f32 t, const Encoding& e, int64_t i) {
+  if constexpr (kStochastic) {
+    const f32 low = floor(t);
+    t = add(low, select_lt(uniform(e.key, i), sub(t, low), set1(1.0f), set1(0.0f)));
   }
+  // A scale that is the maximum divided by the level leaves nothing above the level that would not round to it.
+  if constexpr (kStochastic || codec == Codec::int2) t = min(set1(kLevel<codec>), max(set1(-kLevel<codec>), t));
+  return to_i32(t);
 }
 
 // The code of the vector at place i, in the lowest bits; its error is written.
@@ -95,9 +108,13 @@ PK_INLINE i32 encode_vector(const Encoding& e, int64_t i, int n) {
   if constexpr (codec == Codec::onebit) {
     code = select_lt(v, set1(0.0f), set1_i32(1), set1_i32(0));
     decoded = cast_f32(bit_xor(cast_i32(e.scale), shift_left<31>(code)));
+  } else if constexpr (codec == Codec::fp8) {
+    const E4m3 number = to_e4m3(min(set1(448.0f), max(set1(-448.0f), mul(v, e.inverse))));
+    code = number.code;
+    decoded = mul(number.value, e.scale);
   } else {
-    code = code_of<codec, kStochastic>(mul(v, e.inverse), e, i);
-    decoded = mul(codec == Codec::fp8 ? from_e4m3(code) : to_f32(code), e.scale);
+    code = integer_of<codec, kStochastic>(mul(v, e.inverse), e, i);
+    decoded = mul(to_f32(code), e.scale);
     if constexpr (kBits<codec> < 8) code = bit_and(code, set1_i32((1 << kBits<codec>)-1));
   }
   if constexpr (kError) store(e.error + i, sub(v, decoded), n);
@@ -115,7 +132,8 @@ PK_INLINE i32 encode_planes(const Encoding& e, int64_t j, int n) {
 }
 
 template <Codec codec, bool kStochastic, bool kError>
-__attribute__((noinline)) static void encode_codes(const Encoding& e, uint8_t* codes) {
+__attribute__((noinline)) static void encode_codes(const Encoding& given, uint8_t* codes) {
+  const Encoding e = given;  // of which no store can be thought to change anything
   const auto bytes = [&](int64_t j, int n) PK_LAMBDA { return encode_planes<codec, kStochastic, kError>(e, j, n); };
   if constexpr (codec == Codec::int8)
     each_byte(reinterpret_cast<int8_t*>(codes), e.plane, bytes);
@@ -175,11 +193,15 @@ PK_INLINE float greatest_of(const float*) { return 3.4028234663852886e38f; }
 PK_INLINE float greatest_of(const bfloat16*) { return 3.3895313892515355e38f; }
 PK_INLINE float greatest_of(const float16*) { return 65504.0f; }
 
+// `top` is the greatest bits of abs(v).
 template <bool kError, class T>
-__attribute__((noinline)) static void encode_numbers(const float* v, float* error, int64_t block, T* codes) {
+__attribute__((noinline)) static void encode_numbers(const float* v, float* error, int64_t block, int32_t top,
+                                                     T* codes) {
+  const float greatest = greatest_of(codes);
+  const bool fits = top < kInfinity && float_of(top) <= greatest;
   for (int64_t i = 0; i < block; i += kLanes) {
     const f32 x = load(v + i);
-    store(codes + i, bounded(x, greatest_of(codes)));
+    store(codes + i, fits ? x : bounded(x, greatest));
     if (kError) store(error + i, sub(x, load(codes + i)));
   }
 }

@@ -8,14 +8,8 @@ namespace pykernels::PYKERNELS_ISA_NS {
 namespace {
 
 constexpr float kSmallestNormal = 1.17549435e-38f;
-constexpr int32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000, kMagnitude = 0x7fffffff;
+constexpr int32_t kNaN = 0x7fc00000, kMagnitude = 0x7fffffff;
 constexpr float kSteps = 32767.0f;  // means are sums of whole steps, so that the order of the sum cannot matter
-
-PK_INLINE float float_of(int32_t bits) {
-  float v;
-  std::memcpy(&v, &bits, 4);
-  return v;
-}
 
 PK_INLINE int32_t greatest_lane(i32 v) {
   int32_t lanes[kLanes];
@@ -64,7 +58,7 @@ PK_INLINE void keep_finite(const float* error, int64_t count, float* residual) {
 }
 
 template <bool kError>
-PK_INLINE void encode_record_codes(const Records& r, const Encoding& e, uint8_t* codes) {
+PK_INLINE void encode_record_codes(const Records& r, const Encoding& e, int32_t top, uint8_t* codes) {
   switch (r.codec) {
     case Codec::int8:
       return r.stochastic ? encode_codes<Codec::int8, true, kError>(e, codes)
@@ -77,9 +71,9 @@ PK_INLINE void encode_record_codes(const Records& r, const Encoding& e, uint8_t*
                           : encode_codes<Codec::int2, false, kError>(e, codes);
     case Codec::onebit: return encode_codes<Codec::onebit, false, kError>(e, codes);
     case Codec::fp8: return encode_codes<Codec::fp8, false, kError>(e, codes);
-    case Codec::bf16: return encode_numbers<kError>(e.v, e.error, r.block, reinterpret_cast<bfloat16*>(codes));
-    case Codec::fp16: return encode_numbers<kError>(e.v, e.error, r.block, reinterpret_cast<float16*>(codes));
-    case Codec::fp32: return encode_numbers<kError>(e.v, e.error, r.block, reinterpret_cast<float*>(codes));
+    case Codec::bf16: return encode_numbers<kError>(e.v, e.error, r.block, top, reinterpret_cast<bfloat16*>(codes));
+    case Codec::fp16: return encode_numbers<kError>(e.v, e.error, r.block, top, reinterpret_cast<float16*>(codes));
+    case Codec::fp32: return encode_numbers<kError>(e.v, e.error, r.block, top, reinterpret_cast<float*>(codes));
   }
 }
 
@@ -131,9 +125,9 @@ PK_INLINE void encode_record(const Records& r, float* v, int64_t count, int32_t 
   }
   e.error = in_place ? v : residual;
   if (residual != nullptr)
-    encode_record_codes<true>(r, e, record);
+    encode_record_codes<true>(r, e, top, record);
   else
-    encode_record_codes<false>(r, e, record);
+    encode_record_codes<false>(r, e, top, record);
   if (in_place) keep_finite(v, count, residual);
 }
 

@@ -62,7 +62,6 @@ PK_INLINE void stream(T* p, f32 v) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(p, v));
 }
 PK_INLINE void fence() { _mm_sfence(); }
-PK_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 PK_INLINE f32 set1(float v) { return _mm256_set1_ps(v); }
 PK_INLINE f32 add(f32 a, f32 b) { return _mm256_add_ps(a, b); }
 PK_INLINE f32 sub(f32 a, f32 b) { return _mm256_sub_ps(a, b); }

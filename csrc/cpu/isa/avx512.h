@@ -54,7 +54,6 @@ PK_INLINE void stream(T* p, f32 v) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p, v));
 }
 PK_INLINE void fence() { _mm_sfence(); }
-PK_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 PK_INLINE f32 set1(float v) { return _mm512_set1_ps(v); }
 PK_INLINE f32 add(f32 a, f32 b) { return _mm512_add_ps(a, b); }
 PK_INLINE f32 sub(f32 a, f32 b) { return _mm512_sub_ps(a, b); }

@@ -55,7 +55,6 @@ PK_INLINE void stream(T* p, f32 v) {
   store(p, v);
 }
 PK_INLINE void fence() {}
-PK_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 PK_INLINE f32 set1(float v) { return v; }
 PK_INLINE f32 add(f32 a, f32 b) { return a + b; }
 PK_INLINE f32 sub(f32 a, f32 b) { return a - b; }

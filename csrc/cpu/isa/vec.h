@@ -7,7 +7,7 @@
 // (or kBytes): loads leave zero in the rest and never touch memory past n; stores write n elements.
 //   f32  load(const float*|bfloat16*|float16*, n)  store(float*|bfloat16*|float16*, f32, n) (half to even)
 //        stream(float*|bfloat16*|float16*, f32): a whole vector past the caches; the address is a multiple of the bytes
-//        stored, and fence() makes such stores visible to other threads. prefetch(const void*): the line of an address
+//        stored, and fence() makes such stores visible to other threads
 //        set1(float)  add sub mul div min max  fma(a,b,c)=a*b+c  round (half to even)  floor  abs
 //        sqrt
 //        min(a,b)/max(a,b) yield b when a or b is NaN: max(zero, x) keeps the NaN of x.

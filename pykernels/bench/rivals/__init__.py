@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pykernels.bench.rivals.base import Absent, Rival, Run
+from pykernels.bench.rivals.codec_rivals import Copy, TorchHook
 from pykernels.bench.rivals.onnxruntime_rival import OnnxRuntime
 from pykernels.bench.rivals.openvino_rival import OpenVino
 from pykernels.bench.rivals.ours import Ours, OursSums
@@ -33,4 +34,7 @@ def everybody() -> list[Rival]:
         IntMM(),
         DynamicLinear(),
         TorchaoLinear(),
+        Copy(),
+        TorchHook(per_channel=False),
+        TorchHook(per_channel=True),
     ]

@@ -46,6 +46,10 @@ class Rival(abc.ABC):
             Absent: it is not installed, or has no way to do this case.
         """
 
+    def meaning(self, case: Case, output: Any) -> Any:
+        """What is held against the oracle: of codecs what the bytes mean, else `output`, which the run returned."""
+        return output
+
 
 def require(module: str, install: str | None = None) -> ModuleType:
     """Import `module`, or raise `Absent` with what to install."""

@@ -23,7 +23,7 @@ class Ours(Rival):
 
     name = "pykernels"
     ours = True
-    families = frozenset({"gemm", "linear", "conv", "pool", "quantize", "network"})
+    families = frozenset({"gemm", "linear", "conv", "pool", "quantize", "codec", "network"})
 
     def prepare(self, case: Case) -> Run:
         if _load.CPU_ERROR is not None:
@@ -107,6 +107,22 @@ class Ours(Rival):
         if p["kind"] == "dequantize":
             return lambda: ops.dequantize_per_tensor(inputs[0], scale, zero, torch.float32)
         return lambda: ops.qadd(*inputs, scale, zero, scale, zero, p["out_scale"], zero, torch.uint8, "relu")
+
+    def _codec(self, case: Case) -> Run:
+        ops, p = torch.ops.pykernels, case.parameters
+        data, rest = case.inputs[0], (p["segments"], p["codec"], p["block"])
+        out, payload = torch.empty(p["elements"]), torch.zeros(p["bytes"], dtype=torch.uint8)
+        residual = torch.zeros(p["elements"])
+        calls: dict[str, Run] = {
+            "encode": lambda: (ops.compress_encode(data, residual, payload, *rest), payload)[1],
+            "decode": lambda: (ops.compress_decode(data, out, *rest), out)[1],
+            "reduce": lambda: (ops.compress_reduce(data, residual, payload, *rest, 0.25), payload)[1],
+        }
+        return calls[p["kind"]]
+
+    def meaning(self, case: Case, output: Any) -> Any:
+        coded = case.family == "codec" and case.parameters["kind"] != "decode"
+        return case.parameters["decode"](output) if coded else output
 
     def _network(self, case: Case) -> Run:
         optimize = getattr(pykernels, "optimize", None)
