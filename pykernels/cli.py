@@ -1,4 +1,4 @@
-"""The command `pykernels`: doctor, optimize, bench."""
+"""The command `pykernels`: doctor, optimize, bench, comm."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rich.table import Table
 import pykernels
 from pykernels import machine as machines
 from pykernels.bench.command import bench
+from pykernels.comm.command import app as comm_app
 
 app = typer.Typer(
     name="pykernels",
@@ -159,6 +160,7 @@ def optimize(
 
 
 app.command()(bench)
+app.add_typer(comm_app, name="comm")
 
 
 def _build(build: dict[str, str]) -> str:

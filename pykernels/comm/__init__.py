@@ -1,5 +1,6 @@
 """Gradients over slow links: compression codecs with error feedback as hooks of DistributedDataParallel."""
 
+from pykernels.comm.auto import AutoState, AutoStats, Choice
 from pykernels.comm.dense import (
     Bf16State,
     DenseState,
@@ -11,9 +12,11 @@ from pykernels.comm.dense import (
     OneBitState,
 )
 from pykernels.comm.hooks import (
+    auto_hook,
     bf16_hook,
     fp8_hook,
     fp16_hook,
+    fp32_hook,
     int2_hook,
     int4_hook,
     int8_hook,
@@ -21,6 +24,7 @@ from pykernels.comm.hooks import (
     powersgd_hook,
     two_level_hook,
 )
+from pykernels.comm.plain import Fp32State
 from pykernels.comm.powersgd import PowerSGDState
 from pykernels.comm.register import HOOKS, Handle, register
 from pykernels.comm.state import CommState, compress_all, one_dimensional
@@ -29,11 +33,15 @@ from pykernels.comm.two_level import TwoLevelState
 
 __all__ = [
     "HOOKS",
+    "AutoState",
+    "AutoStats",
     "Bf16State",
+    "Choice",
     "CommState",
     "DenseState",
     "Fp8State",
     "Fp16State",
+    "Fp32State",
     "Handle",
     "Int2State",
     "Int4State",
@@ -42,10 +50,12 @@ __all__ = [
     "PowerSGDState",
     "Stats",
     "TwoLevelState",
+    "auto_hook",
     "bf16_hook",
     "compress_all",
     "fp8_hook",
     "fp16_hook",
+    "fp32_hook",
     "int2_hook",
     "int4_hook",
     "int8_hook",

@@ -86,6 +86,10 @@ class DenseState(CommState):
     def forget_buckets(self) -> None:
         self._slots.clear()
 
+    def forget_bucket(self, index: int) -> None:
+        """Drop what was made for one bucket."""
+        self._slots.pop(index, None)
+
     def _slot(self, bucket: GradBucket) -> Slot:
         runs = self.runs(bucket)
         slot = self._slots.get(bucket.index())

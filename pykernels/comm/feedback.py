@@ -77,6 +77,16 @@ class ErrorFeedback:
             self._shard.setdefault(piece.key, []).append((piece, values))
         return flat
 
+    def settle(self, runs: Sequence[Run], gradients: torch.Tensor, world: int) -> None:
+        """Add to a bucket's `gradients`, before they are averaged over `world` ranks, what its parameters still have in
+        residuals, and keep no residual of them."""
+        for run in runs:
+            mine = gradients[run.first : run.first + run.numel]
+            if (owed := self._worker.pop(run.key, None)) is not None:
+                mine.add_(owed)
+            for piece, values in self._shard.pop(run.key, ()):
+                mine[piece.offset : piece.offset + piece.numel].add_(values, alpha=world)
+
     def scale(self, factor: float) -> None:
         """Multiply every residual: the loss, and so the gradients, are scaled otherwise from now on."""
         for values in self._worker.values():

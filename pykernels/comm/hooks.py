@@ -3,8 +3,10 @@
 # No postponed annotations: DistributedDataParallel compares those of a hook with the classes themselves.
 from torch._C._distributed_c10d import GradBucket
 
+from pykernels.comm.auto import AutoState
 from pykernels.comm.dense import Bf16State, Fp8State, Fp16State, Int2State, Int4State, Int8State, OneBitState
 from pykernels.comm.lanes import Averaged
+from pykernels.comm.plain import Fp32State
 from pykernels.comm.powersgd import PowerSGDState
 from pykernels.comm.two_level import TwoLevelState
 
@@ -51,4 +53,14 @@ def powersgd_hook(state: PowerSGDState, bucket: GradBucket) -> Averaged:
 
 def two_level_hook(state: TwoLevelState, bucket: GradBucket) -> Averaged:
     """fp32 inside a host, a dense codec between hosts."""
+    return state(bucket)
+
+
+def fp32_hook(state: Fp32State, bucket: GradBucket) -> Averaged:
+    """No compression: the all-reduce that DistributedDataParallel makes without a hook."""
+    return state(bucket)
+
+
+def auto_hook(state: AutoState, bucket: GradBucket) -> Averaged:
+    """For each bucket the codec that is predicted to be the fastest here."""
     return state(bucket)

@@ -8,6 +8,7 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 
 from pykernels.comm import hooks
+from pykernels.comm.auto import AutoState
 from pykernels.comm.dense import (
     Bf16State,
     DenseState,
@@ -18,6 +19,7 @@ from pykernels.comm.dense import (
     Int8State,
     OneBitState,
 )
+from pykernels.comm.plain import Fp32State
 from pykernels.comm.powersgd import PowerSGDState
 from pykernels.comm.state import CommState
 from pykernels.comm.stats import Stats
@@ -32,6 +34,8 @@ HOOKS: dict[str, tuple[type[CommState], Callable[..., Any]]] = {
     "bf16": (Bf16State, hooks.bf16_hook),
     "fp16": (Fp16State, hooks.fp16_hook),
     "powersgd": (PowerSGDState, hooks.powersgd_hook),
+    "fp32": (Fp32State, hooks.fp32_hook),
+    "auto": (AutoState, hooks.auto_hook),
 }
 
 
@@ -93,6 +97,8 @@ def register(
             raise ValueError(f"pykernels: ranks_per_host: only with a dense codec, not {codec}")
         make, hook = TwoLevelState, hooks.two_level_hook
         options = {**options, "codec": codec, "ranks_per_host": ranks_per_host}
+    if codec == "auto":
+        options.setdefault("device", next(model.parameters()).device)
     state = make(model.process_group, model.module.named_parameters(), **options)
     model.register_comm_hook(state, hook)
     return Handle(state)

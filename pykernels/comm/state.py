@@ -40,6 +40,8 @@ class CommState(ABC):
             Without it parameters are named by bucket and place, and ``state_dict`` refuses.
         exempt: ``exempt(name, parameter)`` says what travels as fp32; parameters of one dimension unless given.
         grad_scaler: of automatic mixed precision; residuals are rescaled when its scale changes.
+        within: a state of the same ranks that hands its buckets to this one: the second group, threads, residuals,
+            counters, names and `exempt` are its.
 
     All ranks must construct their states at the same point of the program: process groups are made here.
     """
@@ -54,6 +56,7 @@ class CommState(ABC):
         *,
         exempt: Exempt = one_dimensional,
         grad_scaler: torch.amp.GradScaler | None = None,
+        within: CommState | None = None,
     ) -> None:
         group = process_group if process_group is not None else dist.group.WORLD
         if group is None:
@@ -63,7 +66,9 @@ class CommState(ABC):
         self.rank = dist.get_rank(group)
         ranks = dist.get_process_group_ranks(group)
         # The second collective of a bucket has a group of its own: its order is that of another thread.
-        self.gather_group = dist.new_group(ranks, use_local_synchronization=True) if self.world > 1 else group
+        self.gather_group = group
+        if within is None and self.world > 1:
+            self.gather_group = dist.new_group(ranks, use_local_synchronization=True)
         self._names: dict[torch.Tensor, str] | None = None
         if named_parameters is not None:
             self._names = {parameter: name for name, parameter in named_parameters}
@@ -74,6 +79,9 @@ class CommState(ABC):
         self._meter = Meter()
         self.feedback = ErrorFeedback()
         self.step = -1
+        if within is not None:
+            self.gather_group, self._lanes, self._meter = within.gather_group, within._lanes, within._meter
+            self._names, self._exempt, self.feedback = within._names, within._exempt, within.feedback
 
     # ---- a bucket ----
 
