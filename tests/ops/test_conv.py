@@ -203,6 +203,27 @@ def test_quantized_residuals_and_outputs(
     assert torch.equal(y, reference.qconv2d(x, w, scale, b, *c.geometry, *arguments))
 
 
+@pytest.mark.parametrize("size", [(7, 7), (2, 30), (1, 1)], ids=str)
+@pytest.mark.parametrize("padding", [(1, 1, 1, 1), (3, 4, 5, 2)], ids=["same", "wide"])
+@pytest.mark.parametrize("out", [48, 21])
+def test_threads_share_a_padded_convolution(isa: str, size: tuple[int, int], padding: tuple, out: int) -> None:
+    c = Conv(20, out, (3, 3), padding=padding)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, (w, b) = torch.randn(2, 20, *size).to(dtype), weights(c, dtype)
+        r = torch.randn_like(reference.conv2d(x, w, b, *c.geometry))
+        arguments = ("relu6", r, "before")
+        found, before = [], torch.get_num_threads()
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            try:
+                found.append(run(x, w * 0.1, b, c, *arguments))
+            finally:
+                torch.set_num_threads(before)
+        expected = reference.conv2d(x, w * 0.1, b, *c.geometry, *arguments)
+        torch.testing.assert_close(found[0], expected, check_stride=False, **CLOSE[dtype])
+        assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_float_residual_and_activation(isa: str, activation: str, order: str) -> None:

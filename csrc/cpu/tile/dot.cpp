@@ -1,7 +1,7 @@
-// Dot tiles: rows x panels of 16 columns held in registers over the whole reduction (see kernels.h for the formula and
-// common/packed.h for the weights). One loop nest; the element type says how a word is broadcast, a weight register
-// loaded and the two multiplied. Rows and panels are template parameters, so a tail is a smaller tile and never wasted
-// work.
+// Dot tiles: rows x panels of 16 columns held in registers over the whole reduction and, where they are floats, until
+// they are output (see kernels.h for the formulas and common/packed.h for the weights). One loop nest; the element type
+// says how a word is broadcast, a weight register loaded and the two multiplied. Rows and panels are template
+// parameters, so a tail is a smaller tile and never wasted work.
 //
 // GCC 12 spills the whole tile in every step unless the loops over registers are unrolled early (PK_FOR); pinned by an
 // asm instead, small tiles copy each accumulator twice a step. tests/test_disassembly.py looks.
@@ -11,6 +11,32 @@
 namespace pykernels::PYKERNELS_ISA_NS {
 namespace {
 
+#if defined(PYKERNELS_ISA_SCALAR)
+template <class Dot>
+constexpr bool kFinishes = false;
+#else
+template <class Dot>
+constexpr bool kFinishes = requires { typename Dot::Out; };
+
+// The parameters are copies: a store might otherwise have changed them, and they would be loaded again in every row.
+template <class Out, bool kResidual, int kRows, int kPanels>
+PK_INLINE void finish(const Finish f, const f32 (&acc)[kRows][kPanels][kPanelRegisters]) {
+  const f32 low = set1(f.low), high = set1(f.high);
+  int64_t place[kRows];
+  PK_FOR (r, kRows) place[r] = f.place[r];
+  PK_FOR (p, kPanels)
+    PK_FOR (q, kPanelRegisters) {
+      const int at = p * 16 + q * kLanes;
+      const f32 bias = load(f.bias + at, kLanes);
+      PK_FOR (r, kRows) {
+        f32 sum = add(acc[r][p][q], bias);
+        if (kResidual) sum = add(sum, load(static_cast<const Out*>(f.residual) + place[r] + at, kLanes));
+        store(static_cast<Out*>(f.out) + place[r] + at, min(high, max(low, sum)), kLanes);
+      }
+    }
+}
+#endif
+
 template <class Dot, int kRows, int kPanels>
 __attribute__((noinline)) void tile(const DotArgs& g) {
   typename Dot::Acc acc[kRows][kPanels][Dot::kRegisters];
@@ -18,18 +44,17 @@ __attribute__((noinline)) void tile(const DotArgs& g) {
     PK_FOR (p, kPanels)
       PK_FOR (q, Dot::kRegisters) acc[r][p][q] = Dot::zero();
 
-  // Three rows (or panels) to a base register: base, base + stride, base + 2 * stride are all addressing modes.
-  constexpr int kBasesA = (kRows + 2) / 3, kBasesB = (kPanels + 2) / 3;
-  const int64_t lda = g.lda, ldb = g.panel_bytes;
-  const uint8_t* b[kBasesB];
-  PK_FOR (i, kBasesB) b[i] = g.panels + 3 * i * ldb;
+  // Three panels to a base register: base, base + stride, base + 2 * stride are all addressing modes.
+  constexpr int kBases = (kPanels + 2) / 3;
+  const int64_t ldb = g.panel_bytes;
   for (int64_t t = 0; t < g.taps; ++t) {
-    const uint8_t* a[kBasesA];
-    PK_FOR (i, kBasesA) a[i] = g.a + g.tap_offset[t] + 3 * i * lda;
+    const uint8_t *a[kRows], *b[kBases];
+    PK_FOR (r, kRows) a[r] = g.a[t * g.a_step + r] + (g.a_offset + g.tap[t].a);
+    PK_FOR (i, kBases) b[i] = g.panels + g.tap[t].b + 3 * i * ldb;
     for (int64_t w = g.words; w > 0; --w) {
       if constexpr (kRows < kPanels * Dot::kRegisters) {  // hold the words, stream the weights
         typename Dot::Word x[kRows];
-        PK_FOR (r, kRows) x[r] = Dot::word(a[r / 3] + (r % 3) * lda);
+        PK_FOR (r, kRows) x[r] = Dot::word(a[r]);
         PK_FOR (p, kPanels)
           PK_FOR (q, Dot::kRegisters) {
             const typename Dot::Weight y = Dot::weight(b[p / 3] + (p % 3) * ldb, q);
@@ -40,15 +65,22 @@ __attribute__((noinline)) void tile(const DotArgs& g) {
         PK_FOR (p, kPanels)
           PK_FOR (q, Dot::kRegisters) y[p][q] = Dot::weight(b[p / 3] + (p % 3) * ldb, q);
         PK_FOR (r, kRows) {
-          const typename Dot::Word x = Dot::word(a[r / 3] + (r % 3) * lda);
+          const typename Dot::Word x = Dot::word(a[r]);
           PK_FOR (p, kPanels)
             PK_FOR (q, Dot::kRegisters) Dot::mac(acc[r][p][q], x, y[p][q]);
         }
       }
-      PK_FOR (i, kBasesA) a[i] += Dot::kWordBytes;
-      PK_FOR (i, kBasesB) b[i] += kBlockBytes;
+      PK_FOR (r, kRows) a[r] += Dot::kWordBytes;
+      PK_FOR (i, kBases) b[i] += kBlockBytes;
     }
   }
+#if !defined(PYKERNELS_ISA_SCALAR)
+  if constexpr (kFinishes<Dot>)
+    if (g.finish) {
+      if (g.finish->residual) return finish<typename Dot::Out, true, kRows, kPanels>(*g.finish, acc);
+      return finish<typename Dot::Out, false, kRows, kPanels>(*g.finish, acc);
+    }
+#endif
   auto* c = static_cast<uint8_t*>(g.c);
   PK_FOR (r, kRows)
     PK_FOR (p, kPanels) Dot::finish(acc[r][p], c + (r * kPanels + p) * kBlockBytes);
@@ -103,6 +135,10 @@ constexpr DotKernel kernel() {
   DotKernel k{};
   k.max_rows = Dot::kRows;
   k.word_bytes = Dot::kWordBytes;
+#if !defined(PYKERNELS_ISA_SCALAR)
+  k.finishes = kFinishes<Dot>;
+  if constexpr (kFinishes<Dot>) k.out = sizeof(typename Dot::Out) == 4 ? Dtype::f32 : Dtype::bf16;
+#endif
   k.stage = &stage<Dot>;
   for (int r = 1; r <= Dot::kRows; ++r) k.max_panels[r] = panels_for<Dot>(r);
   fill<Dot, 1, 1>(k);

@@ -3,6 +3,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 
 namespace pykernels {
 namespace {
@@ -15,6 +17,13 @@ int64_t block_bytes() {
 constexpr int64_t kMaxBlock = 16;
 // Rows of one panel group that wait for one call of the epilogue; they stay in L1.
 constexpr int64_t kMaxRun = 128 * kColumns;
+
+// x + -0 is x, whatever x.
+const auto kNoBias = [] {
+  std::array<float, kMaxPanels * kColumns> zeros;
+  zeros.fill(-0.0f);
+  return zeros;
+}();
 
 int64_t part(int64_t total, int64_t parts, int64_t i) { return total * i / parts; }
 
@@ -29,27 +38,62 @@ void fold_rows(TileProblem& p) {
   p.images = 1;
 }
 
-// Where taps lie in the input and in a patch. With one group and a kernel row that is one run of memory, that row is
-// one tap of kw times the words.
-void plan_views(const TileProblem& p, TilePlan& plan) {
-  const int64_t widened = p.dot->word_bytes / 4, pixel = p.pixel * widened;
-  const int64_t pixels = std::min(plan.block, plan.tiles_per_row) * ceil_div(p.columns, plan.tiles_per_row);
+struct Range {
+  int64_t first, last;
+};
+
+// The output pixels whose taps all lie in the image.
+Range inside(int64_t count, int64_t size, int64_t stride, int64_t before, int64_t reach) {
+  const int64_t room = size - 1 - reach + before;  // where the last of them may begin
+  const int64_t last = room < 0 ? 0 : std::min(count, room / stride + 1);
+  return {std::min(ceil_div(before, stride), last), last};
+}
+
+void plan_walk(const TileProblem& p, TilePlan& plan) {
+  const auto section = [&](int64_t pixels) { return Section{pixels, ceil_div(pixels, p.dot->max_rows)}; };
+  if (plan.staged) {
+    plan.sections[0] = section(p.columns);
+    return;
+  }
+  const Range y = inside(p.rows, p.height, p.sh, p.top, (p.kh - 1) * p.dh);
+  const Range x = inside(p.columns, p.width, p.sw, p.left, (p.kw - 1) * p.dw);
+  plan.walk[0] = {0, y.first, 0, x.last, false};
+  plan.walk[1] = {0, y.last, x.last, p.columns, true};
+  plan.walk[TilePlan::kInside] = {y.first, y.last, x.first, x.last, false};
+  plan.walk[3] = {y.last, p.rows, x.first, p.columns, false};
+  plan.walk[4] = {y.first, p.rows, 0, x.first, true};
+  plan.sections[0] = section(plan.walk[0].pixels() + plan.walk[1].pixels());
+  plan.sections[1] = section(plan.walk[TilePlan::kInside].pixels());
+  plan.sections[2] = section(plan.walk[3].pixels() + plan.walk[4].pixels());
+}
+
+// The pixels of its line that a tile takes.
+Range pixels_of(const TilePlan& plan, int64_t tile) {
+  int64_t first = 0;
+  const Section* s = plan.sections;
+  for (; tile >= s->tiles; tile -= s++->tiles) first += s->pixels;
+  return {first + part(s->pixels, s->tiles, tile), first + part(s->pixels, s->tiles, tile + 1)};
+}
+
+// Where taps lie in the input or in a patch. With one group and a kernel row that is one run of memory, that row is one
+// tap of kw times the words.
+void plan_taps(const TileProblem& p, TilePlan& plan) {
+  const int64_t words = p.weights->words(), widened = plan.staged ? p.dot->word_bytes / 4 : 1;
+  plan.patch_pixel = p.pixel * widened;
+  plan.group_stride = p.group_stride * widened;
   plan.by_rows = p.dw == 1 && p.sw <= p.kw;
-  const bool whole_rows = p.weights->h.groups == 1 && (plan.by_rows || p.kw == 1);
+  plan.whole_rows = p.weights->h.groups == 1 && (p.kw == 1 || (plan.staged ? plan.by_rows : p.dw == 1));
+  plan.words = words * (plan.whole_rows ? p.kw : 1);
+  const int64_t pixels = std::min(plan.block, plan.tiles_per_line) * plan.most_rows;
   plan.patch_line = plan.by_rows ? (pixels - 1) * p.sw + p.kw : pixels;
-  plan.patch_bytes = round_up(plan.patch_line * p.kh * (plan.by_rows ? 1 : p.kw) * pixel, kBlockBytes);
-  plan.direct.lda = p.sw * p.pixel;
-  plan.direct.group_stride = p.group_stride;
-  plan.patch.lda = (plan.by_rows ? p.sw : 1) * pixel;
-  plan.patch.group_stride = p.group_stride * widened;
+  plan.patch_bytes = round_up(plan.patch_line * p.kh * (plan.by_rows ? 1 : p.kw) * plan.patch_pixel, kBlockBytes);
   for (int64_t y = 0; y < p.kh; ++y)
-    for (int64_t x = 0; x < (whole_rows ? 1 : p.kw); ++x) {
-      plan.direct.tap_offset.push_back(y * p.dh * p.row_stride + x * p.dw * p.pixel);
-      plan.patch.tap_offset.push_back((plan.by_rows ? y * plan.patch_line + x : (y * p.kw + x) * plan.patch_line) *
-                                      pixel);
+    for (int64_t x = 0; x < (plan.whole_rows ? 1 : p.kw); ++x) {
+      const int64_t at = !plan.staged   ? y * p.dh * p.row_stride + x * p.dw * p.pixel
+                         : plan.by_rows ? (y * plan.patch_line + x) * plan.patch_pixel
+                                        : (y * p.kw + x) * plan.patch_line * plan.patch_pixel;
+      plan.taps.push_back({at, (y * p.kw + x) * words * kBlockBytes});
     }
-  plan.taps = static_cast<int64_t>(plan.direct.tap_offset.size());
-  plan.words = p.weights->words() * (whole_rows ? p.kw : 1);
 }
 
 // `count` pixels of input line y from column x on, which may lie in the padding.
@@ -74,7 +118,7 @@ void stage_line(const TileProblem& p, const uint8_t* image, int64_t y, int64_t x
 // The patch of a run of `pixels` output pixels, the first tap of whose first reads input pixel (y, x).
 void stage_patch(const TileProblem& p, const TilePlan& plan, const uint8_t* image, int64_t y, int64_t x, int64_t pixels,
                  uint8_t* to) {
-  const int64_t pixel = p.pixel / 4 * p.dot->word_bytes, line = plan.patch_line * pixel;
+  const int64_t pixel = plan.patch_pixel, line = plan.patch_line * pixel;
   for (int64_t ky = 0; ky < p.kh; ++ky, y += p.dh) {
     if (plan.by_rows) {
       stage_line(p, image, y, x, (pixels - 1) * p.sw + p.kw, to);
@@ -92,54 +136,172 @@ void stage_patch(const TileProblem& p, const TilePlan& plan, const uint8_t* imag
 }
 
 struct Tile {
-  const uint8_t* a;
-  const TileView* view;
-  int64_t row, rows;  // of the output
+  const uint8_t* pixel[kMaxRows];
+  DotArgs dot;              // all but what depends on the panels
+  int64_t row, rows;        // the first of the output, and how many
+  bool run;                 // they follow one another
+  int64_t place[kMaxRows];  // of each in the output, in elements
 };
 
-// Where tiles [first, first + count) read: in place, or in patches, one for each run of them along a line of the
-// output.
-void locate(const TileProblem& p, const TilePlan& plan, int64_t first, int64_t count, uint8_t* patch, Tile* tiles) {
-  const auto pixel_of = [&](int64_t piece) { return part(p.columns, plan.tiles_per_row, piece); };
-  for (int64_t i = 0; i < count;) {
-    const int64_t line = (first + i) / plan.tiles_per_row, piece = (first + i) % plan.tiles_per_row;
-    const int64_t y = line % p.rows * p.sh - p.top, x = pixel_of(piece);
-    const uint8_t* image = p.x + line / p.rows * p.image_stride;
-    const bool tall = !plan.stage_all && y >= 0 && y + (p.kh - 1) * p.dh < p.height;
-    const auto in_place = [&](int64_t k) {
-      return tall && pixel_of(k) * p.sw - p.left >= 0 &&
-             (pixel_of(k + 1) - 1) * p.sw - p.left + (p.kw - 1) * p.dw < p.width;
-    };
-    const bool direct = in_place(piece);
-    int64_t end = piece + 1;
-    while (end < std::min(plan.tiles_per_row, piece + count - i) && in_place(end) == direct) ++end;
-
-    const TileView& view = direct ? plan.direct : plan.patch;
-    const uint8_t* a = patch;
-    if (direct) {
-      a = image + y * p.row_stride + (x * p.sw - p.left) * p.pixel;
-    } else {
-      stage_patch(p, plan, image, y, x * p.sw - p.left, pixel_of(end) - x, patch);
-      patch += plan.patch_bytes;
-    }
+// The tiles [first, first + count) of patches, one for each run of them along a line of the output.
+void locate_staged(const TileProblem& p, const TilePlan& plan, int64_t first, int64_t count, uint8_t* patch,
+                   Tile* tiles) {
+  const int64_t step = (plan.by_rows ? p.sw : 1) * plan.patch_pixel;
+  for (int64_t i = 0; i < count; patch += plan.patch_bytes) {
+    const int64_t line = (first + i) / plan.tiles_per_line, piece = (first + i) % plan.tiles_per_line;
+    const int64_t end = std::min(plan.tiles_per_line, piece + count - i);
+    const int64_t x = pixels_of(plan, piece).first, last = pixels_of(plan, end - 1).last;
+    stage_patch(p, plan, p.x + line / p.rows * p.image_stride, line % p.rows * p.sh - p.top, x * p.sw - p.left,
+                last - x, patch);
     for (int64_t k = piece; k < end; ++k, ++i) {
-      const int64_t at = pixel_of(k);
-      tiles[i] = {a + (at - x) * view.lda, &view, line * p.columns + at, pixel_of(k + 1) - at};
+      Tile& t = tiles[i];
+      const Range at = pixels_of(plan, k);
+      t.rows = at.last - at.first;
+      t.row = line * p.columns + at.first;
+      t.run = true;
+      for (int64_t r = 0; r < t.rows; ++r) t.pixel[r] = patch + (at.first - x + r) * step;
+      t.dot = {t.pixel, 0, 0, plan.taps.data(), static_cast<int64_t>(plan.taps.size()), plan.words};
     }
   }
 }
+
+// A pixel of the walk.
+struct Step {
+  const Stretch* stretch;
+  int64_t y, x;
+
+  static Step at(const Stretch* s, int64_t pixel) {
+    for (; pixel >= s->pixels(); ++s) pixel -= s->pixels();
+    const int64_t side = s->down ? s->y1 - s->y0 : s->x1 - s->x0;
+    return s->down ? Step{s, s->y0 + pixel % side, s->x0 + pixel / side}
+                   : Step{s, s->y0 + pixel / side, s->x0 + pixel % side};
+  }
+  void next() {
+    if (stretch->down ? ++y < stretch->y1 : ++x < stretch->x1) return;
+    if (stretch->down ? ++x < stretch->x1 : ++y < stretch->y1) {
+      (stretch->down ? y : x) = stretch->down ? stretch->y0 : stretch->x0;
+      return;
+    }
+    do ++stretch;
+    while (stretch->pixels() == 0);
+    y = stretch->y0, x = stretch->x0;
+  }
+};
+
+// The taps of a tile that reaches into the padding, row by row: the address of a pixel or of `fill`. A tap that every
+// row reads in the padding adds nothing to a float; to bytes it adds the zero point's share. y, x: of each row's first
+// tap. Returns what is left of `scratch`.
+uint8_t* locate_taps(const TileProblem& p, const TilePlan& plan, const uint8_t* image, const int64_t* y,
+                     const int64_t* x, const uint8_t* fill, uint8_t* scratch, Tile& t) {
+  const auto within = [](int64_t at, int64_t size) { return static_cast<uint64_t>(at) < static_cast<uint64_t>(size); };
+  bool whole = plan.whole_rows;
+  for (int64_t r = 0; r < t.rows; ++r) whole &= x[r] >= 0 && x[r] + (p.kw - 1) * p.dw < p.width;
+  auto* tap = reinterpret_cast<DotTap*>(scratch);
+  auto* pixel = reinterpret_cast<const uint8_t**>(tap + p.kh * p.kw);
+  const int64_t words = p.weights->words();
+  t.dot = {pixel, t.rows, 0, tap, 0, whole ? plan.words : words};
+  for (int64_t ky = 0; ky < p.kh; ++ky)
+    for (int64_t kx = 0; kx < (whole ? 1 : p.kw); ++kx) {
+      bool any = p.weights->h.element == Element::s8;
+      for (int64_t r = 0; r < t.rows; ++r) {
+        const int64_t iy = y[r] + ky * p.dh, ix = x[r] + kx * p.dw;
+        const bool in = within(iy, p.height) && within(ix, p.width);
+        pixel[r] = in ? image + iy * p.row_stride + ix * p.pixel : fill;
+        any |= in;
+      }
+      if (!any) continue;
+      tap[t.dot.taps++] = {0, (ky * p.kw + kx) * words * kBlockBytes};
+      pixel += t.rows;
+    }
+  return reinterpret_cast<uint8_t*>(pixel);
+}
+
+// The tiles [first, first + count) of pixels where they stand; `scratch` begins with fill_bytes of `fill`.
+void locate_in_place(const TileProblem& p, const TilePlan& plan, int64_t first, int64_t count, uint8_t* scratch,
+                     Tile* tiles) {
+  const uint8_t* fill = scratch;
+  scratch += plan.fill_bytes;
+  Step step{};
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t n = (first + i) / plan.tiles_per_line, piece = (first + i) % plan.tiles_per_line;
+    const Range at = pixels_of(plan, piece);
+    const uint8_t* image = p.x + n * p.image_stride;
+    Tile& t = tiles[i];
+    t.rows = at.last - at.first;
+    t.run = true;
+    int64_t y[kMaxRows], x[kMaxRows];
+    bool inside = true;
+    for (int64_t r = 0; r < t.rows; ++r) {
+      if (r > 0 || (i > 0 && piece > 0))
+        step.next();
+      else
+        step = Step::at(plan.walk, at.first);
+      inside &= step.stretch == plan.walk + TilePlan::kInside;
+      const int64_t row = (n * p.rows + step.y) * p.columns + step.x;
+      if (r == 0) t.row = row;
+      t.run &= row == t.row + r;
+      t.place[r] = row * p.e.out_stride;
+      y[r] = step.y * p.sh - p.top, x[r] = step.x * p.sw - p.left;
+    }
+    if (inside) {
+      for (int64_t r = 0; r < t.rows; ++r) t.pixel[r] = image + y[r] * p.row_stride + x[r] * p.pixel;
+      t.dot = {t.pixel, 0, 0, plan.taps.data(), static_cast<int64_t>(plan.taps.size()), plan.words};
+    } else {
+      scratch = locate_taps(p, plan, image, y, x, fill, scratch, t);
+    }
+  }
+}
+
+// Whether tiles of these columns can write their output themselves.
+bool finishes(const TileProblem& p, int64_t columns) {
+  return p.dot->finishes && p.e.out_dtype == p.dot->out && columns % kColumns == 0 &&
+         p.e.activation <= Activation::relu6 &&
+         (!p.e.residual || (!p.e.residual_after && p.e.residual_dtype == p.dot->out));
+}
+
+// Sums that wait for one call of the epilogue, as long as their rows follow one another.
+struct Held {
+  const TileProblem& p;
+  uint8_t* c;
+  EpilogueArgs out;
+  int64_t rows = 0;
+
+  void* next() { return c + rows * out.ldc * 4; }
+  void flush() {
+    if (out.rows > 0) p.epilogue(p.e, out);
+    out.rows = 0;
+  }
+  void add(int64_t row, int64_t count) {
+    if (row != out.row + out.rows) flush();
+    if (out.rows == 0) out.row = row, out.c = next();
+    out.rows += count;
+    rows += count;
+  }
+  void add(const Tile& t) {
+    if (t.run)
+      add(t.row, t.rows);
+    else
+      for (int64_t r = 0; r < t.rows; ++r) add(t.place[r] / p.e.out_stride, 1);
+    if ((rows + p.dot->max_rows) * out.ldc > kMaxRun) flush(), rows = 0;
+  }
+};
 
 }  // namespace
 
 TilePlan plan_tiles(TileProblem& p, int64_t threads) {
   fold_rows(p);
-  TilePlan plan;
-  plan.tiles_per_row = ceil_div(p.columns, p.dot->max_rows);
-  plan.tiles = p.images * p.rows * plan.tiles_per_row;
+  TilePlan plan{};
+  plan.staged = p.dot->word_bytes != 4 || p.flip != 0;
+  plan_walk(p, plan);
+  for (const Section& s : plan.sections) {
+    plan.tiles_per_line += s.tiles;
+    if (s.tiles > 0) plan.most_rows = std::max(plan.most_rows, ceil_div(s.pixels, s.tiles));
+  }
+  plan.tiles = p.images * (plan.staged ? p.rows : 1) * plan.tiles_per_line;
   plan.panels = p.weights->h.groups * p.weights->panels_per_group();
 
   // The split of least work for the slowest thread; among equals, of least memory read by it.
-  const int64_t tile_rows = ceil_div(p.columns, plan.tiles_per_row);
+  const int64_t tile_rows = plan.most_rows;
   const int64_t tile_bytes =
       p.kh * std::min(p.kw * tile_rows, (tile_rows - 1) * p.sw + p.kw) * p.pixel / 4 * p.dot->word_bytes;
   int64_t least_work = INT64_MAX, least_bytes = INT64_MAX;
@@ -157,15 +319,17 @@ TilePlan plan_tiles(TileProblem& p, int64_t threads) {
   plan.tasks = plan.tile_splits * plan.panel_splits;
   plan.block = std::clamp<int64_t>(block_bytes() / std::max<int64_t>(tile_bytes, 1), 1,
                                    std::min(kMaxBlock, ceil_div(plan.tiles, plan.tile_splits)));
-  plan_views(p, plan);
-
-  // A block touches so many lines at most, and each has one run of staged tiles, or one at either end.
-  const bool padded = p.top > 0 || p.left > 0 || (p.rows - 1) * p.sh + (p.kh - 1) * p.dh - p.top >= p.height ||
-                      (p.columns - 1) * p.sw + (p.kw - 1) * p.dw - p.left >= p.width;
-  plan.stage_all = p.dot->word_bytes != 4 || p.flip != 0;
-  const int64_t lines = (plan.block + plan.tiles_per_row - 2) / plan.tiles_per_row + 1;
-  const int64_t runs = plan.stage_all ? lines : padded ? 2 * lines : 0;
-  plan.scratch = std::min(plan.block, runs) * plan.patch_bytes;
+  plan_taps(p, plan);
+  if (plan.staged) {
+    // A block touches so many lines at most, each with one patch.
+    plan.scratch = ((plan.block + plan.tiles_per_line - 2) / plan.tiles_per_line + 1) * plan.patch_bytes;
+    plan.scratch = std::min(plan.scratch, plan.block * plan.patch_bytes);
+  } else if (plan.sections[0].tiles + plan.sections[2].tiles > 0) {
+    const int64_t row_bytes = static_cast<int64_t>(sizeof(uint8_t*)) * p.dot->max_rows;
+    plan.fill_bytes = round_up((plan.whole_rows ? p.kw : 1) * p.pixel, kBlockBytes);
+    plan.scratch = plan.fill_bytes +
+                   round_up(plan.block * p.kh * p.kw * (static_cast<int64_t>(sizeof(DotTap)) + row_bytes), kBlockBytes);
+  }
   return plan;
 }
 
@@ -179,33 +343,41 @@ void run_tiles(const TileProblem& p, const TilePlan& plan, int64_t task, uint8_t
   const int64_t last_panel = part(plan.panels, plan.panel_splits, panel_part + 1);
   const PackedView& w = *p.weights;
   const int64_t per_group = w.panels_per_group(), panel_bytes = w.panel_bytes();
-  const int64_t most_panels = p.dot->max_panels[ceil_div(p.columns, plan.tiles_per_row)];
+  const int64_t most_panels = p.dot->max_panels[plan.most_rows];
+  const int64_t out_bytes = p.e.out_dtype == Dtype::f32 ? 4 : 2;  // where tiles finish
+  std::fill(scratch, scratch + plan.fill_bytes, p.fill);
 
   for (int64_t block = first_tile; block < last_tile; block += plan.block) {
     const int64_t count = std::min(plan.block, last_tile - block);
-    locate(p, plan, block, count, scratch, tiles);
+    (plan.staged ? locate_staged : locate_in_place)(p, plan, block, count, scratch, tiles);
     for (int64_t panel = first_panel; panel < last_panel;) {
       const int64_t group = panel / per_group;
       const int64_t left = std::min(last_panel, (group + 1) * per_group) - panel;
       const int64_t panels = ceil_div(left, ceil_div(left, most_panels));  // even pieces
       const int64_t column = (panel % per_group) * kColumns, ldc = panels * kColumns;
-      DotArgs dot{nullptr, 0, nullptr, plan.taps, plan.words, w.panels + panel * panel_bytes, panel_bytes, c};
-      EpilogueArgs out{
-          c, ldc, tiles[0].row, 0, panel * kColumns, group * w.h.n + column, std::min(ldc, w.h.n - column)};
-      for (int64_t i = 0; i < count; ++i) {
-        const Tile& t = tiles[i];
-        dot.a = t.a + group * t.view->group_stride;
-        dot.lda = t.view->lda;
-        dot.tap_offset = t.view->tap_offset.data();
-        dot.c = c + out.rows * ldc * 4;
-        p.dot->tile[t.rows][panels](dot);
-        out.rows += t.rows;
-        if (i + 1 == count || (out.rows + p.dot->max_rows) * ldc > kMaxRun) {
-          p.epilogue(p.e, out);
-          out.row += out.rows;
-          out.rows = 0;
-        }
+      const int64_t columns = std::min(ldc, w.h.n - column), channel = group * w.h.n + column;
+      const bool finish = finishes(p, columns);
+      Finish f{};
+      if (finish) {
+        f.bias = p.e.bias ? p.e.bias + panel * kColumns : kNoBias.data();
+        f.residual = p.e.residual ? static_cast<const uint8_t*>(p.e.residual) + channel * out_bytes : nullptr;
+        f.out = static_cast<uint8_t*>(p.e.out) + channel * out_bytes;
+        f.low = p.e.activation == Activation::none ? -INFINITY : 0.0f;
+        f.high = p.e.activation == Activation::relu6 ? 6.0f : INFINITY;
       }
+      Held held{p, c, {c, ldc, 0, 0, panel * kColumns, channel, columns}};
+      for (int64_t i = 0; i < count; ++i) {
+        Tile& t = tiles[i];
+        t.dot.a_offset = group * plan.group_stride;
+        t.dot.panels = w.panels + panel * panel_bytes;
+        t.dot.panel_bytes = panel_bytes;
+        t.dot.c = held.next();
+        t.dot.finish = finish ? &f : nullptr;
+        f.place = t.place;
+        p.dot->tile[t.rows][panels](t.dot);
+        if (!finish) held.add(t);
+      }
+      held.flush();
       panel += panels;
     }
   }

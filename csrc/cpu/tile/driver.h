@@ -26,23 +26,42 @@ struct TileProblem {
   Epilogue e;
 };
 
-// The words of A under one tile, in place or in a patch: offsets of the taps from the tile's first pixel, bytes between
-// the pixels of its rows and between groups.
-struct TileView {
-  std::vector<int64_t> tap_offset;
-  int64_t lda, group_stride;
+// A rectangle of the output, [y0, y1) x [x0, x1), whose pixels follow one another along x or, `down`, along y.
+struct Stretch {
+  int64_t y0, y1, x0, x1;
+  bool down;
+
+  int64_t pixels() const { return (y1 - y0) * (x1 - x0); }
+};
+
+// Neighbouring pixels that tiles share evenly.
+struct Section {
+  int64_t pixels, tiles;
 };
 
 struct TilePlan {
-  int64_t tiles_per_row, tiles, panels;  // panels of all groups
+  // A line is a row of the output where tiles read patches, else a whole image.
+  Section sections[3];                               // of a line
+  int64_t most_rows, tiles_per_line, tiles, panels;  // rows of the largest tile; panels of all groups
   int64_t tile_splits, panel_splits, tasks;
-  int64_t block;        // tiles that reuse a panel group while it is in cache
-  int64_t taps, words;  // of one tap, as the dot kernels see them
-  TileView direct, patch;
-  bool by_rows;    // a patch holds the lines of input under a tile; else the pixels of each tap, one after another
-  bool stage_all;  // every tile is read from a patch; else those that touch the padding
-  int64_t patch_line, patch_bytes;  // pixels of one line (or tap) of a patch; bytes of a patch
-  int64_t scratch;                  // bytes a task needs
+  int64_t block;  // tiles that reuse a panel group while it is in cache
+  bool staged;    // every tile reads a patch; else its pixels where they stand
+
+  // The taps of a tile in a patch, or in place where all its taps lie in the image; bytes between groups.
+  std::vector<DotTap> taps;
+  int64_t words, group_stride;
+  bool whole_rows;  // a kernel row is one tap of kw times the words
+
+  // In place: an image's pixels in the order in which tiles take them. Those of kInside have all their taps in the
+  // image; those of a stretch around it, each with a corner, lack the same ones. Before, inside and after are sections.
+  static constexpr int kInside = 2;
+  Stretch walk[5];
+  int64_t fill_bytes;  // what taps in the padding read
+
+  bool by_rows;  // a patch holds the lines of input under a tile; else the pixels of each tap, one after another
+  int64_t patch_pixel, patch_line, patch_bytes;  // bytes of a pixel, pixels of one line (or tap), bytes of a patch
+
+  int64_t scratch;  // bytes a task needs
 };
 
 // Folds rows and images into one long row where memory allows, and chooses the split for `threads`.

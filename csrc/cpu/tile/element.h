@@ -27,6 +27,7 @@ PK_INLINE float float_at(const uint8_t* p) {
 //   word(p)      the word at p for every column              weight(b, q)   register q of the block at b
 //   words(v)     a register of words, one for every column (s8 on vector isas)
 //   mac(c, x, w) adds the product                            finish(c, out)  writes the 16 sums of a row and panel
+//   Out          what tiles of floats on vector isas write of themselves (Finish of kernels.h)
 #if defined(PYKERNELS_ISA_SCALAR)
 
 struct Column16 {
@@ -84,6 +85,7 @@ struct DotF32 {
   static constexpr int kBudget = 12, kRows = 6;
 #endif
   static constexpr int kRegisters = kPanelRegisters, kWordBytes = 4;
+  using Out = float;
   using Acc = f32;
   using Word = f32;
   using Weight = f32;
@@ -104,6 +106,7 @@ struct DotBF16 : DotF32 {
   struct Pair {
     f32 low, high;
   };
+  using Out = bfloat16;
   using Word = Pair;
   using Weight = Pair;
   PK_INLINE Pair split(i32 v) {

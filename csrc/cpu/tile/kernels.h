@@ -8,26 +8,46 @@
 
 namespace pykernels {
 
-// One tile:  c[r][p * 16 + j] = sum over t < taps, w < words of dot(word w at a + tap_offset[t] + r * lda, block [t][w]
-// of panel p, column j) where a word is 4 bytes: 4 u8 against 4 s8 (s32 sums), 2 bf16 or 1 fp32 (fp32 sums). On an isa
-// whose word_bytes is 8, A's words are the widened ones that stage() makes. The caller guarantees that every word is
-// readable.
+// A tap of a tile: bytes from the address of a row to its words, and from a panel's first block to the tap's.
+struct DotTap {
+  int64_t a, b;
+};
+
+// Where a tile writes its output itself: f = min(high, max(low, sum + bias + residual)), in fp32 and in this order, to
+// out[place[r] + column].
+struct Finish {
+  const int64_t* place;
+  const float* bias;     // of the tile's columns
+  const void* residual;  // of out's dtype, indexed like it, or null
+  void* out;
+  float low, high;
+};
+
+// One tile:  sum[r][p * 16 + j] = sum over t < taps, w < words of dot(word w at a[t * a_step + r] + a_offset +
+// tap[t].a, word w of the blocks at panels + p * panel_bytes + tap[t].b, column j) where a word is 4 bytes: 4 u8
+// against 4 s8 (s32 sums), 2 bf16 or 1 fp32 (fp32 sums). On an isa whose word_bytes is 8, A's words are the widened
+// ones that stage() makes. The caller guarantees that every word is readable.
 struct DotArgs {
-  const uint8_t* a;
-  int64_t lda;  // bytes from one row to the next
-  const int64_t* tap_offset;
+  const uint8_t* const* a;
+  int64_t a_step, a_offset;
+  const DotTap* tap;
   int64_t taps, words;
-  const uint8_t* panels;
-  int64_t panel_bytes;
-  void* c;  // [rows][panels * 16], s32 or fp32, 64-byte aligned
+  const uint8_t* panels = nullptr;
+  int64_t panel_bytes = 0;
+  void* c = nullptr;               // [rows][panels * 16], s32 or fp32, 64-byte aligned: the sums
+  const Finish* finish = nullptr;  // instead of c where the kernel finishes, or null
 };
 
 inline constexpr int kMaxRows = 12;
 inline constexpr int kMaxPanels = 8;
 inline constexpr int kMaxTile = 32 * 16;  // accumulators of one tile, any isa
 
+enum class Dtype : int32_t { f32, bf16, u8, s8, s32 };
+
 struct DotKernel {
   int max_rows, word_bytes;
+  bool finishes;  // a tile can write an output of dtype `out` itself
+  Dtype out;
   // `words` words of 4 bytes as tile() reads them, each byte's bits flipped where `flip` has them (s8 to u8: 0x80).
   void (*stage)(const uint8_t* from, int64_t words, uint8_t flip, uint8_t* to);
   int max_panels[kMaxRows + 1];  // by rows
@@ -38,8 +58,6 @@ struct DotKernels {
   DotKernel s8, bf16, f32;
 };
 PYKERNELS_TABLE(DotKernels, dot_kernels)
-
-enum class Dtype : int32_t { f32, bf16, u8, s8, s32 };
 
 // What happens to a tile on its way out; all arithmetic in fp32, multiplication and addition rounded apart:
 //   f = s32 ? float(acc - x_zero_point * sum[n]) * (x_scale * scale[n]) : acc
