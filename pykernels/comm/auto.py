@@ -119,6 +119,7 @@ class AutoState(CommState):
                 self.world,
                 getattr(state, "error_feedback", False),
                 device,
+                seconds=0.03,
                 of=statistics.fmean,
             )
             for codec, state in self._members.items()

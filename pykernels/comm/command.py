@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +18,13 @@ from rich.table import Table
 from pykernels.comm.auto import DENSE
 from pykernels.comm.layout import Run
 from pykernels.comm.measure import NUMEL, codec_speed
-from pykernels.comm.model import Link, Speed, predict, sent_bytes, step_seconds
+from pykernels.comm.model import Link, Speed, Times, predict, predict_two_level, sent_bytes, step_seconds
 
 app = typer.Typer(help="Gradients over slow links.", no_args_is_help=True)
 CODECS = ("fp32", *DENSE)
 FIRST_BUCKET, BUCKET = 1 << 18, 25 << 18  # gradients: DistributedDataParallel's 1 MiB and 25 MiB of fp32
 BACKWARD = 2 / 3  # of a step's computation: it reads as much as forward twice
+TWO_LEVEL = " 2-level"
 WORLDS = tuple(2**i for i in range(1, 11))
 _PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -74,19 +76,25 @@ def _parsed(option: str, parse: Callable[[str], float], text: str) -> float:
         raise typer.BadParameter(f"{option}: {error}") from error
 
 
-def buckets(parameters: int) -> list[Run]:
-    """The buckets that DistributedDataParallel makes of so many parameters, in the order in which they are sent."""
-    found: list[Run] = []
-    size = FIRST_BUCKET
-    while parameters > 0:
-        numel = min(size, parameters)
-        found.append(Run(f"bucket {len(found)}", 0, numel, False))
-        parameters, size = parameters - numel, BUCKET
-    return found
+def buckets(parameters: int) -> list[int]:
+    """Sizes of the buckets that DistributedDataParallel makes of so many parameters, in the order they are sent in."""
+    first = min(FIRST_BUCKET, parameters)
+    rest = parameters - first
+    return [first, *[BUCKET] * (rest // BUCKET), *[rest % BUCKET] * (rest % BUCKET > 0)]
 
 
 def block(codec: str) -> int:
     return DENSE[codec].default_block if codec in DENSE else 0
+
+
+@dataclass(frozen=True)
+class Site:
+    """The ranks and what joins them: `bandwidth` bytes/s out of each host, `latency` seconds of a message."""
+
+    world: int
+    bandwidth: float
+    latency: float
+    ranks_per_host: int = 1
 
 
 @dataclass(frozen=True)
@@ -99,15 +107,33 @@ class Row:
     step: float
 
 
-def rows(parameters: int, world: int, link: Link, speeds: Mapping[str, Speed], compute: float = 0.0) -> list[Row]:
-    """The prediction for each codec in `speeds`; `compute` are a step's seconds without communication."""
-    runs = buckets(parameters)
+def rows(parameters: int, site: Site, speeds: Mapping[str, Speed], compute: float = 0.0) -> list[Row]:
+    """The prediction for each codec in `speeds`, among all ranks and, where hosts have several, in two levels.
+
+    `compute` are a step's seconds without communication.
+    """
+    world, local = site.world, site.ranks_per_host
+    link = Link.between(world, site.bandwidth, site.latency, local)
+    numels = buckets(parameters)
     found = []
-    for codec, speed in speeds.items():
-        times = [predict(codec, [run], block(codec), world, link, speed) for run in runs]
+
+    def add(name: str, sent: float, times: Sequence[Times]) -> None:
         step = (1 - BACKWARD) * compute + step_seconds(times, BACKWARD * compute)
-        sent = sum(sent_bytes(codec, [run], block(codec), world) for run in runs)
-        found.append(Row(codec, sent, step_seconds(times), step))
+        found.append(Row(name, sent, step_seconds(times), step))
+
+    for codec, speed in speeds.items():
+        size = block(codec)
+        runs = [(Run("", 0, numel, False),) for numel in numels]
+        times = [predict(codec, run, size, world, link, speed) for run in runs]
+        add(codec, sum(sent_bytes(codec, run, size, world) for run in runs), times)
+        if codec != "fp32" and 1 < local < world:
+            hosts = world // local
+            times = [
+                predict_two_level(codec, numel, size, hosts, local, site.bandwidth, site.latency, speed)
+                for numel in numels
+            ]
+            parts = [(Run("", 0, -(-numel // local), False),) for numel in numels]
+            add(f"{codec}{TWO_LEVEL}", sum(sent_bytes(codec, part, size, hosts) for part in parts), times)
     return found
 
 
@@ -151,13 +177,14 @@ def plan(
     ) as bar:
         task = bar.add_task("measuring codecs", total=None)
         speeds = measure(world, lambda codec: bar.update(task, description=f"measuring {codec}"))
-    found = rows(parameters, world, Link.between(world, rate, delay, ranks_per_host), speeds, 1e-3 * compute_ms)
+    site = Site(world, rate, delay, ranks_per_host)
+    found = rows(parameters, site, speeds, 1e-3 * compute_ms)
     console = Console(soft_wrap=True)
     console.print(_table(found, speeds, f"{parameters / 1e6:g} M parameters, {world} ranks, {link}, {latency}"))
     console.print(_assumptions(compute_ms, ranks_per_host), style="dim", highlight=False)
     if chart is not None:
         try:
-            draw(chart, parameters, world, rate, delay, ranks_per_host, speeds, 1e-3 * compute_ms)
+            draw(chart, parameters, site, speeds, 1e-3 * compute_ms)
         except ModuleNotFoundError as error:
             raise typer.BadParameter(f"--chart: {error}") from error
         console.print(f"written: {chart}", highlight=False)
@@ -165,13 +192,13 @@ def plan(
 
 def _table(found: Sequence[Row], speeds: Mapping[str, Speed], title: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    table.add_column("codec")
+    table.add_column("codec", no_wrap=True)
     for head in ("MB sent", "comm ms", "step ms", "vs fp32", "encode", "reduce", "decode"):
         table.add_column(head, justify="right")
     plain = next(row.step for row in found if row.codec == "fp32")
     best = min(row.step for row in found)
     for row in found:
-        speed = speeds[row.codec]
+        speed = speeds[row.codec.removesuffix(TWO_LEVEL)]
         table.add_row(
             row.codec,
             f"{row.sent / 1e6:.2f}",
@@ -186,7 +213,8 @@ def _table(found: Sequence[Row], speeds: Mapping[str, Speed], title: str) -> Tab
 
 def _assumptions(compute_ms: float, ranks_per_host: int) -> str:
     shared = (
-        f"The {ranks_per_host} ranks of a host share its link; what stays on the host is free."
+        f"The {ranks_per_host} ranks of a host share its link; what stays on the host is free. 2-level: "
+        "register(..., ranks_per_host=...)."
         if ranks_per_host > 1
         else "Each rank has a link of its own."
     )
@@ -202,17 +230,8 @@ def _assumptions(compute_ms: float, ranks_per_host: int) -> str:
     )
 
 
-def draw(
-    path: pathlib.Path,
-    parameters: int,
-    world: int,
-    rate: float,
-    latency: float,
-    ranks_per_host: int,
-    speeds: Mapping[str, Speed],
-    compute: float = 0.0,
-) -> None:
-    """Step time over bandwidth at `world` ranks, and over 2 to 1024 ranks at `rate` bytes/s, to a PNG.
+def draw(path: pathlib.Path, parameters: int, site: Site, speeds: Mapping[str, Speed], compute: float = 0.0) -> None:
+    """Step time over bandwidth at the site's ranks, and over 2 to 1024 ranks at its bandwidth, to a PNG.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -223,37 +242,39 @@ def draw(
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"the chart needs matplotlib: pip install matplotlib ({error})") from error
 
-    def steps(ranks: int, bytes_per_second: float) -> dict[str, float]:
-        between = Link.between(ranks, bytes_per_second, latency, ranks_per_host)
-        return {row.codec: 1e3 * row.step for row in rows(parameters, ranks, between, speeds, compute)}
+    def steps(**changed: Any) -> dict[str, float]:
+        found = rows(parameters, dataclasses.replace(site, **changed), speeds, compute)
+        return {row.codec: 1e3 * row.step for row in found}
 
     rates = [10 ** (i / 8) / 8 for i in range(8 * 7, 8 * 11 + 6)]  # 10 Mbit/s to 400 Gbit/s
-    worlds = [ranks for ranks in WORLDS if ranks % ranks_per_host == 0 and ranks > ranks_per_host]
+    worlds = [ranks for ranks in WORLDS if ranks % site.ranks_per_host == 0 and ranks > site.ranks_per_host]
     figure = Figure(figsize=(13, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    _lines(left, [8 * value for value in rates], [steps(world, value) for value in rates])
-    left.axvline(8 * rate, color="black", linewidth=0.8, linestyle=":")
+    _lines(left, [8 * value for value in rates], [steps(bandwidth=value) for value in rates])
+    left.axvline(8 * site.bandwidth, color="black", linewidth=0.8, linestyle=":")
     left.set_xlabel("bit/s out of a host")
-    left.set_title(f"{world} ranks", fontsize=10)
-    _lines(right, worlds, [steps(ranks, rate) for ranks in worlds])
+    left.set_title(f"{site.world} ranks", fontsize=10)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    _lines(right, worlds, [steps(world=ranks) for ranks in worlds])
     right.set_xticks(worlds, [str(ranks) for ranks in worlds], minor=False)
     right.set_xlabel("ranks")
-    right.set_title(f"{8e-6 * rate:g} Mbit/s", fontsize=10)
+    right.set_title(f"{8e-6 * site.bandwidth:g} Mbit/s", fontsize=10)
     figure.suptitle(
         f"Predicted step: {parameters / 1e6:g} M parameters, {1e3 * compute:g} ms computation, "
-        f"{1e6 * latency:g} us latency, {ranks_per_host} ranks a host",
+        f"{1e6 * site.latency:g} us latency, {site.ranks_per_host} ranks a host",
         fontsize=10,
     )
     figure.savefig(path, dpi=120)
 
 
 def _lines(axes: Any, at: Sequence[float], found: Sequence[Mapping[str, float]]) -> None:
-    for i, codec in enumerate(found[0]):
-        axes.plot(at, [values[codec] for values in found], label=codec, color=f"C{i}", linewidth=2.5 if i == 0 else 1.4)
+    for codec in found[0]:
+        plain, style = codec.removesuffix(TWO_LEVEL), "--" if codec.endswith(TWO_LEVEL) else "-"
+        color, width = f"C{CODECS.index(plain)}", 2.5 if plain == "fp32" else 1.4
+        axes.plot(at, [values[codec] for values in found], style, label=codec, color=color, linewidth=width)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylabel("ms a step (log)")
     axes.grid(True, which="major", alpha=0.3)
-    axes.legend(fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)

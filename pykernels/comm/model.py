@@ -139,6 +139,25 @@ def predict(codec: str, runs: Iterable[Run], block: int, world: int, link: Link,
     )
 
 
+def predict_two_level(
+    codec: str, numel: int, block: int, hosts: int, ranks_per_host: int, bandwidth: float, latency: float, speed: Speed
+) -> Times:
+    """How long a bucket of `numel` gradients takes with ``register(..., ranks_per_host=...)``.
+
+    A host's ranks share its `bandwidth` bytes/s; each sends its part of the bucket to its like on the other hosts. What
+    they do among themselves in fp32 is not counted.
+    """
+    part = -(-numel // ranks_per_host)
+    out = ranks_per_host * sent_bytes(codec, (Run("", 0, part, False),), block, hosts) / 2 / bandwidth
+    return Times(
+        part * speed.encode,
+        latency + out,
+        part * speed.reduce,
+        (hosts - 1) * latency + out,
+        numel * speed.decode,
+    )
+
+
 def step_seconds(buckets: Sequence[Times], compute: float = 0.0) -> float:
     """From the begin of backward, which takes `compute` seconds, until the last bucket is averaged.
 

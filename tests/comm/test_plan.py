@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from pykernels.cli import app
 from pykernels.comm import command
-from pykernels.comm.model import Link, Speed
+from pykernels.comm.command import Site
+from pykernels.comm.model import Speed
 
 SPEEDS = {codec: Speed(5e-10, 5e-10, 2e-10) for codec in command.CODECS} | {"fp32": Speed(1e-10)}
 
@@ -59,14 +60,14 @@ def test_no_times(text: str) -> None:
 
 
 def test_buckets_are_those_of_ddp() -> None:
-    sizes = [run.numel for run in command.buckets(20_000_000)]
-    assert sizes == [1 << 18, 25 << 18, 25 << 18, 25 << 18, 20_000_000 - (1 << 18) - 3 * (25 << 18)][: len(sizes)]
-    assert sum(sizes) == 20_000_000
-    assert [run.numel for run in command.buckets(7)] == [7]
+    mebi = 1 << 18  # gradients of four bytes
+    assert command.buckets(mebi + 2 * 25 * mebi + 5) == [mebi, 25 * mebi, 25 * mebi, 5]
+    assert command.buckets(mebi + 25 * mebi) == [mebi, 25 * mebi]
+    assert command.buckets(7) == [7]
 
 
 def test_rows_agree_with_arithmetic() -> None:
-    found = {row.codec: row for row in command.rows(25_000_000, 4, Link.between(4, 12.5e6, 0.0), SPEEDS, 0.3)}
+    found = {row.codec: row for row in command.rows(25_000_000, Site(4, 12.5e6, 0.0), SPEEDS, 0.3)}
     wire = 1.5 * 4 * 25_000_000 / 12.5e6
     assert found["fp32"].sent == pytest.approx(1.5 * 4 * 25_000_000)
     assert wire <= found["fp32"].communication <= 1.01 * wire
@@ -78,12 +79,21 @@ def test_rows_agree_with_arithmetic() -> None:
 def test_more_ranks_or_less_bandwidth_never_take_less_time() -> None:
     for codec, speed in SPEEDS.items():
         steps = [
-            command.rows(10_000_000, world, Link.between(world, 125e6, 5e-5), {codec: speed})[0].step
-            for world in (2, 8, 64, 1024)
+            command.rows(10_000_000, Site(world, 125e6, 5e-5), {codec: speed})[0].step for world in (2, 8, 64, 1024)
         ]
         assert steps == sorted(steps), codec
-        slower = command.rows(10_000_000, 8, Link.between(8, 12.5e6, 5e-5), {codec: speed})[0].step
+        slower = command.rows(10_000_000, Site(8, 12.5e6, 5e-5), {codec: speed})[0].step
         assert slower > steps[1]
+
+
+def test_two_levels_send_from_a_host_what_one_rank_would() -> None:
+    alone = {row.codec: row for row in command.rows(10_000_000, Site(8, 125e6, 0.0), SPEEDS)}
+    hosts = {row.codec: row for row in command.rows(10_000_000, Site(32, 125e6, 0.0, 4), SPEEDS)}
+    # Four ranks send a quarter each, so that the wire is as long busy as with one rank on each of the eight hosts.
+    assert 4 * hosts["int8 2-level"].sent == pytest.approx(alone["int8"].sent, rel=0.01)
+    assert hosts["int8 2-level"].communication == pytest.approx(alone["int8"].communication, rel=0.05)
+    assert hosts["int8 2-level"].communication < 0.5 * hosts["int8"].communication
+    assert "fp32 2-level" not in hosts and "int8 2-level" not in alone
 
 
 def test_plan_measures_prints_and_draws(tmp_path: pathlib.Path) -> None:
@@ -102,6 +112,7 @@ def test_plan_at_1024_ranks_on_shared_hosts(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(command, "measure", lambda world, tell: SPEEDS)
     text = plan("--params", "7e9", "--world", 1024, "--link", "25GB/s", "--ranks-per-host", 8)
     assert "The 8 ranks of a host share its link" in text
+    assert "int8 2-level" in text
 
 
 @pytest.mark.parametrize(
