@@ -50,7 +50,8 @@ _cache: Any = WeakTensorKeyDictionary()
 def cut(op: str, segments: torch.Tensor, device: torch.device, rows: int, block: int, record: int) -> Tiles:
     """Cut `segments` (int64 [S, 3] on the CPU) into tiles of `rows` records of `block` elements and `record` bytes.
 
-    The answer is kept until `segments` is written to or dies. Raises RuntimeError, naming `op`, for bad segments.
+    Without bytes (`record` 0) the segments' third column means nothing. The answer is kept until `segments` is written
+    to or dies. Raises RuntimeError, naming `op`, for bad segments.
     """
     check(segments.device.type == "cpu", op, "segments must be on the CPU, where their sizes can be read")
     check(segments.dtype == torch.int64, op, f"segments must be int64, not {_name(segments.dtype)}")
@@ -73,9 +74,13 @@ def cut(op: str, segments: torch.Tensor, device: torch.device, rows: int, block:
 
 
 def _cut(op: str, segments: torch.Tensor, device: torch.device, rows: int, block: int, record: int) -> Tiles:
+    if record == 0:
+        segments = segments * torch.tensor([1, 1, 0])
     sane = bool(((segments >= 0) & (segments < 2**60)).all())
     check(sane, op, "segments must not be negative, nor beyond what a tensor can hold")
     first, n, begin = segments[segments[:, 1] > 0].unbind(1)
+    if record == 0:
+        check(bool((first[1:] >= (first + n)[:-1]).all()), op, "segments must ascend and not overlap")
     check(bool((begin % 4 == 0).all()), op, "segments: the first byte must be a multiple of 4")
     size = rows * block
     counts = (n + size - 1) // size

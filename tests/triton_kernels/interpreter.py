@@ -6,6 +6,7 @@ own, and the environment of the other tests stays as it is.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import pickle
@@ -21,6 +22,11 @@ def begin() -> None:
     """In the process that interprets."""
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
+    from triton.runtime import interpreter
+
+    # Left to itself, the interpreter passes over assertions, even those of kernels compiled with them.
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, debug=True, sanitize_overflow=False)
 
 
 def _run(call: bytes) -> bytes:
