@@ -19,6 +19,10 @@ KERNELS = {
     "compress_encode": "compress",
     "compress_decode": "compress",
     "compress_reduce": "compress",
+    "sparse_encode": "sparse",
+    "sparse_decode": "sparse",
+    "randomk_encode": "sparse",
+    "randomk_decode": "sparse",
 }
 
 
@@ -45,5 +49,5 @@ def implementation(op: str) -> Callable[..., None]:
 
 
 if _load.CPU_ERROR is None and torch.version.cuda is not None:
-    for _op in KERNELS:
+    for _op in filter(lambda op: hasattr(torch.ops.pykernels, op), KERNELS):  # an older library has fewer ops
         torch.library.impl(f"pykernels::{_op}", "cuda", implementation(_op))

@@ -161,7 +161,7 @@ def stride_of(op: str, payloads: torch.Tensor, like: torch.Tensor) -> int:
     good = payloads.dim() == 2 and (payloads.shape[1] < 2 or payloads.stride(1) == 1)
     check(good, op, f"payloads must be [ranks, bytes] with contiguous rows, not {list(payloads.shape)}")
     check(payloads.shape[0] > 0, op, "payloads must have at least one row")
-    stride = payloads.stride(0) if payloads.shape[0] > 1 else 0
+    stride = payloads.stride(0) if payloads.shape[0] > 1 and payloads.numel() else 0
     check(stride % 4 == 0, op, f"payloads must have rows that begin at multiples of 4 bytes, not {stride} bytes apart")
     check(payloads.data_ptr() % 4 == 0, op, "payloads must begin at a multiple of 4 bytes")
     return stride

@@ -1,0 +1,172 @@
+"""The gradient codecs on a GPU: are the bytes those of the oracle, and how near are they to the speed of a copy?
+
+    python -m benchmarks.gpu.check_codecs [--elements 67108864] [--rounds 50]
+
+Leaves with status 1 when a byte differs. Times are the best of all rounds by CUDA events, each call followed by a copy
+of as many bytes as it must read and write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import pykernels  # noqa: F401  (registers the ops)
+from pykernels import _cuda, reference
+from pykernels.ops.compress import CODECS, record_bytes
+
+RANKS = 4
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def to_device(value: Any) -> Any:
+    """Segments stay where they are."""
+    return value.cuda() if isinstance(value, torch.Tensor) and value.dtype != torch.int64 else value
+
+
+def agrees(op: str, *arguments: Any) -> bool:
+    """Whether the op leaves all its arguments on the GPU as the oracle leaves them on the CPU; NaNs are all alike."""
+    actual = [to_device(a) for a in arguments]
+    expected = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    getattr(torch.ops.pykernels, op)(*actual)
+    getattr(reference, op)(*expected)
+    for a, e in zip(actual, expected, strict=True):
+        if not isinstance(e, torch.Tensor) or e.dtype == torch.int64:
+            continue
+        a = a.cpu()
+        if e.is_floating_point():
+            if not torch.equal(a.isnan(), e.isnan()):
+                return False
+            a, e = a.nan_to_num(0.0), e.nan_to_num(0.0)
+        if not torch.equal(a.contiguous().view(torch.uint8), e.contiguous().view(torch.uint8)):
+            return False
+    return True
+
+
+def awkward(n: int, dtype: torch.dtype) -> torch.Tensor:
+    """Of all magnitudes, denormals among them, with zeros, ties, and a few numbers that are not finite."""
+    x = torch.randn(n) * 10.0 ** torch.randint(-6, 3, (n,))
+    x[n // 2 : n // 2 + 999] *= 1e-38
+    x = torch.where(torch.rand(n) < 0.3, torch.randint(-9, 9, (n,)) * 0.5, x)
+    x[torch.tensor([77, n // 3])] = torch.inf
+    x[n // 4] = torch.nan
+    return x.to(dtype)
+
+
+def check_dense(codec: str) -> bool:
+    good = True
+    for dtype, block, stochastic in [(d, b, s) for d in DTYPES for b in (32, 96, 256, 16384) for s in (False, True)]:
+        if stochastic and not CODECS[codec].stochastic:
+            continue
+        counts = [5, 20_001, 4096, 16_000]
+        rows, first, byte = [], 3, 8
+        for n in counts:
+            rows.append((first, n, byte))
+            first, byte = first + n + 3, byte + -(-n // block) * record_bytes(codec, block) + 4
+        segments = torch.tensor(rows)
+        x, residual = awkward(first, dtype), torch.randn(first) * 0.01
+        how = (segments, codec, block)
+        payload = torch.zeros(byte // 4 * 4, dtype=torch.uint8)
+        good &= agrees("compress_encode", x, residual, payload, *how, stochastic, -5)
+        good &= agrees("compress_encode", x, None, payload, *how, stochastic, 2**40)
+        reference.compress_encode(x, None, payload, *how, stochastic, 1)
+        payloads = torch.stack([payload] * 3)
+        good &= agrees("compress_decode", payloads, torch.zeros(first, dtype=dtype), *how, 0.37)
+        good &= agrees("compress_reduce", payloads, residual, payload, *how, 0.37, stochastic, 9)
+    return good
+
+
+def check_sparse() -> bool:
+    good, n = True, 200_001
+    segments = torch.tensor([[3, 100_000, 0], [100_500, 5, 0], [120_000, 80_001, 0]])
+    for dtype in DTYPES:
+        x = awkward(n, dtype).nan_to_num(9.0)  # which NaN a sent NaN is, is not specified
+        residual, velocity = torch.randn(n) * 0.01, torch.randn(n)
+        for k, threshold in ((0, 0.0), (1, 0.0), (2000, 0.0), (2000, 50.0), (190_000, 0.0)):
+            payload = torch.zeros(8 * k, dtype=torch.uint8)
+            good &= agrees("sparse_encode", x, residual, None, payload, segments, k, threshold)
+            good &= agrees("sparse_encode", x, residual, velocity, payload, segments, k, threshold, 0.9)
+            reference.sparse_encode(x, residual.clone(), None, payload, segments, k, threshold)
+            good &= agrees("sparse_decode", torch.stack([payload] * 3), torch.randn(n).to(dtype), k, 0.37)
+            values = torch.zeros(min(k, 180_000))
+            good &= agrees("randomk_encode", x, residual, values, segments, values.numel(), 7)
+            good &= agrees("randomk_decode", values, torch.randn(n).to(dtype), segments, values.numel(), 7, 0.37)
+    return good
+
+
+def best(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
+    """Seconds of each call, the best of all rounds, one after another in each round."""
+    times = [float("inf")] * len(calls)
+    for call in calls * 3:
+        call()
+    for _ in range(rounds):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+        marks[0].record()
+        for call, mark in zip(calls, marks[1:], strict=True):
+            call()
+            mark.record()
+        torch.cuda.synchronize()
+        for i, (begin, end) in enumerate(itertools.pairwise(marks)):
+            times[i] = min(times[i], begin.elapsed_time(end) / 1e3)
+    return times
+
+
+def measure(n: int, rounds: int) -> Table:
+    table = Table("codec", "op", "GB", "GB/s", "of a copy's")
+    ops = torch.ops.pykernels
+    x, residual, out = torch.randn(n, device="cuda"), torch.zeros(n, device="cuda"), torch.zeros(n, device="cuda")
+
+    def add(codec: str, op: str, moved: int, call: Callable[[], Any]) -> None:
+        source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        ours, copy = best([call, lambda: target.copy_(source)], rounds)
+        table.add_row(codec, op, f"{moved / 1e9:.3f}", f"{moved / ours / 1e9:.0f}", f"{copy / ours:.2f}")
+
+    for codec in CODECS:
+        block = 1024 if codec == "onebit" else 256
+        size = -(-n // block) * record_bytes(codec, block)
+        how = (torch.tensor([[0, n, 0]]), codec, block)
+        shards = torch.zeros(RANKS, size, dtype=torch.uint8, device="cuda")
+        payload = torch.zeros(size, dtype=torch.uint8, device="cuda")
+        for shard in shards:
+            ops.compress_encode(x, None, shard, *how)
+        add(codec, "encode, error feedback", 12 * n + size,
+            lambda how=how, p=payload: ops.compress_encode(x, residual, p, *how))  # fmt: skip
+        add(codec, "decode", 4 * n + size, lambda how=how, s=shards: ops.compress_decode(s[:1], out, *how))
+        add(codec, f"reduce {RANKS} ranks", 8 * n + (RANKS + 1) * size,
+            lambda how=how, s=shards, p=payload: ops.compress_reduce(s, residual, p, *how, 1 / RANKS))  # fmt: skip
+    segments, k = torch.tensor([[0, n, 0]]), n // 100
+    entries = torch.zeros(8 * k, dtype=torch.uint8, device="cuda")
+    add("top-k 1 %", "encode, error feedback", 12 * n + 8 * k,
+        lambda: ops.sparse_encode(x, residual, None, entries, segments, k))  # fmt: skip
+    add("top-k 1 %", "torch.topk(x.abs(), k)", 12 * n + 8 * k, lambda: torch.topk(x.abs(), k))
+    return table
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--elements", type=int, default=2**26, help="of the tensor that is timed")
+    arguments.add_argument("--rounds", type=int, default=50, help="of which the best counts")
+    given = arguments.parse_args()
+    error = _cuda.error() or (None if torch.cuda.is_available() else "no GPU here")
+    if error is not None:
+        sys.exit(f"check_codecs: {error}")
+    torch.manual_seed(0)
+    console = Console()
+    console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    wrong = [codec for codec in CODECS if not check_dense(codec)]
+    wrong += [] if check_sparse() else ["sparse"]
+    console.print(f"bytes differ from the oracle's: {', '.join(wrong)}" if wrong else "all bytes are the oracle's")
+    console.print(measure(given.elements, given.rounds))
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
