@@ -128,7 +128,10 @@ def entrant(name: str, make: Callable[[], nn.Module], world: int) -> Entrant:
     """`name` is one of THEIRS, POWERSGD or "pykernels CODEC"."""
     model = DistributedDataParallel(make(), gradient_as_bucket_view=True, init_sync=False)
     if name.startswith("pykernels "):
-        return Entrant(name, model, comm.register(model, name.removeprefix("pykernels ")))
+        codec = name.removeprefix("pykernels ")
+        # PowerSGD averages plainly at first: in the two steps of the warm-up only.
+        options = {"start_step": 2} if codec == "powersgd" else {}
+        return Entrant(name, model, comm.register(model, codec, **options))
     if name == POWERSGD:
         # Averages plainly in the two steps of the warm-up.
         power = powerSGD_hook.PowerSGDState(dist.group.WORLD, matrix_approximation_rank=4, start_powerSGD_iter=2)
@@ -431,7 +434,11 @@ HOOKS = (
     "torch int8 per tensor",
     "torch int8 per channel",
     POWERSGD,
-    *(f"pykernels {codec}" for codec in ("bf16", "fp8", "int8", "int4", "int2", "onebit", "auto")),
+    *(
+        f"pykernels {codec}"
+        for codec in ("bf16", "fp8", "int8", "int4", "int2", "onebit", "topk", "powersgd", "auto")
+        if codec in comm.HOOKS
+    ),
 )
 
 
