@@ -92,11 +92,13 @@ def namespaces(world: int) -> Iterator[list[str]]:
 def run(command: Sequence[str], world: int, timeout: float) -> int:
     """Run `command` for each rank and return 0, or the first status that is not; 124 after `timeout` seconds, 130 when
     interrupted."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` runs
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was made is removed
     try:
         status = _run(command, world, timeout)
     except KeyboardInterrupt:
         status = 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if status == 124:
         print(f"stopped after {timeout:.0f} s", file=sys.stderr)
     return status
