@@ -24,6 +24,7 @@ from pykernels.comm.hooks import (
     powersgd_hook,
     two_level_hook,
 )
+from pykernels.comm.local_sgd import DiLoCo, nesterov, plain_average
 from pykernels.comm.plain import Fp32State
 from pykernels.comm.powersgd import PowerSGDState
 from pykernels.comm.register import HOOKS, Handle, register
@@ -39,6 +40,7 @@ __all__ = [
     "Choice",
     "CommState",
     "DenseState",
+    "DiLoCo",
     "Fp8State",
     "Fp16State",
     "Fp32State",
@@ -59,8 +61,10 @@ __all__ = [
     "int2_hook",
     "int4_hook",
     "int8_hook",
+    "nesterov",
     "one_dimensional",
     "onebit_hook",
+    "plain_average",
     "powersgd_hook",
     "register",
     "two_level_hook",

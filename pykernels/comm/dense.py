@@ -8,6 +8,7 @@ bytes, the owner of a shard its own as well, so the ranks' models stay equal to 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import GradBucket
 
+from pykernels.comm import traced
 from pykernels.comm.collectives import all_gather, all_to_all
 from pykernels.comm.lanes import Step
-from pykernels.comm.layout import Layout, Run, lay_out
-from pykernels.comm.state import CommState
+from pykernels.comm.layout import Layout, Run, lay_out, lay_out_rows
+from pykernels.comm.state import PYTHON_REDUCER, CommState
 from pykernels.ops import compress
 
 CHECK_BYTES = 4  # CRC-32 at the end of each shard
@@ -35,6 +37,15 @@ class Slot:
     sent: torch.Tensor  # uint8 [world * shard_bytes]: what goes to the others, then what came from all
     received: torch.Tensor  # the same size: everyone's share of my shard
     reduced: torch.Tensor  # uint8 [shard_bytes]
+
+
+@dataclass
+class Scatter:
+    """What a reduce-scatter keeps from step to step. Its messages are made anew, for memory's sake."""
+
+    layout: Layout
+    runs: list[Run]
+    worker: torch.Tensor | None  # fp32 [world * n]
 
 
 class DenseState(CommState):
@@ -82,9 +93,15 @@ class DenseState(CommState):
         self.seed = seed
         self.checksum = checksum
         self._slots: dict[int, Slot] = {}
+        self._scatters: dict[int, Scatter] = {}
+        self._scattered: set[int] = set()  # in this step
+        self._traced: dict[torch.Tensor, traced.Part] = {}
 
     def forget_buckets(self) -> None:
         self._slots.clear()
+        self._scatters.clear()
+        if self._traced:
+            self.prepare_traced()
 
     def forget_bucket(self, index: int) -> None:
         """Drop what was made for one bucket."""
@@ -98,15 +115,8 @@ class DenseState(CommState):
         return slot
 
     def _new_slot(self, bucket: GradBucket, runs: list[Run]) -> Slot:
-        options = f"{self.codec}, block {self.block}, checksum {self.checksum}"
-        history = self.agree(
-            f"bucket {bucket.index()}",
-            [options, *((run.key, run.numel, run.exempt) for run in runs)],
-            vote=self.feedback.has_history,
-        )
         device = bucket.buffer().device
-        if self.checksum and device.type != "cpu":
-            raise ValueError(f"pykernels: checksum: only for gradients on the CPU, these are on {device}")
+        history = self._agree_on(f"bucket {bucket.index()}", runs, device)
         layout = lay_out(runs, self.codec, self.block, self.world, self.rank, CHECK_BYTES if self.checksum else 0)
         worker: torch.Tensor | None = None
         shards: list[torch.Tensor | None] = [None] * len(layout.sections)
@@ -125,10 +135,37 @@ class DenseState(CommState):
         )
         return Slot(layout, runs, worker, shards, sent, received, reduced)
 
+    def _agree_on(self, what: str, runs: Sequence[Run], device: torch.device) -> bool:
+        options = f"{self.codec}, block {self.block}, checksum {self.checksum}"
+        if self.checksum and device.type != "cpu":
+            raise ValueError(f"pykernels: checksum: only for gradients on the CPU, these are on {device}")
+        return self.agree(
+            what, [options, *((run.key, run.numel, run.exempt) for run in runs)], vote=self.feedback.has_history
+        )
+
     def _draw(self, bucket: int, stage: int) -> int:
         """A seed of its own for each step, bucket, rank and stage."""
         words = (self.seed, self.step, bucket, self.rank, stage)
         return zlib.crc32(repr(words).encode()) | zlib.crc32(repr(words[::-1]).encode()) << 31
+
+    def _encode(
+        self, index: int, layout: Layout, source: torch.Tensor, worker: torch.Tensor | None, payload: torch.Tensor
+    ) -> None:
+        with self._meter.timed("encode"):
+            for section in layout.sections:
+                mine = section.codec == self.codec
+                compress.compress_encode(
+                    source,
+                    worker if mine else None,
+                    payload,
+                    section.segments,
+                    section.codec,
+                    section.block,
+                    stochastic=mine and self.stochastic,
+                    seed=self._draw(index, 0) if self.stochastic else 0,
+                )
+            if self.checksum:
+                _seal(payload, layout.shard_bytes)
 
     def average(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         buffer, index = bucket.buffer(), bucket.index()
@@ -139,21 +176,7 @@ class DenseState(CommState):
         factor = 1.0 / self.world
 
         def encode() -> Step:
-            with self._meter.timed("encode"):
-                for section in layout.sections:
-                    mine = section.codec == self.codec
-                    compress.compress_encode(
-                        buffer,
-                        slot.worker if mine else None,
-                        slot.sent,
-                        section.segments,
-                        section.codec,
-                        section.block,
-                        stochastic=mine and self.stochastic,
-                        seed=self._draw(index, 0) if self.stochastic else 0,
-                    )
-                if self.checksum:
-                    _seal(slot.sent, shard_bytes)
+            self._encode(index, layout, buffer, slot.worker, slot.sent)
             work = all_to_all(slot.received, slot.sent, self.group)
             return lambda: reduce(work)
 
@@ -194,6 +217,83 @@ class DenseState(CommState):
 
         with self._lanes.side_stream(buffer.device):
             return self._lanes.run(buffer, encode)
+
+    def prepare_traced(self) -> None:
+        for option in ("stochastic", "checksum", "_grad_scaler"):
+            if getattr(self, option):
+                raise ValueError(
+                    f"pykernels: {option.strip('_')}: not in a compiled backward pass, which repeats the same "
+                    f"operations in each step: {PYTHON_REDUCER}"
+                )
+        assert self._names is not None
+        runs = {p: Run(name, 0, p.numel(), self._exempt(name, p)) for p, name in self._names.items() if p.requires_grad}
+        device = next(iter(runs)).device
+        history = self._agree_on("the model", list(runs.values()), device)
+        feedback = self.feedback if self.error_feedback else None
+        self._traced = traced.prepare(runs, self.codec, self.block, self.group, feedback, history)
+        self.feedback.has_history = True
+
+    def average_traced(self, gradient: torch.Tensor, parameter: torch.nn.Parameter) -> None:
+        traced.average(gradient, self._traced[parameter], self.group, self.world)
+
+    def _scatter(self, index: int, source: torch.Tensor, runs: list[Run]) -> Scatter:
+        scatter = self._scatters.get(index)
+        if scatter is None or scatter.runs != runs:
+            self._agree_on(f"reduce-scatter {index}", runs, source.device)
+            layout = lay_out_rows(runs, self.codec, self.block, self.world, CHECK_BYTES if self.checksum else 0)
+            worker = None
+            if self.error_feedback:
+                row = layout.numel // self.world
+                everywhere = [
+                    Run(row_key(run.key, r), r * row + run.first, run.numel, run.exempt)
+                    for r in range(self.world)
+                    for run in runs
+                ]
+                worker = self.feedback.attach_worker(everywhere, layout.numel, source.device)
+            scatter = self._scatters[index] = Scatter(layout, runs, worker)
+        return scatter
+
+    def reduce_scatter(
+        self, index: int, output: torch.Tensor, source: torch.Tensor, runs: list[Run], factor: float
+    ) -> None:
+        """``output = factor * sum over ranks`` of their row of `source` that is for this rank.
+
+        Waits for the wire: on a CPU the thread, on a GPU the current stream. Every rank calls it in the same order.
+
+        Args:
+            index: which of the tensors that are reduced in a step; one that comes again begins a new step.
+            output: [n], fp32, bf16 or fp16.
+            source: [world * n], row after row, of the same dtype.
+            runs: the parameters in a row, of n elements together.
+            factor: 1 / ranks for an average.
+        """
+        if not self._scattered or index in self._scattered:
+            self._begin_step()
+            self._scattered.clear()
+        self._scattered.add(index)
+        scatter = self._scatter(index, source, runs)
+        layout, others = scatter.layout, self.world - 1
+        if layout.numel != source.numel() or source.numel() != self.world * output.numel():
+            raise ValueError(
+                f"pykernels: source must have {layout.numel} elements and output {layout.numel // self.world}, not "
+                f"{source.numel()} and {output.numel()}"
+            )
+        self._meter.sent(others / self.world * source.nbytes, others * layout.shard_bytes)
+        sent, received = (torch.zeros(layout.payload_bytes, dtype=torch.uint8, device=source.device) for _ in range(2))
+        self._encode(index, layout, source, scatter.worker, sent)
+        with self._meter.timed("exchange"):
+            all_to_all(received, sent, self.group).wait()
+        with self._meter.timed("decode"):
+            if self.checksum:
+                _verify(received, layout.shard_bytes, f"the shard of reduce-scatter {index}")
+            shards = received.view(self.world, layout.shard_bytes)
+            for section in layout.sections:
+                compress.compress_decode(shards, output, section.shard_segments, section.codec, section.block, factor)
+
+
+def row_key(name: str, row: int) -> str:
+    """What the residual of the part of a parameter that goes to one rank is called."""
+    return f"{name}[{row}]"
 
 
 def _seal(payload: torch.Tensor, shard_bytes: int) -> None:

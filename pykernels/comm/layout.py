@@ -114,17 +114,16 @@ def _shard_records(runs: Iterable[Run], block: int, world: int) -> int:
     return -(-sum(-(-run.numel // block) for run in runs) // world)
 
 
+def _kinds(runs: Sequence[Run], codec: str, block: int) -> list[tuple[list[Run], str, int]]:
+    """The runs that the codec takes and those that travel as fp32, without empty kinds."""
+    compressed, exempt = [run for run in runs if not run.exempt], [run for run in runs if run.exempt]
+    return [kind for kind in ((compressed, codec, block), (exempt, "fp32", RAW_BLOCK)) if kind[0]]
+
+
 def lay_out(runs: Sequence[Run], codec: str, block: int, world: int, rank: int, trailer: int = 0) -> Layout:
     """The layout of a bucket for `rank` of `world`; each shard ends with `trailer` bytes for a check."""
     numel = max((run.first + run.numel for run in runs), default=0)
-    kinds = [
-        (chosen, kind, size)
-        for chosen, kind, size in (
-            ([run for run in runs if not run.exempt], codec, block),
-            ([run for run in runs if run.exempt], "fp32", RAW_BLOCK),
-        )
-        if chosen
-    ]
+    kinds = _kinds(runs, codec, block)
     begins, end = [], 0
     for chosen, kind, size in kinds:
         begins.append(end)
@@ -135,3 +134,27 @@ def lay_out(runs: Sequence[Run], codec: str, block: int, world: int, rank: int, 
         for (chosen, kind, size), begin in zip(kinds, begins, strict=True)
     )
     return Layout(sections, numel, world, stride)
+
+
+def lay_out_rows(runs: Sequence[Run], codec: str, block: int, world: int, trailer: int = 0) -> Layout:
+    """The layout of a tensor [world, n] whose row r goes to rank r; `runs` lie alike in every row.
+
+    For a reduce-scatter whose shards are given. ``shard_segments`` say where a decoded row lies in the output; nothing
+    is encoded again, so there are no pieces.
+    """
+    numel = max((run.first + run.numel for run in runs), default=0)
+    rows = []
+    end = 0
+    for chosen, kind, size in _kinds(runs, codec, block):
+        mine = []
+        for run in chosen:
+            mine.append((run.first, run.numel, end))
+            end += -(-run.numel // size) * record_bytes(kind, size)
+        rows.append((kind, size, mine))
+        end = _align(end)
+    stride = end + _align(trailer)
+    sections = []
+    for kind, size, mine in rows:
+        everywhere = [(r * numel + at, n, r * stride + byte) for r in range(world) for at, n, byte in mine]
+        sections.append(Section(kind, size, _table(everywhere), _table(mine), numel, ()))
+    return Layout(tuple(sections), world * numel, world, stride)

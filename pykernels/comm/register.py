@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from pykernels.comm import hooks
@@ -19,9 +20,10 @@ from pykernels.comm.dense import (
     Int8State,
     OneBitState,
 )
+from pykernels.comm.fsdp import register_sharded
 from pykernels.comm.plain import Fp32State
 from pykernels.comm.powersgd import PowerSGDState
-from pykernels.comm.state import CommState
+from pykernels.comm.state import PYTHON_REDUCER, CommState
 from pykernels.comm.stats import Stats
 from pykernels.comm.two_level import TwoLevelState
 
@@ -63,15 +65,20 @@ class Handle:
 
 
 def register(
-    model: DistributedDataParallel, codec: str = "int8", *, ranks_per_host: int | None = None, **options: Any
+    model: DistributedDataParallel | FSDPModule,
+    codec: str = "int8",
+    *,
+    ranks_per_host: int | None = None,
+    **options: Any,
 ) -> Handle:
-    """Compress what `model` sends between ranks after each backward pass.
+    """Compress the gradients that `model` sends between ranks.
 
     Every rank calls it at the same point, once a model. Works with gradients in fp32, bf16 and fp16, on CPUs (gloo) and
     GPUs (NCCL), with ``no_sync``, ``join``, ``find_unused_parameters``, ``static_graph`` and automatic mixed precision.
 
     Args:
-        model: wrapped, and not yet trained with another hook.
+        model: wrapped in DistributedDataParallel and not yet trained with another hook, or sharded by ``fully_shard``
+            (FSDP2; see :func:`pykernels.comm.fsdp.register_sharded` for what differs).
         codec: one of ``HOOKS``.
         ranks_per_host: average in fp32 inside a host of so many consecutive ranks, and through a dense codec between
             hosts only.
@@ -81,24 +88,33 @@ def register(
         A handle to take statistics from, and to save and restore.
 
     Raises:
-        TypeError: `model` is not a DistributedDataParallel; an option the codec does not have.
+        TypeError: `model` is neither; an option the codec does not have.
         ValueError: an unknown codec, or an option out of range.
         RuntimeError: `model` has a hook already.
     """
-    if not isinstance(model, DistributedDataParallel):
+    if not isinstance(model, DistributedDataParallel | FSDPModule):
         raise TypeError(
-            f"pykernels: model must be a DistributedDataParallel, not {type(model).__name__}: wrap it first"
+            f"pykernels: model must be a DistributedDataParallel, not {type(model).__name__}: wrap it first, or apply "
+            "fully_shard"
         )
     if codec not in HOOKS:
         raise ValueError(f"pykernels: codec must be one of {', '.join(HOOKS)}, not {codec!r}")
     make, hook = HOOKS[codec]
+    if isinstance(model, FSDPModule):
+        if ranks_per_host is not None:
+            raise ValueError("pykernels: ranks_per_host: only for DDP; with fully_shard give replicas= a process group")
+        return Handle(register_sharded(model, make, **options))
     if ranks_per_host is not None:
         if not issubclass(make, DenseState):
             raise ValueError(f"pykernels: ranks_per_host: only with a dense codec, not {codec}")
+        if model._use_python_reducer:
+            raise ValueError(f"pykernels: ranks_per_host: not in a compiled backward pass: {PYTHON_REDUCER}")
         make, hook = TwoLevelState, hooks.two_level_hook
         options = {**options, "codec": codec, "ranks_per_host": ranks_per_host}
     if codec == "auto":
         options.setdefault("device", next(model.parameters()).device)
     state = make(model.process_group, model.module.named_parameters(), **options)
+    if model._use_python_reducer and state.world > 1:
+        state.prepare_traced()
     model.register_comm_hook(state, hook)
     return Handle(state)

@@ -19,6 +19,7 @@ from pykernels.comm.stats import Meter, Stats
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 Exempt = Callable[[str, torch.Tensor], bool]
 FORMAT = 1  # of state_dict
+PYTHON_REDUCER = 'keep torch._dynamo.config.optimize_ddp = "ddp_optimizer" when DistributedDataParallel is constructed'
 
 
 def one_dimensional(name: str, parameter: torch.Tensor) -> bool:
@@ -68,7 +69,8 @@ class CommState(ABC):
         # The second collective of a bucket has a group of its own: its order is that of another thread.
         self.gather_group = group
         if within is None and self.world > 1:
-            self.gather_group = dist.new_group(ranks, use_local_synchronization=True)
+            timeout = group._get_backend(group._device_types[0]).options._timeout
+            self.gather_group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
         self._names: dict[torch.Tensor, str] | None = None
         if named_parameters is not None:
             self._names = {parameter: name for name, parameter in named_parameters}
@@ -87,6 +89,12 @@ class CommState(ABC):
 
     def __call__(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Average a bucket over the ranks: what the hook does."""
+        traced: Any = bucket
+        if isinstance(traced, tuple):  # (gradient, parameter), while DistributedDataParallel's Python reducer is traced
+            if self.world > 1:
+                self.average_traced(*traced)
+            nothing: Any = None
+            return nothing
         if bucket.index() == 0:
             self._begin_step()
         if self.world == 1:
@@ -98,6 +106,14 @@ class CommState(ABC):
     @abstractmethod
     def average(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Average a bucket over two or more ranks."""
+
+    def average_traced(self, gradient: torch.Tensor, parameter: torch.nn.Parameter) -> None:
+        """Average one gradient in place, inside a compiled backward pass."""
+        raise RuntimeError(f"pykernels: {self.codec} cannot be compiled: {PYTHON_REDUCER}")
+
+    def prepare_traced(self) -> None:
+        """Make what ``average_traced`` needs, on every rank at the same point."""
+        raise ValueError(f"pykernels: {self.codec} cannot be compiled: {PYTHON_REDUCER}")
 
     def _begin_step(self) -> None:
         self.step += 1
