@@ -9,6 +9,7 @@ PREFIX ?= .
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TESTS ?= tests
 SANITIZED_TESTS ?= tests/ops
+HOOK ?= int8
 CXX ?= c++
 
 RUN := $(abspath $(VENV))/bin/python
@@ -31,6 +32,9 @@ help:  ## this list
 
 demo: build  ## optimise a real network on real photographs: table, chart in out/
 	$(RUN) -m examples.demo
+
+train: build  ## two ranks learn Fashion-MNIST, or digits, with compressed gradients; HOOK=... chooses, chart in out/
+	$(RUN) -m torch.distributed.run --standalone --nproc-per-node 2 examples/train_ddp.py --hook $(HOOK)
 
 test: build  ## the whole test suite; TESTS=... or PYTEST_ADDOPTS=... to choose
 	$(RUN) -m pytest $(TESTS)
@@ -97,5 +101,5 @@ clean:  ## forget every environment, build and output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test emulate sanitize bench lint format build dev clean
+.PHONY: help demo train test emulate sanitize bench lint format build dev clean
 .DELETE_ON_ERROR:

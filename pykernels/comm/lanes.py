@@ -48,11 +48,13 @@ class Lanes:
     def __init__(self, count: int) -> None:
         self._count = count
         self._lanes: list[Lane] = []
+        self._error: Exception | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def run(self, bucket: torch.Tensor, first: Step) -> Averaged:
         """Begin with `first`; the future holds `bucket` when no step is left, or what a step raised.
 
+        After an error nothing is sent any more, since the ranks may be out of step: every bucket meets the same error.
         On a CPU the bucket's first step runs here and now, on a GPU all of them, on the side stream.
         """
         future, checked = promise(bucket.device)
@@ -62,6 +64,8 @@ class Lanes:
                 step = step()
             future.set_result(bucket)
             return checked
+        if self._error is not None:
+            raise self._error
         if not self._lanes:
             self._lanes = [Lane(f"pykernels comm {i}") for i in range(self._count)]
         self._follow(0, first(), bucket, future)
@@ -74,8 +78,11 @@ class Lanes:
 
         def task() -> None:
             try:
+                if self._error is not None:
+                    raise self._error
                 following = step()
             except Exception as error:  # whatever a step meets is what the caller of backward must see
+                self._error = error
                 future.set_exception(error)  # type: ignore[arg-type]  # torch annotates it with the result's type
                 return
             self._follow(lane + 1, following, bucket, future)

@@ -1,0 +1,213 @@
+"""What compressed gradients cost in accuracy: a residual network on Fashion-MNIST, several seeds for each hook.
+
+    python benchmarks/comm/convergence.py                                  # every hook, three seeds, two ranks
+    python benchmarks/comm/convergence.py --hooks none int8 --seeds 5      # some of it
+    python benchmarks/comm/convergence.py --data digits --epochs 8         # scikit-learn's digits: seconds
+
+Two processes train by DistributedDataParallel over gloo, one thread each, with the hooks that users register; "none" is
+DDP's own fp32 all-reduce. Nothing but the hook differs between runs of a seed: weights, images and augmentation are the
+same. Prints mean and standard deviation of the test accuracy after the last epoch, and the difference to fp32 over the
+same seeds. A hook named ``onebit-noef`` runs with ``error_feedback=False``. Writes JSON and a chart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import queue
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from examples.images import Images, load, network
+from pykernels import comm
+
+NO_FEEDBACK = "-noef"
+WEIGHT_DECAY, WARM_UP = 5e-4, 0.15
+HOOKS = [name for name in ("int8", "int4", "int2", "onebit", "topk") if name in comm.HOOKS]
+
+
+def train(
+    images: Images, net: nn.Module, hook: str, seed: int, epochs: int, batch: int, lr: float, momentum: float
+) -> dict[str, Any]:
+    """Train `net` on all ranks of the default group, each on its share of every batch of `batch` x ranks images.
+
+    Returns:
+        ``accuracy`` on the test images, ``bytes`` a step that this rank sent (none for hook "none"), ``seconds``.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = DistributedDataParallel(net.to(memory_format=torch.channels_last))
+    handle = None
+    if hook != "none":
+        options = {"error_feedback": False} if hook.endswith(NO_FEEDBACK) else {}
+        handle = comm.register(model, hook.removesuffix(NO_FEEDBACK), **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=WEIGHT_DECAY)
+    steps = len(images.train) // (batch * world)
+    torch.manual_seed(1000 * seed + rank)  # of the augmentation
+    order = torch.Generator().manual_seed(seed)
+    begin = time.perf_counter()
+    for epoch in range(epochs):
+        chosen = torch.randperm(len(images.train), generator=order)[: steps * batch * world]
+        for step, mine in enumerate(chosen[rank::world].split(batch)):
+            done = (epoch + step / steps) / epochs
+            for group in optimizer.param_groups:  # up in a line, then down along a cosine
+                group["lr"] = lr * min(
+                    (done + 0.01) / (WARM_UP + 0.01),
+                    0.5 + 0.5 * math.cos(math.pi * max(0.0, done - WARM_UP) / (1 - WARM_UP)),
+                )
+            optimizer.zero_grad()
+            inputs = images.augment(images.train[mine]).contiguous(memory_format=torch.channels_last)
+            nn.functional.cross_entropy(model(inputs), images.train_labels[mine]).backward()
+            optimizer.step()
+    seconds = time.perf_counter() - begin
+    stats = handle.stats() if handle else None
+    return {
+        "hook": hook,
+        "seed": seed,
+        "accuracy": accuracy(model, images),
+        "bytes": stats.wire_bytes / stats.steps if stats else None,
+        "ratio": stats.ratio if stats else 1.0,
+        "seconds": seconds,
+    }
+
+
+@torch.no_grad()
+def accuracy(model: DistributedDataParallel, images: Images) -> float:
+    """The share of test images that get their label, with rank 0's running statistics; each rank looks at some."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for buffer in model.module.buffers():
+        dist.broadcast(buffer, 0)
+    model.eval()
+    answers = [model.module(part).argmax(1) for part in images.test[rank::world].split(500)]
+    right = (torch.cat(answers) == images.test_labels[rank::world]).sum()
+    dist.all_reduce(right)
+    return int(right) / len(images.test)
+
+
+def work(rank: int, options: argparse.Namespace, store: str, answers: Any) -> None:
+    """What one process does: every run, one after another, with the others."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=options.ranks)
+    images = load(options.data)
+    if options.train_images:
+        images = images.subset(options.train_images)
+    for seed in range(options.seeds):
+        for hook in options.hooks:
+            torch.manual_seed(seed)
+            net = network(images, options.width)
+            answer = train(images, net, hook, seed, options.epochs, options.batch, options.lr, options.momentum)
+            if rank == 0:
+                answers.put({"images": images.name, "train_images": len(images.train), **answer})
+    dist.destroy_process_group()
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Mean and deviation by hook, and the mean over the seeds of the difference to fp32, in points."""
+    exact = {run["seed"]: run["accuracy"] for run in runs if run["hook"] == "none"}
+    lines = ["| hook | seeds | accuracy % | sd | minus fp32 | fewer bytes | s a run |", "|---|---|---|---|---|---|---|"]
+    for hook in dict.fromkeys(run["hook"] for run in runs):
+        some = [run for run in runs if run["hook"] == hook]
+        values = [100 * run["accuracy"] for run in some]
+        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        gaps = [100 * (run["accuracy"] - exact[run["seed"]]) for run in some if run["seed"] in exact]
+        gap = f"{statistics.mean(gaps):+.2f}" if gaps and hook != "none" else ""
+        seconds = statistics.median(run["seconds"] for run in some)
+        lines.append(
+            f"| {hook} | {len(some)} | {statistics.mean(values):.2f} | {spread} | {gap} | {some[0]['ratio']:.1f}x | "
+            f"{seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def chart(runs: list[dict[str, Any]], title: str, file: Path) -> None:
+    """Every run a point, every hook a mean, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    hooks = list(dict.fromkeys(run["hook"] for run in runs))
+    figure, axis = plt.subplots(figsize=(8, 0.6 * len(hooks) + 1.6), facecolor="white")
+    for row, hook in enumerate(hooks):
+        values = [100 * run["accuracy"] for run in runs if run["hook"] == hook]
+        mean = statistics.mean(values)
+        axis.scatter(values, [row] * len(values), s=28, color="#5fa8d3", zorder=3)
+        axis.plot([mean, mean], [row - 0.3, row + 0.3], color="#e4572e", linewidth=2)
+        axis.annotate(f"{mean:.2f}", (mean, row - 0.34), ha="center", va="bottom", fontsize=9)
+    axis.set_yticks(range(len(hooks)), hooks)
+    axis.set_ylim(len(hooks) - 0.4, -0.9)
+    axis.set_xlabel("test accuracy, %")
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="x", color="#e5e8ec")
+    figure.savefig(file, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    dense = [name for name, (state, _) in comm.HOOKS.items() if issubclass(state, comm.DenseState)]
+    names = ["none", *comm.HOOKS, *(name + NO_FEEDBACK for name in dense)]
+    parser.add_argument("--hooks", nargs="+", choices=names, default=["none", *HOOKS, "onebit" + NO_FEEDBACK])
+    parser.add_argument("--seeds", type=int, default=3, help="how many (3)")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--data", default="auto", choices=["auto", "fashion-mnist", "digits"])
+    parser.add_argument("--train-images", type=int, default=20000, help="how many to learn from (20000; 0: all)")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=64, help="images a rank and step (64)")
+    parser.add_argument("--width", type=int, default=16, help="channels of the first stage (16)")
+    parser.add_argument("--lr", type=float, default=0.02, help="the highest learning rate (0.02)")
+    parser.add_argument("--momentum", type=float, default=0.9)
+    parser.add_argument("--out", type=Path, default=Path("out/convergence"), metavar="DIR", help="(out/convergence)")
+    options = parser.parse_args()
+    if min(options.seeds, options.ranks, options.epochs, options.batch, options.width) < 1:
+        parser.error("--seeds, --ranks, --epochs, --batch and --width must be at least 1")
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    runs: list[dict[str, Any]] = []
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = multiprocessing.spawn(
+            work, (options, f"{folder}/store", answers), nprocs=options.ranks, join=False, daemon=True
+        )
+        total = options.seeds * len(options.hooks)
+        ended = False
+        while len(runs) < total and not ended:
+            ended = ranks.join(timeout=0.01)  # raises what a rank raised
+            try:
+                runs.append(answers.get(timeout=1))
+            except queue.Empty:
+                continue
+            last = runs[-1]
+            print(
+                f"[{len(runs)}/{total}] seed {last['seed']} {last['hook']}: {last['accuracy']:.2%}, "
+                f"{last['seconds']:.0f} s",
+                flush=True,
+            )
+            settings = {key: value for key, value in vars(options).items() if key not in ("out", "hooks")}
+            (options.out / "convergence.json").write_text(json.dumps({"settings": settings, "runs": runs}, indent=1))
+        while not ranks.join():
+            pass
+    title = (
+        f"{runs[0]['images']}, {runs[0]['train_images']} images, width {options.width}, {options.ranks} ranks "
+        f"x {options.batch}, {options.epochs} epochs, lr {options.lr:g}, momentum {options.momentum:g}"
+    )
+    print(f"\n{title}\n\n{table(runs)}")
+    chart(runs, title, options.out / "convergence.png")
+    print(f"\nchart: {options.out / 'convergence.png'}")
+
+
+if __name__ == "__main__":
+    main()
