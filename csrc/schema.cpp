@@ -89,4 +89,10 @@ STABLE_TORCH_LIBRARY(pykernels, m) {
   m.def(
       "compress_reduce(Tensor payloads, Tensor(a!)? residual, Tensor(b!) payload, Tensor segments, str codec, "
       "int block, float factor, bool stochastic=False, int seed=0) -> ()");
+  m.def(
+      "sparse_encode(Tensor x, Tensor(a!) residual, Tensor(b!)? velocity, Tensor(c!) payload, Tensor segments, int k, "
+      "float threshold=0.0, float momentum=0.0) -> ()");
+  m.def("sparse_decode(Tensor payloads, Tensor(a!) out, int k, float factor=1.0) -> ()");
+  m.def("randomk_encode(Tensor x, Tensor(a!)? residual, Tensor(b!) values, Tensor segments, int k, int seed) -> ()");
+  m.def("randomk_decode(Tensor values, Tensor(a!) out, Tensor segments, int k, int seed, float factor=1.0) -> ()");
 }

@@ -156,6 +156,42 @@ def _(
     return None
 
 
+@fake("sparse_encode")
+def _(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    velocity: torch.Tensor | None,
+    payload: torch.Tensor,
+    segments: torch.Tensor,
+    k: int,
+    threshold: float = 0.0,
+    momentum: float = 0.0,
+) -> None:
+    return None
+
+
+@fake("sparse_decode")
+def _(payloads: torch.Tensor, out: torch.Tensor, k: int, factor: float = 1.0) -> None:
+    return None
+
+
+@fake("randomk_encode")
+def _(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    values: torch.Tensor,
+    segments: torch.Tensor,
+    k: int,
+    seed: int,
+) -> None:
+    return None
+
+
+@fake("randomk_decode")
+def _(values: torch.Tensor, out: torch.Tensor, segments: torch.Tensor, k: int, seed: int, factor: float = 1.0) -> None:
+    return None
+
+
 # ---- linear: leading dimensions are kept, the result is contiguous ----
 
 

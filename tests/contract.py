@@ -209,4 +209,23 @@ def samples() -> list[Sample]:
         lambda n: {"payloads": sent.repeat(n, 1), "residual": torch.randn(101), "payload": torch.zeros_like(sent),
                    "segments": segments},
         batched=["payloads"], mutated=["residual", "payload"], codec="int8", block=32, factor=0.25)  # fmt: skip
+
+    # sparse: 9 elements of the same runs
+    chosen = torch.zeros(72, dtype=torch.uint8)
+    ops.sparse_encode(torch.randn(101), torch.zeros(101), None, chosen, segments, 9)
+    for label, velocity in (("", None), ("velocity", torch.randn(101))):
+        add("sparse_encode",
+            lambda n, v=velocity: {"x": torch.randn(101), "residual": torch.randn(101),
+                                   "payload": torch.zeros(72 + n).byte(), "segments": segments,
+                                   **({} if v is None else {"velocity": v})},
+            label, batched=["payload"], mutated=["residual", "payload", *(["velocity"] if label else [])], k=9,
+            **({"momentum": 0.9} if label else {"velocity": None}))  # fmt: skip
+    add("sparse_decode", lambda n: {"payloads": chosen.repeat(n, 1), "out": torch.randn(101)}, batched=["payloads"],
+        mutated=["out"], k=9, factor=0.25)  # fmt: skip
+    add("randomk_encode",
+        lambda n: {"x": torch.randn(n, 40), "residual": torch.randn(n, 40), "values": torch.zeros(9),
+                   "segments": segments},
+        batched=["x", "residual"], mutated=["residual", "values"], k=9, seed=3)  # fmt: skip
+    add("randomk_decode", lambda n: {"values": torch.randn(9), "out": torch.randn(n, 40), "segments": segments},
+        batched=["out"], mutated=["out"], k=9, seed=3, factor=0.5)  # fmt: skip
     return found

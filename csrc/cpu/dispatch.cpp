@@ -2,6 +2,7 @@
 #include <atomic>
 
 #include "cpu/compress/kernels.h"
+#include "cpu/compress/sparse.h"
 #include "cpu/conv/kernels.h"
 #include "cpu/isa/isa.h"
 #include "cpu/peak/kernels.h"
@@ -34,6 +35,7 @@ PYKERNELS_DISPATCH(EpilogueKernels, epilogue_kernels)
 PYKERNELS_DISPATCH(PeakKernels, peak_kernels)
 PYKERNELS_DISPATCH(PoolKernels, pool_kernels)
 PYKERNELS_DISPATCH(QuantizeKernels, quantize_kernels)
+PYKERNELS_DISPATCH(SparseKernels, sparse_kernels)
 #endif
 
 }  // namespace pykernels

@@ -22,6 +22,15 @@ PK_INLINE void put(uint8_t* p, i32 v, int n) { store_i32(p, v, n); }
 PK_INLINE void put(int8_t* p, i32 v, int n) { store_i32(p, v, n); }
 PK_INLINE void put(byte* p, u8 v, int n) { store_u8(p, v, n); }
 
+// The chosen lanes after compact() has moved them together, back in their places; 0 in the others.
+PK_INLINE i32 expanded(i32 v, uint32_t bits) {
+  int32_t together[kLanes], apart[kLanes];
+  const int count = compact(together, v, bits);
+  int next = 0;
+  for (int lane = 0; lane < kLanes; ++lane) apart[lane] = bits >> lane & 1 ? together[next++] : 0;
+  return next == count ? load_i32(apart) : set1_i32(-1);
+}
+
 template <class T>
 constexpr int kStep = kLanes;
 template <>

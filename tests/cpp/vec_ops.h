@@ -48,6 +48,8 @@ struct byte {  // a lane of the u8 vectors
   X(bit_or, int32_t, int32_t, bit_or(x, y), exact)                                        \
   X(bit_xor, int32_t, int32_t, bit_xor(x, y), exact)                                      \
   X(set1_i32, int32_t, int32_t, set1_i32(-7), exact)                                      \
+  X(compact_gt, int32_t, int32_t, expanded(x, bits_gt(x, y)), exact)                      \
+  X(compact_eq, int32_t, int32_t, expanded(x, bits_eq(x, bit_or(x, y))), exact)           \
   X(to_f32, int32_t, float, to_f32(x), exact)                                             \
   X(to_i32, float, int32_t, to_i32(x), exact)                                             \
   X(cast_f32, int32_t, float, cast_f32(x), exact)                                         \

@@ -26,13 +26,15 @@ Coding coding_of(const char* op, const std::string& codec, int64_t block, bool s
   return {op, c, block, header + block * kCodeBits[static_cast<int>(c)] / 8, stochastic, static_cast<uint64_t>(seed)};
 }
 
+void check_payload(const char* op, const Bytes& payload) {
+  require(payload.rows > 0, op, payload.name, " must have a row for each rank, not none");
+  require(reinterpret_cast<uintptr_t>(payload.data) % 4 == 0 && (payload.rows == 1 || payload.stride % 4 == 0), op,
+          payload.name, " must begin at a multiple of 4 bytes, and so must its rows");
+}
+
 int64_t checked_records(const Coding& coding, const Segments& segments, const char* name, int64_t elements,
                         std::initializer_list<Bytes> payloads) {
-  for (const Bytes& payload : payloads) {
-    require(payload.rows > 0, coding.op, payload.name, " must have a row for each rank, not none");
-    require(reinterpret_cast<uintptr_t>(payload.data) % 4 == 0 && (payload.rows == 1 || payload.stride % 4 == 0),
-            coding.op, payload.name, " must begin at a multiple of 4 bytes, and so must its rows");
-  }
+  for (const Bytes& payload : payloads) check_payload(coding.op, payload);
   int64_t total = 0;
   for (int64_t s = 0; s < segments.count; ++s) {
     const int64_t first = segments.rows[3 * s], n = segments.rows[3 * s + 1], byte = segments.rows[3 * s + 2];

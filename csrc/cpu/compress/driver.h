@@ -56,8 +56,11 @@ struct Coding {
 // Checks the codec's name, the block, and that the codec knows stochastic rounding where it is asked for.
 Coding coding_of(const char* op, const std::string& codec, int64_t block, bool stochastic = false, int64_t seed = 0);
 
+// A payload has rows, and their memory begins at multiples of 4 bytes.
+void check_payload(const char* op, const Bytes& payload);
+
 // The records of all segments together. Every segment lies inside `elements` elements of the argument `name`, and its
-// records inside each of the payloads; their memory and that of their rows begins at multiples of 4 bytes.
+// records inside each of the payloads, which check_payload() passes.
 int64_t checked_records(const Coding& coding, const Segments& segments, const char* name, int64_t elements,
                         std::initializer_list<Bytes> payloads);
 

@@ -175,6 +175,26 @@ PK_INLINE i32 bit_xor(i32 a, i32 b) { return _mm256_xor_si256(a, b); }
 PK_INLINE i32 lane_index() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 PK_INLINE f32 cast_f32(i32 a) { return _mm256_castsi256_ps(a); }
 PK_INLINE i32 cast_i32(f32 a) { return _mm256_castps_si256(a); }
+PK_INLINE uint32_t lane_bits(__m256i mask) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(mask)));
+}
+PK_INLINE uint32_t bits_gt(i32 a, i32 b) { return lane_bits(_mm256_cmpgt_epi32(a, b)); }
+PK_INLINE uint32_t bits_eq(i32 a, i32 b) { return lane_bits(_mm256_cmpeq_epi32(a, b)); }
+// For every set of lanes, a byte each: the numbers of its lanes, ascending.
+struct LanesOfBits {
+  uint64_t lanes[256];
+  constexpr LanesOfBits() : lanes() {
+    for (int bits = 0; bits < 256; ++bits)
+      for (int lane = 0, next = 0; lane < 8; ++lane)
+        if (bits >> lane & 1) lanes[bits] |= static_cast<uint64_t>(lane) << 8 * next++;
+  }
+};
+constexpr LanesOfBits kLanesOfBits;
+PK_INLINE int compact(int32_t* p, i32 v, uint32_t bits) {
+  const __m256i chosen = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kLanesOfBits.lanes[bits])));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(v, chosen));
+  return __builtin_popcount(bits);
+}
 
 PK_INLINE u8 load_u8(const void* p, int n = 32) {
   if (n == 32) return {_mm256_loadu_si256(static_cast<const __m256i*>(p))};

@@ -156,6 +156,12 @@ PK_INLINE i32 bit_xor(i32 a, i32 b) { return _mm512_xor_si512(a, b); }
 PK_INLINE i32 lane_index() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 PK_INLINE f32 cast_f32(i32 a) { return _mm512_castsi512_ps(a); }
 PK_INLINE i32 cast_i32(f32 a) { return _mm512_castps_si512(a); }
+PK_INLINE uint32_t bits_gt(i32 a, i32 b) { return _mm512_cmpgt_epi32_mask(a, b); }
+PK_INLINE uint32_t bits_eq(i32 a, i32 b) { return _mm512_cmpeq_epi32_mask(a, b); }
+PK_INLINE int compact(int32_t* p, i32 v, uint32_t bits) {
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), v));
+  return __builtin_popcount(bits);
+}
 
 PK_INLINE u8 load_u8(const void* p, int n = 64) {
   return {n == 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(byte_mask(n), p)};

@@ -292,6 +292,16 @@ PK_EMULATE __mmask64 _mm512_test_epi8_mask(__m512i a, __m512i b) {
 PK_EMULATE __mmask16 _mm512_cmpgt_epi32_mask(__m512i a, __m512i b) {
   return emulated_mask<int32_t, __mmask16>(a, b, [](int32_t x, int32_t y) { return x > y; });
 }
+PK_EMULATE __mmask16 _mm512_cmpeq_epi32_mask(__m512i a, __m512i b) {
+  return emulated_mask<int32_t, __mmask16>(a, b, [](int32_t x, int32_t y) { return x == y; });
+}
+PK_ELEMENTWISE __m512i _mm512_maskz_compress_epi32(__mmask16 mask, __m512i a) {
+  const auto x = Elements<uint32_t, __m512i>::of(a);
+  auto out = Elements<uint32_t, __m512i>::of(_mm512_setzero_si512());
+  for (int i = 0, next = 0; i < 16; ++i)
+    if ((mask >> i) & 1) out.at[next++] = x.at[i];
+  return out.vector();
+}
 PK_EMULATE __m512i _mm512_mask_blend_epi8(__mmask64 mask, __m512i a, __m512i b) {
   return emulated_blend<uint8_t>(mask, a, b);
 }

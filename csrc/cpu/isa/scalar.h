@@ -126,6 +126,13 @@ PK_INLINE i32 cast_i32(f32 a) {
   return v;
 }
 
+PK_INLINE uint32_t bits_gt(i32 a, i32 b) { return a > b; }
+PK_INLINE uint32_t bits_eq(i32 a, i32 b) { return a == b; }
+PK_INLINE int compact(int32_t* p, i32 v, uint32_t bits) {
+  *p = v;
+  return static_cast<int>(bits);
+}
+
 PK_INLINE u8 load_u8(const void* p, int = 1) { return *static_cast<const uint8_t*>(p); }
 PK_INLINE void store_u8(void* p, u8 v, int = 1) { *static_cast<uint8_t*>(p) = v; }
 PK_INLINE u8 max_u8(u8 a, u8 b) { return a > b ? a : b; }

@@ -22,6 +22,9 @@
 //        sum_lanes(f32|i32), by halves: lane i + lane i + kLanes/2 first
 //        shift_left<k>  shift_right<k> (zeros come in)  shift_right_signed<k>  bit_and  bit_or  bit_xor
 //        lane_index(): 0, 1, .. kLanes - 1   cast_f32/cast_i32 (the same bits)
+//        bits_gt(a, b), bits_eq(a, b): uint32_t, bit i set where a > b, a = b in lane i
+//        compact(int32_t* p, v, bits): the lanes whose bits are set, one after another; writes kLanes elements at p and
+//        returns how many of them count
 //   u8   load_u8(const void*, n)  store_u8(void*, u8, n)  max_u8  min_u8  max_s8  min_s8  set1_u8  xor_u8
 //        byte_table(const uint8_t[256]) -> ByteTable   lookup(ByteTable, u8 index)
 #pragma once
