@@ -124,7 +124,7 @@ class QDQLayer(nn.Module):
 class Case:
     """One piece of work.
 
-    family: gemm, linear, conv, pool, quantize, codec or network. group: where the shape comes from ("resnet50",
+    family: gemm, linear, conv, pool, quantize, codec, sparse or network. group: where the shape comes from ("resnet50",
     "bert_base"). name: the shape, for people. work: operations, a multiply and an add being two (0 where bytes are the
     limit). traffic: for each precision the bytes that must move at least once (inputs, weights, outputs).
     model, inputs: fp32, in evaluation mode; 4-D inputs are channels_last. quantized: the int8 form of a layer.

@@ -32,6 +32,7 @@ _REQUIRED = {
     "pool": {"name", "kind", "channels", "size", "kernel", "stride", "padding"},
     "quantize": {"kind", "shape"},
     "codec": {"codec", "block", "elements"},
+    "sparse": {"data", "elements", "k"},
     "network": {"name", "batch"},
 }
 FAMILIES = tuple(_REQUIRED)
@@ -303,6 +304,35 @@ def _codec(group: str, s: dict[str, Any], data: dict[str, Any]) -> Iterator[tupl
         yield f"{group} {name}", make
 
 
+class _Largest(nn.Module):
+    """The k largest magnitudes, descending: fp32 [k]. Which elements stand for equal ones is left open."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.topk(x.abs(), self.k).values
+
+
+def _sparse(group: str, s: dict[str, Any], data: dict[str, Any]) -> Iterator[tuple[str, Make]]:
+    n, k = s["elements"], s["k"]
+    name = f"{k} of {n} {s['data']}"
+
+    def make() -> Case:
+        with _seeded():
+            x = torch.full((n,), 1e-3) if s["data"] == "equal" else torch.randn(n) * 1e-3
+            if s["data"] == "heavy-tailed":
+                x /= torch.rand(n) ** 2
+        moved = float(12 * n + 8 * k)  # gradients in, residuals in and out, positions and values
+        return Case(
+            "sparse", group, name, 0.0, {"fp32": moved}, _Largest(k).eval(), (x,), parameters={"k": k},
+            tolerance={"fp32": 0.0}, precisions=("fp32",),
+        )  # fmt: skip
+
+    yield f"{group} {name}", make
+
+
 def _network(group: str, s: dict[str, Any], data: dict[str, Any]) -> Iterator[tuple[str, Make]]:
     name, batch = s["name"], s["batch"]
 
@@ -340,5 +370,6 @@ _MAKERS: dict[str, Callable[[str, dict[str, Any], dict[str, Any]], Iterator[tupl
     "pool": _pool,
     "quantize": _quantize,
     "codec": _codec,
+    "sparse": _sparse,
     "network": _network,
 }

@@ -135,7 +135,8 @@ def run(
 ) -> Run:
     """Measure families of cases beside every rival that is installed.
 
-    families: of gemm, linear, conv, pool, quantize, codec, network. groups: shape files or networks (none: all).
+    families: of gemm, linear, conv, pool, quantize, codec, sparse, network.
+    groups: shape files or networks (none: all).
     precisions: of fp32, bf16, int8. names: only rivals whose name contains one of these, and ours (none: all).
     rounds, seconds: at most so many rounds, about so many seconds of timing, a case. threads: for everybody (None:
     torch's). tell: gets progress. done: gets each case's results when it is finished.

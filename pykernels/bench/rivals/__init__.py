@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pykernels.bench.rivals.base import Absent, Rival, Run
-from pykernels.bench.rivals.codec_rivals import Copy, TorchHook
+from pykernels.bench.rivals.codec_rivals import Copy, TopK, TorchHook
 from pykernels.bench.rivals.onnxruntime_rival import OnnxRuntime
 from pykernels.bench.rivals.openvino_rival import OpenVino
 from pykernels.bench.rivals.ours import Ours, OursSums
@@ -35,6 +35,7 @@ def everybody() -> list[Rival]:
         DynamicLinear(),
         TorchaoLinear(),
         Copy(),
+        TopK(),
         TorchHook(per_channel=False),
         TorchHook(per_channel=True),
     ]

@@ -18,7 +18,7 @@ class Copy(Rival):
     """`Tensor.copy_` of half as many bytes as the codec reads and writes: a ceiling, without an answer."""
 
     name = "torch copy_"
-    families = frozenset({"codec"})
+    families = frozenset({"codec", "sparse"})
 
     def __init__(self) -> None:
         super().__init__("fp32")
@@ -30,6 +30,20 @@ class Copy(Rival):
 
     def meaning(self, case: Case, output: Any) -> Any:
         return case.oracle
+
+
+class TopK(Rival):
+    """`torch.topk` of the magnitudes: no error feedback, and the positions in no order."""
+
+    name = "torch.topk"
+    families = frozenset({"sparse"})
+
+    def __init__(self) -> None:
+        super().__init__("fp32")
+
+    def prepare(self, case: Case) -> Run:
+        x, k = case.inputs[0], case.parameters["k"]
+        return lambda: torch.topk(x.abs(), k).values
 
 
 class TorchHook(Rival):

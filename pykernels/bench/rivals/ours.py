@@ -23,7 +23,7 @@ class Ours(Rival):
 
     name = "pykernels"
     ours = True
-    families = frozenset({"gemm", "linear", "conv", "pool", "quantize", "codec", "network"})
+    families = frozenset({"gemm", "linear", "conv", "pool", "quantize", "codec", "sparse", "network"})
 
     def prepare(self, case: Case) -> Run:
         if _load.CPU_ERROR is not None:
@@ -120,7 +120,15 @@ class Ours(Rival):
         }
         return calls[p["kind"]]
 
+    def _sparse(self, case: Case) -> Run:
+        encode, x, k = torch.ops.pykernels.sparse_encode, case.inputs[0], case.parameters["k"]
+        residual, payload = torch.zeros_like(x), torch.zeros(8 * k, dtype=torch.uint8)
+        segments = torch.tensor([[0, x.numel(), 0]])
+        return lambda: (encode(x, residual, None, payload, segments, k), payload)[1]
+
     def meaning(self, case: Case, output: Any) -> Any:
+        if case.family == "sparse":
+            return output[4 * case.parameters["k"] :].view(torch.float32).abs().sort(descending=True).values
         coded = case.family == "codec" and case.parameters["kind"] != "decode"
         return case.parameters["decode"](output) if coded else output
 
