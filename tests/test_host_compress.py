@@ -138,3 +138,49 @@ def test_no_torch_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "32.0", done.stderr
+
+
+NUMBERS = st.one_of(st.integers(-8, 300), st.integers(-(2**63), 2**63 - 1), st.integers(2**63 - 300, 2**63 - 1))
+
+
+@given(
+    found=st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS), max_size=3),
+    elements=st.integers(0, 300),
+    size=st.integers(0, 300),
+    codec=st.sampled_from(list(CODECS)),
+    block=st.sampled_from([32, 64, 32768]),
+    with_residual=st.booleans(),
+)
+def test_any_segments_are_refused_or_coded(
+    found: list[tuple[int, int, int]], elements: int, size: int, codec: str, block: int, with_residual: bool
+) -> None:
+    """Whatever the numbers are: an error that names the segment, or nothing written outside (`make sanitize` looks)."""
+    segments = np.array(found, dtype=np.int64).reshape(-1, 3)
+
+    def inside(elements: int) -> bool:
+        return all(
+            0 <= first <= elements
+            and 0 <= n <= elements - first
+            and 0 <= byte <= size
+            and byte % 4 == 0
+            and byte + -(-n // block) * record_bytes(codec, block) <= size
+            for first, n, byte in found
+        )
+
+    x, out = np.ones(elements, np.float32), np.zeros(elements, np.float32)
+    kept = np.zeros(elements, np.float32) if with_residual else None
+    payload = np.zeros(size, np.uint8)
+    for fits, op, values in (
+        (inside(elements), "compress_encode", (x, kept, payload, segments, codec, block)),
+        (inside(elements), "compress_decode", (payload[None].copy(), out, segments, codec, block)),
+        (
+            inside(elements if with_residual else 2**63 - 1),
+            "compress_reduce",
+            (payload[None].copy(), kept, payload, segments, codec, block, 1.0),
+        ),
+    ):
+        if fits:
+            getattr(_host, op)(*values)
+        else:
+            with pytest.raises(RuntimeError, match=rf"{op}: segments\[\d\]"):
+                getattr(_host, op)(*values)

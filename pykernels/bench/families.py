@@ -31,7 +31,7 @@ _REQUIRED = {
     "conv": {"in", "out", "size", "kernel", "stride", "padding", "groups", "activation", "count"},
     "pool": {"name", "kind", "channels", "size", "kernel", "stride", "padding"},
     "quantize": {"kind", "shape"},
-    "codec": {"codec", "block", "elements"},
+    "codec": {"name", "block", "elements"},
     "sparse": {"data", "elements", "k"},
     "network": {"name", "batch"},
 }
@@ -281,21 +281,22 @@ class _CodecPass(nn.Module):
 
 
 def _codec(group: str, s: dict[str, Any], data: dict[str, Any]) -> Iterator[tuple[str, Make]]:
-    n = s["elements"]
+    codec, block, n = s["name"], s["block"], s["elements"]
     for kind, ranks in (("encode", 1), ("decode", 1), ("reduce", 4)):
-        name = f"{kind} {s['codec']} {n}"
+        name = f"{kind} {codec} {n}"
 
         def make(kind: str = kind, ranks: int = ranks, name: str = name) -> Case:
-            model = _CodecPass(kind, **s).eval()
+            model = _CodecPass(kind, codec, block, n).eval()
             with _seeded():
                 x = torch.randn(n) * 1e-3
             inputs = x if kind == "encode" else model.encode(x).repeat(ranks, 1)
             # Gradients in and residuals in and out; bytes in, gradients out; bytes in and out, residuals in and out.
             moved = {"encode": 12 * n + model.bytes, "decode": 4 * n + model.bytes, "reduce": 8 * n + 5 * model.bytes}
             parameters = {
-                **s, "kind": kind, "segments": model.segments, "bytes": model.bytes, "decode": model.decode,
+                "kind": kind, "codec": codec, "block": block, "elements": n, "segments": model.segments,
+                "bytes": model.bytes, "decode": model.decode,
             }  # fmt: skip
-            tolerance = {"fp32": 0.05 if s["codec"] == "int8" else 0.0}  # torch's codecs round otherwise
+            tolerance = {"fp32": 0.05 if codec == "int8" else 0.0}  # torch's codecs round otherwise
             return Case(
                 "codec", group, name, 0.0, {"fp32": float(moved[kind])}, model, (inputs,), parameters=parameters,
                 tolerance=tolerance, precisions=("fp32",),
