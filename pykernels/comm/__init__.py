@@ -22,12 +22,15 @@ from pykernels.comm.hooks import (
     int8_hook,
     onebit_hook,
     powersgd_hook,
+    randomk_hook,
+    topk_hook,
     two_level_hook,
 )
 from pykernels.comm.local_sgd import DiLoCo, nesterov, plain_average
 from pykernels.comm.plain import Fp32State
 from pykernels.comm.powersgd import PowerSGDState
 from pykernels.comm.register import HOOKS, Handle, register
+from pykernels.comm.sparse import RandomKState, TopKState
 from pykernels.comm.state import CommState, compress_all, one_dimensional
 from pykernels.comm.stats import Stats
 from pykernels.comm.two_level import TwoLevelState
@@ -50,7 +53,9 @@ __all__ = [
     "Int8State",
     "OneBitState",
     "PowerSGDState",
+    "RandomKState",
     "Stats",
+    "TopKState",
     "TwoLevelState",
     "auto_hook",
     "bf16_hook",
@@ -66,6 +71,8 @@ __all__ = [
     "onebit_hook",
     "plain_average",
     "powersgd_hook",
+    "randomk_hook",
     "register",
+    "topk_hook",
     "two_level_hook",
 ]

@@ -8,6 +8,7 @@ from pykernels.comm.dense import Bf16State, Fp8State, Fp16State, Int2State, Int4
 from pykernels.comm.lanes import Averaged
 from pykernels.comm.plain import Fp32State
 from pykernels.comm.powersgd import PowerSGDState
+from pykernels.comm.sparse import RandomKState, TopKState
 from pykernels.comm.two_level import TwoLevelState
 
 
@@ -43,6 +44,16 @@ def bf16_hook(state: Bf16State, bucket: GradBucket) -> Averaged:
 
 def fp16_hook(state: Fp16State, bucket: GradBucket) -> Averaged:
     """float16 on the wire, at most 65504, sums in fp32: half of the bytes."""
+    return state(bucket)
+
+
+def topk_hook(state: TopKState, bucket: GradBucket) -> Averaged:
+    """The largest hundredth (by default) of the gradients: a 50th of the bytes for two ranks, more ranks send more."""
+    return state(bucket)
+
+
+def randomk_hook(state: RandomKState, bucket: GradBucket) -> Averaged:
+    """Gradients at random positions, the same on every rank: with 1 %, a hundredth of the bytes."""
     return state(bucket)
 
 

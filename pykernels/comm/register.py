@@ -23,6 +23,7 @@ from pykernels.comm.dense import (
 from pykernels.comm.fsdp import register_sharded
 from pykernels.comm.plain import Fp32State
 from pykernels.comm.powersgd import PowerSGDState
+from pykernels.comm.sparse import RandomKState, TopKState
 from pykernels.comm.state import PYTHON_REDUCER, CommState
 from pykernels.comm.stats import Stats
 from pykernels.comm.two_level import TwoLevelState
@@ -35,6 +36,8 @@ HOOKS: dict[str, tuple[type[CommState], Callable[..., Any]]] = {
     "fp8": (Fp8State, hooks.fp8_hook),
     "bf16": (Bf16State, hooks.bf16_hook),
     "fp16": (Fp16State, hooks.fp16_hook),
+    "topk": (TopKState, hooks.topk_hook),
+    "randomk": (RandomKState, hooks.randomk_hook),
     "powersgd": (PowerSGDState, hooks.powersgd_hook),
     "fp32": (Fp32State, hooks.fp32_hook),
     "auto": (AutoState, hooks.auto_hook),

@@ -90,6 +90,9 @@ def test_what_is_sent_and_what_is_kept_is_all_there_was() -> None:
     cases = [
         ("int8", {}),
         ("onebit", {}),
+        ("topk", {}),
+        ("topk", {"threshold": 0.01}),
+        ("randomk", {"ratio": 0.1}),
         ("powersgd", {"start_step": 2}),
         ("int8", {"ranks_per_host": 2}),
     ]
@@ -289,6 +292,9 @@ def complaints(rank: int) -> list[str]:
     expect(ValueError, lambda: comm.register(model, "int2", stochastic=True))
     expect(TypeError, lambda: comm.register(model, "int8", blocks=128))
     expect(ValueError, lambda: comm.register(model, "int8", ranks_per_host=3))
+    expect(ValueError, lambda: comm.register(model, "topk", ranks_per_host=2))
+    expect(ValueError, lambda: comm.register(model, "topk", ratio=0.0))
+    expect(ValueError, lambda: comm.register(model, "topk", momentum=1.0))
     expect(ValueError, lambda: comm.register(model, "powersgd", rank=0))
     handle = comm.register(model, "int8")
     backward(model, rank, 0)
@@ -302,7 +308,7 @@ def complaints(rank: int) -> list[str]:
 
 def test_what_is_wrong_is_named() -> None:
     words = ["DistributedDataParallel", "int9", "block", "stochastic", "int2", "blocks"]
-    words += ["ranks_per_host", "rank must"]
+    words += ["ranks_per_host", "dense codec", "ratio", "momentum", "rank must"]
     words += ["int4", "one file a rank", "0.weight", "named_parameters"]
     for found in run_ranks(2, complaints):
         assert len(found) == len(words)
