@@ -49,5 +49,5 @@ def implementation(op: str) -> Callable[..., None]:
 
 
 if _load.CPU_ERROR is None and torch.version.cuda is not None:
-    for _op in filter(lambda op: hasattr(torch.ops.pykernels, op), KERNELS):  # an older library has fewer ops
+    for _op in KERNELS:
         torch.library.impl(f"pykernels::{_op}", "cuda", implementation(_op))

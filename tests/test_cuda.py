@@ -21,9 +21,7 @@ def test_every_kernel_has_the_arguments_of_its_op() -> None:
     import importlib
     import inspect
 
-    present = {op: file for op, file in _cuda.KERNELS.items() if hasattr(torch.ops.pykernels, op)}
-    assert {"compress_encode", "compress_decode", "compress_reduce"} <= set(present)
-    for op, file in present.items():
+    for op, file in _cuda.KERNELS.items():
         launcher = getattr(importlib.import_module(f"pykernels.triton.{file}"), op)
         schema = getattr(torch.ops.pykernels, op).default._schema
         expected = [
