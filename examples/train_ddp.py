@@ -1,7 +1,8 @@
 """Data-parallel training with compressed gradients, from beginning to end: checkpoints, restarts, figures, a chart.
 
     torchrun --nproc-per-node 2 examples/train_ddp.py --hook int8
-    torchrun --nproc-per-node 2 --max-restarts 1 examples/train_ddp.py --hook int8 --checkpoint-dir out/ckpt --resume
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a restart must not read the addresses of the ranks before it
+    torchrun --standalone --nproc-per-node 2 --max-restarts 1 examples/train_ddp.py --checkpoint-dir out/ckpt --resume
 
 A residual network of eight layers learns Fashion-MNIST (Debian's ``dataset-fashion-mnist``), or scikit-learn's digits
 where that is not installed, on the CPU over gloo. Every rank sees its share of the images; `--hook` says how gradients
