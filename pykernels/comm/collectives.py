@@ -28,3 +28,10 @@ def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
     work = dist.all_reduce(tensor, group=group, async_op=True)
     assert work is not None
     return work
+
+
+def new_group(ranks: list[int], like: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of `ranks` (of the world) with the timeout of `like`; only they take part in making it."""
+    options: Any = like._get_backend(like._device_types[0]).options
+    group: dist.ProcessGroup = dist.new_group(ranks, timeout=options._timeout, use_local_synchronization=True)
+    return group

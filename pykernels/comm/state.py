@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import GradBucket
 
+from pykernels.comm.collectives import new_group
 from pykernels.comm.feedback import ErrorFeedback
 from pykernels.comm.lanes import Lanes
 from pykernels.comm.layout import Run
@@ -69,8 +70,7 @@ class CommState(ABC):
         # The second collective of a bucket has a group of its own: its order is that of another thread.
         self.gather_group = group
         if within is None and self.world > 1:
-            timeout = group._get_backend(group._device_types[0]).options._timeout
-            self.gather_group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+            self.gather_group = new_group(ranks, group)
         self._names: dict[torch.Tensor, str] | None = None
         if named_parameters is not None:
             self._names = {parameter: name for name, parameter in named_parameters}

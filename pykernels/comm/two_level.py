@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import GradBucket
 
-from pykernels.comm.collectives import all_gather, all_to_all
+from pykernels.comm.collectives import all_gather, all_to_all, new_group
 from pykernels.comm.dense import DenseState
 from pykernels.comm.feedback import ErrorFeedback
 from pykernels.comm.lanes import Step
@@ -83,8 +83,8 @@ class TwoLevelState(DenseState):
         ranks = dist.get_process_group_ranks(self.group)
         mates = ranks[self.host * ranks_per_host : (self.host + 1) * ranks_per_host]
         peers = ranks[self.place :: ranks_per_host]
-        self._inner, self._inner_gather = _two_groups(mates)
-        self._outer, self._outer_gather = _two_groups(peers)
+        self._inner, self._inner_gather = (new_group(mates, self.group) for _ in range(2))
+        self._outer, self._outer_gather = (new_group(peers, self.group) for _ in range(2))
         self.part_feedback = ErrorFeedback()
         self._levels: dict[int, Levels] = {}
 
@@ -249,11 +249,6 @@ class TwoLevelState(DenseState):
 
         with self._lanes.side_stream(buffer.device):
             return self._lanes.run(buffer, scatter)
-
-
-def _two_groups(ranks: list[int]) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    first, second = (dist.new_group(ranks, use_local_synchronization=True) for _ in range(2))
-    return first, second
 
 
 def _pieces(inner: Layout, runs: Sequence[Run]) -> list[tuple[Piece, bool]]:
