@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from networks import backward, gradients, network, relative, same_everywhere, train
 from ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel as DDP
+from training import backward, gradients, network, relative, same_everywhere, train
 
 from pykernels import comm
 from pykernels.comm.feedback import ErrorFeedback

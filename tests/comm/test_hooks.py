@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from networks import backward, batch, gradients, network, relative, same_everywhere, train
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel as DDP
+from training import backward, batch, gradients, network, relative, same_everywhere, train
 
 from pykernels import comm
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from networks import backward, gradients, network, relative
 from ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel as DDP
+from training import backward, gradients, network, relative
 
 from pykernels import comm
 from pykernels.comm.powersgd import orthonormalize

@@ -6,9 +6,9 @@ import copy
 import itertools
 
 import torch
-from networks import backward, gradients, network, same_everywhere
 from ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel as DDP
+from training import backward, gradients, network, same_everywhere
 
 from pykernels import comm
 
