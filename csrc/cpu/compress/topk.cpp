@@ -137,7 +137,7 @@ State update_all(const Gradient& g, const Runs& runs, const Plan& plan) {
     const int32_t above = plan.room == 0 || found.load(std::memory_order_relaxed) > plan.room ? kNone : plan.least - 1;
     const int64_t n = kernel(g, run.first, run.n, above, positions, values, unstored + i * kRun / 8, &stored);
     const int64_t begin = n == 0 ? 0 : found.fetch_add(n, std::memory_order_relaxed);
-    if (begin + n <= plan.room) {
+    if (n > 0 && begin + n <= plan.room) {
       std::memcpy(list + begin, positions, 4 * n);
       std::memcpy(list + plan.room + begin, values, 4 * n);
     }
