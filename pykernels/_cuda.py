@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -35,15 +36,15 @@ def error() -> str | None:
     return None
 
 
-def implementation(op: str) -> Callable[..., None]:
+def implementation(op: str) -> Callable[..., Any]:
     """A function that calls the launcher of `op`; without Triton it says what to install."""
 
-    def call(*args: object, **kwargs: object) -> None:
+    def call(*args: object, **kwargs: object) -> Any:
         try:
             module = importlib.import_module(f"pykernels.triton.{KERNELS[op]}")
         except ImportError as failure:
             raise RuntimeError(f"pykernels: {op} on CUDA needs Triton ({reason(failure)}): {INSTALL}") from failure
-        getattr(module, op)(*args, **kwargs)
+        return getattr(module, op)(*args, **kwargs)
 
     return call
 

@@ -39,6 +39,10 @@ def _launch(module: str, name: str, arguments: tuple[Any, ...]) -> tuple[Any, ..
     return arguments
 
 
+def _answer(module: str, name: str, arguments: tuple[Any, ...]) -> Any:
+    return getattr(importlib.import_module(f"pykernels.triton.{module}"), name)(*arguments)
+
+
 class Interpreter:
     """Calls launchers in a process that interprets."""
 
@@ -53,6 +57,10 @@ class Interpreter:
         """The arguments as `pykernels.triton.<module>.<name>` leaves them; the caller's own are not touched."""
         left: tuple[Any, ...] = self.apply(_launch, module, name, arguments)
         return left
+
+    def answer(self, module: str, name: str, *arguments: Any) -> Any:
+        """What `pykernels.triton.<module>.<name>` returns."""
+        return self.apply(_answer, module, name, arguments)
 
     def close(self) -> None:
         self._pool.shutdown()

@@ -1,21 +1,13 @@
-"""The machine code of the Triton kernels for sm_80 and sm_90, compiled without a GPU as the launchers would have it.
-
-Looked for are what would change bits (products contracted into FMAs, approximate division, denormals flushed) and what
-would cost speed (registers spilled to memory, narrow loads and stores).
-"""
+"""The machine code of the gradient codecs for sm_80 and sm_90, compiled as their launchers would have it."""
 
 from __future__ import annotations
 
 import pathlib
-import re
-import subprocess
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from cubin import accesses, check, compiled
 
 from pykernels.ops.compress import CODECS
 from pykernels.triton import compress, sparse
@@ -35,54 +27,9 @@ TYPES = {
 ALIGNED = {"stride"}  # numbers that are multiples of 16, as Triton finds out at a launch
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield
-
-
 def build(kernel: Any, arch: int, real: str, constants: dict[str, Any], options: dict[str, Any]) -> Any:
-    """Compile for pointers to 16-byte aligned memory."""
     types = {**TYPES, "x": REALS[real], "out": REALS[real]}
-    constants = {name: value for name, value in {"REAL": real, **constants}.items() if name in kernel.arg_names}
-    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or (name in ALIGNED and name not in constants)
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def resources(kernel: Any, folder: pathlib.Path) -> dict[str, int]:
-    """Registers of a thread (REG), its bytes of spilled ones (STACK and LOCAL)."""
-    path = folder / "kernel.cubin"
-    path.write_bytes(kernel.asm["cubin"])
-    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    assert found.keys() == {"REG", "STACK", "LOCAL"}, text
-    return found
-
-
-def accesses(kernel: Any) -> set[str]:
-    """The global loads and stores of its PTX, as `ld 16`: bytes a thread."""
-    found = set()
-    for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"]):
-        found.add(f"{kind} {int(vector or 1) * int(bits) // 8}")
-    return found
-
-
-def check(kernel: Any, folder: pathlib.Path, registers: int) -> None:
-    ptx = kernel.asm["ptx"]
-    assert re.search(r"\.target sm_\d+", ptx)
-    for unwanted in (r"\bfma\.\S*f32", r"\bdiv\.(full|approx)", r"\brcp\.", r"\.ftz\b", r"\b(ld|st)\.local\b"):
-        assert not re.search(unwanted, ptx), unwanted
-    used = resources(kernel, folder)
-    assert used["STACK"] == used["LOCAL"] == 0, used
-    assert used["REG"] <= registers, used
+    return compiled(kernel, arch, types, {"REAL": real, **constants}, options, ALIGNED)
 
 
 def dense(name: str, codec: str, arch: int, block: int, **constants: Any) -> Any:
