@@ -324,7 +324,7 @@ def _sparse(group: str, s: dict[str, Any], data: dict[str, Any]) -> Iterator[tup
         with _seeded():
             x = torch.full((n,), 1e-3) if s["data"] == "equal" else torch.randn(n) * 1e-3
             if s["data"] == "heavy-tailed":
-                x /= torch.rand(n) ** 2
+                x /= torch.rand(n).clamp_(min=1e-4) ** 2  # a draw may be 0
         moved = float(12 * n + 8 * k)  # gradients in, residuals in and out, positions and values
         return Case(
             "sparse", group, name, 0.0, {"fp32": moved}, _Largest(k).eval(), (x,), parameters={"k": k},

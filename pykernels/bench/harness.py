@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Result:
 
     work: operations a call; traffic: bytes that must move. gops: 1e9 operations a second at the median. share: the
     achieved share of what the machine can do at most (see `limit`: compute or memory), by the roofline. error:
-    relative to the oracle, or quanta between 8-bit outputs.
+    relative to the oracle, or quanta between 8-bit outputs; None where it is infinite or not a number.
     """
 
     family: str
@@ -111,7 +112,7 @@ def measure_case(
                 continue
             wrong, allowed = case.error(rival.precision, output), case.allowed(rival.precision, output)
             refused = None if wrong <= allowed else f"wrong answer: error {wrong:.3g}, allowed {allowed:.3g}"
-            found[i] = dataclasses.replace(blank[i], error=wrong, reason=refused)
+            found[i] = dataclasses.replace(blank[i], error=wrong if math.isfinite(wrong) else None, reason=refused)
             if refused is None:
                 ready[i] = run
         if ready:

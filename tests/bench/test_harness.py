@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import pytest
@@ -71,6 +72,7 @@ def test_a_right_answer_is_timed_with_its_share_of_the_limit(case):
 def test_a_wrong_answer_has_no_time(case, name, answer):
     found = quick(case, Fake(name, answer))[name]
     assert found.median_ms is None and found.gops is None
+    assert found.error is None or math.isfinite(found.error)  # JSON has no other numbers
     assert found.reason is not None and found.reason.startswith("wrong answer")
 
 
