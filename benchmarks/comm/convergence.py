@@ -1,18 +1,19 @@
 """What compressed gradients cost in accuracy: a residual network on Fashion-MNIST, several seeds for each hook.
 
-    python benchmarks/comm/convergence.py                                  # every hook, three seeds, two ranks
-    python benchmarks/comm/convergence.py --hooks none int8 --seeds 5      # some of it
-    python benchmarks/comm/convergence.py --data digits --epochs 8         # scikit-learn's digits: seconds
+    python benchmarks/comm/convergence.py                                  # three seeds, two ranks: most of an hour
+    python benchmarks/comm/convergence.py --hooks none int8 topk:ratio=0.1 --seeds 5
+    python benchmarks/comm/convergence.py --data digits                    # scikit-learn's digits: seconds
 
 Two processes train by DistributedDataParallel over gloo, one thread each, with the hooks that users register; "none" is
 DDP's own fp32 all-reduce. Nothing but the hook differs between runs of a seed: weights, images and augmentation are the
 same. Prints mean and standard deviation of the test accuracy after the last epoch, and the difference to fp32 over the
-same seeds. A hook named ``onebit-noef`` runs with ``error_feedback=False``. Writes JSON and a chart.
+same seeds. Writes JSON and a chart.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import math
 import queue
@@ -33,9 +34,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from examples.images import Images, load, network
 from pykernels import comm
 
-NO_FEEDBACK = "-noef"
 WEIGHT_DECAY, WARM_UP = 5e-4, 0.15
-HOOKS = [name for name in ("int8", "int4", "int2", "onebit", "topk") if name in comm.HOOKS]
+HOOKS = ("none", "int8", "int4", "onebit", "onebit:error_feedback=False", "topk", "topk:warmup_steps=1500")
+
+
+def parse_hook(text: str) -> tuple[str, dict[str, Any]]:
+    """``name:option=value,option=value`` to the name and the options: "none", or what ``comm.register`` takes."""
+    name, _, rest = text.partition(":")
+    if name not in ("none", *comm.HOOKS):
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of none, {', '.join(comm.HOOKS)}")
+    try:
+        return name, {key: ast.literal_eval(value) for key, value in (o.split("=") for o in rest.split(",") if o)}
+    except (ValueError, SyntaxError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not name:option=value,...: {error}") from error
+
+
+def hook_argument(text: str) -> str:
+    """`text`, if it can be parsed."""
+    parse_hook(text)
+    return text
 
 
 def train(
@@ -50,8 +67,8 @@ def train(
     model = DistributedDataParallel(net.to(memory_format=torch.channels_last))
     handle = None
     if hook != "none":
-        options = {"error_feedback": False} if hook.endswith(NO_FEEDBACK) else {}
-        handle = comm.register(model, hook.removesuffix(NO_FEEDBACK), **options)
+        name, options = parse_hook(hook)
+        handle = comm.register(model, name, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=WEIGHT_DECAY)
     steps = len(images.train) // (batch * world)
     torch.manual_seed(1000 * seed + rank)  # of the augmentation
@@ -157,16 +174,14 @@ def chart(runs: list[dict[str, Any]], title: str, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    dense = [name for name, (state, _) in comm.HOOKS.items() if issubclass(state, comm.DenseState)]
-    names = ["none", *comm.HOOKS, *(name + NO_FEEDBACK for name in dense)]
-    parser.add_argument("--hooks", nargs="+", choices=names, default=["none", *HOOKS, "onebit" + NO_FEEDBACK])
+    parser.add_argument("--hooks", nargs="+", type=hook_argument, default=HOOKS, metavar="HOOK[:OPTION=VALUE,...]")
     parser.add_argument("--seeds", type=int, default=3, help="how many (3)")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--data", default="auto", choices=["auto", "fashion-mnist", "digits"])
-    parser.add_argument("--train-images", type=int, default=20000, help="how many to learn from (20000; 0: all)")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=64, help="images a rank and step (64)")
-    parser.add_argument("--width", type=int, default=16, help="channels of the first stage (16)")
+    parser.add_argument("--train-images", type=int, default=0, help="how many to learn from (0: all)")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=32, help="images a rank and step (32)")
+    parser.add_argument("--width", type=int, default=8, help="channels of the first stage (8)")
     parser.add_argument("--lr", type=float, default=0.02, help="the highest learning rate (0.02)")
     parser.add_argument("--momentum", type=float, default=0.9)
     parser.add_argument("--out", type=Path, default=Path("out/convergence"), metavar="DIR", help="(out/convergence)")

@@ -17,11 +17,27 @@ from rich.table import Table
 
 from pykernels.comm.auto import DENSE
 from pykernels.comm.layout import Run
-from pykernels.comm.measure import NUMEL, codec_speed
-from pykernels.comm.model import Link, Speed, Times, predict, predict_two_level, sent_bytes, step_seconds
+from pykernels.comm.measure import NUMEL, codec_speed, powersgd_speed, randomk_speed, topk_speed
+from pykernels.comm.model import (
+    ENTRY_BYTES,
+    FP32_BYTES,
+    Link,
+    Speed,
+    Times,
+    predict,
+    predict_powersgd,
+    predict_randomk,
+    predict_topk,
+    predict_two_level,
+    selected,
+    sent_bytes,
+    step_seconds,
+    thin_numbers,
+)
 
 app = typer.Typer(help="Gradients over slow links.", no_args_is_help=True)
-CODECS = ("fp32", *DENSE)
+CODECS = ("fp32", *DENSE, "topk", "randomk", "powersgd")
+RATIO, RANK, SIDE = 0.01, 4, 1024  # of top-k and random-k; of PowerSGD, and of the square matrices it is given
 FIRST_BUCKET, BUCKET = 1 << 18, 25 << 18  # gradients: DistributedDataParallel's 1 MiB and 25 MiB of fp32
 BACKWARD = 2 / 3  # of a step's computation: it reads as much as forward twice
 TWO_LEVEL = " 2-level"
@@ -121,7 +137,20 @@ def rows(parameters: int, site: Site, speeds: Mapping[str, Speed], compute: floa
         step = (1 - BACKWARD) * compute + step_seconds(times, BACKWARD * compute)
         found.append(Row(name, sent, step_seconds(times), step))
 
+    ring = 2 * (world - 1) / world * FP32_BYTES
     for codec, speed in speeds.items():
+        if codec == "topk":
+            times = [predict_topk(numel, RATIO, world, link, speed) for numel in numels]
+            add(codec, sum((world - 1) * ENTRY_BYTES * selected(numel, RATIO) for numel in numels), times)
+            continue
+        if codec == "randomk":
+            times = [predict_randomk(numel, RATIO, world, link, speed) for numel in numels]
+            add(codec, sum(ring * selected(numel, RATIO) for numel in numels), times)
+            continue
+        if codec == "powersgd":
+            times = [predict_powersgd(parameters, RANK, SIDE, world, link, speed)]
+            add(codec, 2 * ring * thin_numbers(parameters, RANK, SIDE), times)
+            continue
         size = block(codec)
         runs = [(Run("", 0, numel, False),) for numel in numels]
         times = [predict(codec, run, size, world, link, speed) for run in runs]
@@ -139,11 +168,15 @@ def rows(parameters: int, site: Site, speeds: Mapping[str, Speed], compute: floa
 
 def measure(world: int, tell: Callable[[str], None] = lambda codec: None) -> dict[str, Speed]:
     """The speed of every codec here."""
-    speeds = {}
-    for codec in CODECS:
+    seconds, speeds = 0.03, {}
+    for codec in ("fp32", *DENSE):
         tell(codec)
         feedback = codec in DENSE and DENSE[codec].default_feedback
-        speeds[codec] = codec_speed(codec, block(codec), world, feedback, seconds=0.03)
+        speeds[codec] = codec_speed(codec, block(codec), world, feedback, seconds=seconds)
+    tell("topk, randomk, powersgd")
+    speeds["topk"] = topk_speed(RATIO, world, seconds)
+    speeds["randomk"] = randomk_speed(RATIO, seconds)
+    speeds["powersgd"] = powersgd_speed(RANK, SIDE, seconds)
     return speeds
 
 
@@ -224,6 +257,8 @@ def _assumptions(compute_ms: float, ranks_per_host: int) -> str:
             f"decode: GB/s of fp32 gradients, measured here on {NUMEL} of them, {torch.get_num_threads()} threads.",
             f"{shared} A rank sends and receives at the full rate at once; no packet is lost.",
             "fp32: a ring all-reduce, 2(W-1) latencies. Codecs: an all-to-all, 1 latency, and a ring all-gather, W-1.",
+            f"topk, randomk: {RATIO:.0%} of each bucket, by an all-gather, an all-reduce; topk's reduce is of what was "
+            f"selected. powersgd: rank {RANK}, matrices of {SIDE} x {SIDE}, two all-reduces when backward is over.",
             f"Buckets of 1 MiB, then 25 MiB. Backward takes two thirds of the {compute_ms:g} ms and overlaps with the "
             "wire; every parameter is compressed.",
         ]
@@ -271,6 +306,8 @@ def draw(path: pathlib.Path, parameters: int, site: Site, speeds: Mapping[str, S
 def _lines(axes: Any, at: Sequence[float], found: Sequence[Mapping[str, float]]) -> None:
     for codec in found[0]:
         plain, style = codec.removesuffix(TWO_LEVEL), "--" if codec.endswith(TWO_LEVEL) else "-"
+        if plain not in ("fp32", *DENSE):
+            style = ":"
         color, width = f"C{CODECS.index(plain)}", 2.5 if plain == "fp32" else 1.4
         axes.plot(at, [values[codec] for values in found], style, label=codec, color=color, linewidth=width)
     axes.set_xscale("log")

@@ -10,8 +10,9 @@ import torch.distributed as dist
 
 from pykernels.comm.collectives import all_gather, all_reduce, all_to_all
 from pykernels.comm.layout import Run, lay_out
-from pykernels.comm.model import Cost, Link, Speed
-from pykernels.ops import compress
+from pykernels.comm.model import ENTRY_BYTES, Cost, Link, Speed, selected
+from pykernels.comm.powersgd import orthonormalize
+from pykernels.ops import compress, sparse
 
 NUMEL = 1 << 20  # gradients that a codec is timed on
 MOST_RANKS = 8  # whose shards are summed: more cost the same a gradient, and would make shards too small to time
@@ -74,6 +75,63 @@ def codec_speed(
         compress.compress_decode(payload.view(1, -1), x, section.segments, codec, block)
 
     return Speed(*(of(_samples(device, phase, seconds)) / numel for phase in (encode, reduce, decode)))
+
+
+def topk_speed(ratio: float, world: int, seconds: float = 0.01, numel: int = NUMEL) -> Speed:
+    """Time selecting `ratio` of the gradients on a CPU, with error feedback, and adding up what ranks selected."""
+    k, ranks = selected(numel, ratio), min(world, MOST_RANKS)
+    x, residual = torch.randn(numel), torch.zeros(numel)
+    payload = torch.zeros(ENTRY_BYTES * k, dtype=torch.uint8)
+    segments = torch.tensor([[0, numel, 0]])
+
+    def encode() -> None:
+        sparse.sparse_encode(x, residual, None, payload, segments, k)
+
+    encoding = min(_samples(x.device, encode, seconds))
+    payloads = payload.expand(ranks, -1).contiguous()
+    adding = min(_samples(x.device, lambda: sparse.sparse_decode(payloads, x, k, 1.0 / ranks), seconds))
+    clearing = min(_samples(x.device, lambda: x.zero_(), seconds))
+    return Speed(encoding / numel, adding / (ranks * k), clearing / numel)
+
+
+def randomk_speed(ratio: float, seconds: float = 0.01, numel: int = NUMEL) -> Speed:
+    """Time taking and spreading gradients at random places on a CPU, with error feedback."""
+    k = selected(numel, ratio)
+    x, residual, values = torch.randn(numel), torch.zeros(numel), torch.zeros(k)
+    segments = torch.tensor([[0, numel, 0]])
+
+    def encode() -> None:
+        sparse.randomk_encode(x, residual, values, segments, k, 0)
+
+    def decode() -> None:
+        sparse.randomk_decode(values, x, segments, k, 0)
+
+    phases = [min(_samples(x.device, phase, seconds)) / numel for phase in (encode, decode)]
+    return Speed(phases[0], decode=phases[1])
+
+
+def powersgd_speed(rank: int, side: int, seconds: float = 0.01, matrices: int = 4) -> Speed:
+    """Time the products of a few square matrices of `side` on a CPU: M Q; P, orthonormal, and M^T P; P Q^T and what is
+    left of M."""
+    ms = [torch.randn(side, side) for _ in range(matrices)]
+    qs = [torch.randn(side, rank) for _ in range(matrices)]
+    ps = [m @ q for m, q in zip(ms, qs, strict=True)]
+
+    def encode() -> None:
+        for m, q in zip(ms, qs, strict=True):
+            m @ q
+
+    def reduce() -> None:
+        orthonormalize(ps)
+        for m, p in zip(ms, ps, strict=True):
+            m.t() @ p
+
+    def decode() -> None:
+        for m, p, q in zip(ms, ps, qs, strict=True):
+            m - p @ q.t()
+
+    numel = matrices * side * side
+    return Speed(*(min(_samples(ms[0].device, phase, seconds)) / numel for phase in (encode, reduce, decode)))
 
 
 def slowest(values: list[float], group: dist.ProcessGroup, device: torch.device) -> list[float]:

@@ -9,6 +9,9 @@ From the speed of a codec and the cost of a collective it tells how long a bucke
     gather   = all_gather.seconds + (W - 1) * shard_bytes * all_gather.per_byte
     fp32     = all_reduce.seconds + 2 * (W - 1) / W * 4 * n * all_reduce.per_byte
 
+Of the hooks that send few numbers: top-k is one all-gather of k positions and values, random-k one all-reduce of k
+values, PowerSGD two all-reduces of thin matrices once all buckets are there.
+
 A bucket alone takes the sum of its phases. In a step the buckets overlap as they do in the hooks: encode runs on the
 thread of backward; the wire carries one collective at a time, the one that was ready first; reduce and decode have a
 thread each, which takes the buckets in order.
@@ -24,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pykernels.comm.layout import Run, lay_out
 
 FP32_BYTES = 4
+ENTRY_BYTES = 8  # a position and a value
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ class Speed:
 
     Attributes:
         encode: with error feedback, if the codec has it; of fp32 the division by W.
-        reduce: per gradient in the W shards together (n in a bucket of n), encoding the sum included.
+        reduce: per gradient in the W shards together (n in a bucket of n), encoding the sum included. Of top-k: adding
+            up, per gradient that a rank selected. Of PowerSGD: orthonormalizing P, and Q.
         decode: as named.
     """
 
@@ -137,6 +142,35 @@ def predict(codec: str, runs: Iterable[Run], block: int, world: int, link: Link,
         link.all_gather.of(sent / 2),
         n * speed.decode,
     )
+
+
+def selected(numel: int, ratio: float) -> int:
+    """Gradients that top-k and random-k send of a bucket."""
+    return max(1, round(ratio * numel))
+
+
+def predict_topk(numel: int, ratio: float, world: int, link: Link, speed: Speed) -> Times:
+    """How long a bucket of `numel` gradients takes when every rank sends its largest to all."""
+    k = selected(numel, ratio)
+    exchange = link.all_gather.of((world - 1) * ENTRY_BYTES * k)
+    return Times(numel * speed.encode, exchange, decode=numel * speed.decode + world * k * speed.reduce)
+
+
+def predict_randomk(numel: int, ratio: float, world: int, link: Link, speed: Speed) -> Times:
+    """How long a bucket of `numel` gradients takes when all ranks send those at the same random places."""
+    exchange = link.all_reduce.of(2 * (world - 1) / world * FP32_BYTES * selected(numel, ratio))
+    return Times(numel * speed.encode, exchange, decode=numel * speed.decode)
+
+
+def thin_numbers(numel: int, rank: int, side: int) -> int:
+    """Numbers in the P, or in the Q, of `numel` gradients that lie in square matrices of `side`."""
+    return -(-numel * rank // side)
+
+
+def predict_powersgd(numel: int, rank: int, side: int, world: int, link: Link, speed: Speed) -> Times:
+    """How long all `numel` gradients of a model take, in square matrices of `side`, once backward is over."""
+    wire = link.all_reduce.of(2 * (world - 1) / world * FP32_BYTES * thin_numbers(numel, rank, side))
+    return Times(numel * speed.encode, wire, numel * speed.reduce, wire, numel * speed.decode)
 
 
 def predict_two_level(

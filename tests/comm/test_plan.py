@@ -86,6 +86,21 @@ def test_more_ranks_or_less_bandwidth_never_take_less_time() -> None:
         assert slower > steps[1]
 
 
+def test_few_numbers_are_counted_one_by_one() -> None:
+    """A hundredth of the gradients, 8 bytes to each other rank; 4 round a ring; two thin matrices of rank 4."""
+    n, world = 1 << 20, 4
+    found = {row.codec: row for row in command.rows(n, Site(world, 125e6, 0.0), SPEEDS)}
+    hundredth = sum(round(numel / 100) for numel in command.buckets(n))
+    assert found["topk"].sent == 3 * 8 * hundredth
+    assert found["randomk"].sent == pytest.approx(1.5 * 4 * hundredth)
+    assert found["powersgd"].sent == pytest.approx(1.5 * 4 * 2 * 4 * 1024)
+    assert not any(f"{codec} 2-level" in found for codec in ("topk", "randomk", "powersgd"))
+    # Selections go to everyone, sums do not.
+    many = {row.codec: row for row in command.rows(n, Site(64, 125e6, 0.0), SPEEDS)}
+    assert many["topk"].sent == 21 * found["topk"].sent
+    assert many["randomk"].sent < 2 * found["randomk"].sent
+
+
 def test_two_levels_send_from_a_host_what_one_rank_would() -> None:
     alone = {row.codec: row for row in command.rows(10_000_000, Site(8, 125e6, 0.0), SPEEDS)}
     hosts = {row.codec: row for row in command.rows(10_000_000, Site(32, 125e6, 0.0, 4), SPEEDS)}
@@ -103,6 +118,7 @@ def test_plan_measures_prints_and_draws(tmp_path: pathlib.Path) -> None:
     sent = {codec: float(re.search(rf"\b{codec} ([\d.]+) ", text)[1]) for codec in command.CODECS}  # type: ignore[index]
     assert sent["fp32"] == pytest.approx(2 * 63 / 64 * 100, abs=0.01)
     assert sent["fp32"] > sent["bf16"] > sent["int8"] > sent["int4"] > sent["int2"] > sent["onebit"]
+    assert sent["randomk"] == pytest.approx(0.01 * sent["fp32"], rel=0.01)
     for words in ("measured here", "ring all-reduce", "two thirds of the 300 ms", "link of its own"):
         assert words in text
     assert chart.read_bytes().startswith(b"\x89PNG")
