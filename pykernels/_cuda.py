@@ -17,6 +17,10 @@ __all__ = ["KERNELS", "error", "implementation"]
 INSTALL = "pip install 'pykernels[gpu]'"
 # Which file of pykernels/triton has the op's launcher.
 KERNELS = {
+    "linear_pack": "pack",
+    "int8_linear_pack": "pack",
+    "conv2d_pack": "pack",
+    "qconv2d_pack": "pack",
     "compress_encode": "compress",
     "compress_decode": "compress",
     "compress_reduce": "compress",

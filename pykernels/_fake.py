@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from pykernels import _load
+from pykernels._packed import packed_bytes
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -235,42 +236,26 @@ def _(
 # ---- conv: the result is channels_last whatever the input is ----
 
 
-def _packed_bytes(element: int, groups: int, n: int, k: int, taps: int) -> int:
-    """The size of a packed tensor, as csrc/common/packed.h lays it out."""
-    padded = (n + 15) // 16 * 16
-    depthwise = k == 1 and n == 1 and groups > 1
-    if depthwise:
-        groups, padded, words = 1, (groups + 15) // 16 * 16, (taps * element + 3) // 4
-    else:
-        words = taps * ((k * element + 3) // 4)
-    return 128 + groups * padded * (4 * words + 12)
-
-
 @fake("linear_pack")
 def _(weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    n, k = weight.shape
-    return weight.new_empty((_packed_bytes(weight.dtype.itemsize, 1, n, k, 1),), dtype=torch.uint8)
+    return weight.new_empty((packed_bytes(weight),), dtype=torch.uint8)
 
 
 @fake("int8_linear_pack")
 def _(weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    n, k = weight.shape
-    return weight.new_empty((_packed_bytes(1, 1, n, k, 1),), dtype=torch.uint8)
+    return weight.new_empty((packed_bytes(weight),), dtype=torch.uint8)
 
 
 @fake("conv2d_pack")
 def _(weight: torch.Tensor, bias: torch.Tensor | None = None, groups: int = 1) -> torch.Tensor:
-    o, k, kh, kw = weight.shape
-    size = _packed_bytes(weight.dtype.itemsize, groups, o // groups, k, kh * kw)
-    return weight.new_empty((size,), dtype=torch.uint8)
+    return weight.new_empty((packed_bytes(weight, groups),), dtype=torch.uint8)
 
 
 @fake("qconv2d_pack")
 def _(
     weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None = None, groups: int = 1
 ) -> torch.Tensor:
-    o, k, kh, kw = weight.shape
-    return weight.new_empty((_packed_bytes(1, groups, o // groups, k, kh * kw),), dtype=torch.uint8)
+    return weight.new_empty((packed_bytes(weight, groups),), dtype=torch.uint8)
 
 
 def _convolved(

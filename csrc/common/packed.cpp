@@ -71,6 +71,8 @@ const char* read_packed(const void* data, int64_t bytes, PackedView* view) {
   if (h.hash != hash_header(h)) return "its header is damaged";
   if (h.version != 1) return "it was packed by another version of pykernels: pack the weights again";
   if (h.bytes != bytes) return "it is truncated or padded";
+  if (h.kind != PackKind::dot && h.kind != PackKind::depthwise)
+    return "it was packed on a CUDA device: pack the weights on the CPU";
   const auto* base = static_cast<const uint8_t*>(data);
   view->panels = base + sizeof(PackedHeader);
   view->scale = reinterpret_cast<const float*>(base + h.scale_offset);

@@ -11,6 +11,7 @@ from pykernels.triton.tiles import check
 
 BYTES = (torch.uint8, torch.int8)
 REALS = (torch.float32, torch.bfloat16)
+FLOATS = (*REALS, torch.float16)  # of the ops whose float weights go through cuBLAS and cuDNN
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid", "gelu", "tanh")
 
 
@@ -24,6 +25,10 @@ def check_device(op: str, argument: str, t: torch.Tensor, like: torch.Tensor) ->
 
 def check_real_dtype(op: str, argument: str, dtype: torch.dtype) -> None:
     check(dtype in REALS, op, f"{argument} must be float32 or bfloat16, not {name(dtype)}")
+
+
+def check_float_dtype(op: str, argument: str, dtype: torch.dtype) -> None:
+    check(dtype in FLOATS, op, f"{argument} must be float32, bfloat16 or float16, not {name(dtype)}")
 
 
 def check_byte_dtype(op: str, argument: str, dtype: torch.dtype) -> None:

@@ -1,0 +1,153 @@
+"""Packing for CUDA devices, which is torch operations: what comes out again, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pykernels import _packed
+from pykernels.triton import pack
+
+ops = torch.ops.pykernels
+DTYPES = [torch.int8, torch.float32, torch.bfloat16, torch.float16]
+# output channels, input channels of a group, kernel, groups
+SHAPES = {
+    "linear": (33, 50, 1, 1, 1),
+    "3x3": (20, 5, 3, 3, 1),
+    "grouped": (12, 17, 2, 3, 3),
+    "depthwise": (21, 1, 3, 3, 21),
+    "depthwise with multiplier": (12, 1, 3, 1, 6),
+}
+
+
+def made(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """weight, weight_scale, bias, groups"""
+    *shape, groups = SHAPES[name]
+    weight = torch.randn(shape) if dtype.is_floating_point else torch.randint(-128, 128, shape)
+    return weight.to(dtype), torch.rand(shape[0]) + 0.1, torch.randn(shape[0]), groups
+
+
+def packed_by(module, name: str, dtype: torch.dtype, with_bias: bool = True) -> torch.Tensor:
+    weight, scale, bias, groups = made(name, dtype)
+    b = bias if with_bias else None
+    if name == "linear":
+        weight = weight[:, :, 0, 0]
+        return module.linear_pack(weight, b) if dtype != torch.int8 else module.int8_linear_pack(weight, scale, b)
+    if dtype != torch.int8:
+        return module.conv2d_pack(weight, b, groups)
+    return module.qconv2d_pack(weight, scale, b, groups)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*(("cuda", d) for d in DTYPES), *(("cpu", d) for d in DTYPES[:3])], ids=str
+)
+def test_unpacking_gives_back_what_was_packed(name: str, kind: str, dtype: torch.dtype) -> None:
+    for with_bias in (True, False):
+        torch.manual_seed(1)
+        packed = packed_by(pack if kind == "cuda" else ops, name, dtype, with_bias)
+        torch.manual_seed(1)
+        weight, scale, bias, groups = made(name, dtype)
+        w, s, b, g = _packed.unpack(packed)
+        assert torch.equal(w, weight) and w.dtype == dtype and g == groups
+        assert s is None if dtype.is_floating_point else torch.equal(s, scale)
+        assert torch.equal(b, bias) if with_bias else b is None
+        assert packed.numel() % 64 == (16 if kind == "cuda" else 0)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_layout_is_as_documented(name: str) -> None:
+    weight, scale, bias, groups = made(name, torch.int8)
+    packed = pack.qconv2d_pack(weight, scale, bias, groups)
+    layout, has_bias = _packed.read(packed)
+    assert has_bias and layout.cuda and layout.weights_at == 128
+    o, k, kh, kw = weight.shape
+    raw = packed[128 : 128 + layout.weight_bytes].view(torch.int8)
+    row = -(-(o if layout.depthwise else k) // 16) * 16
+    rows = kh * kw if layout.depthwise else o * kh * kw
+    if layout.depthwise:
+        expected = torch.zeros(rows, row, dtype=torch.int8)
+        expected[:, :o] = weight.reshape(o, -1).t()
+    else:
+        expected = torch.zeros(o, kh * kw, row, dtype=torch.int8)
+        expected[..., :k] = weight.permute(0, 2, 3, 1).reshape(o, kh * kw, k)
+    assert torch.equal(raw[: rows * row], expected.flatten()) and not raw[rows * row :].any()
+    sums = packed[layout.sums_at : layout.sums_at + 4 * o].view(torch.int32)
+    assert torch.equal(sums, weight.sum((1, 2, 3), dtype=torch.int32))
+    assert layout.sums_at % 64 == layout.scales_at % 64 == layout.biases_at % 64 == 0
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_fake_knows_the_size_on_either_device(name: str, dtype: torch.dtype) -> None:
+    weight, _, _, groups = made(name, dtype)
+    with torch._subclasses.FakeTensorMode():
+        size = _packed.packed_bytes(torch.empty(weight.shape, dtype=dtype, device="cuda"), groups)
+    assert size == packed_by(pack, name, dtype).numel()
+    if dtype != torch.float16:
+        assert _packed.packed_bytes(weight, groups) == packed_by(ops, name, dtype).numel()
+
+
+def test_a_cpu_packing_repacks_to_the_same_bytes() -> None:
+    """Through what a CUDA device would hold."""
+    for name in SHAPES:
+        torch.manual_seed(2)
+        cpu = packed_by(ops, name, torch.int8)
+        torch.manual_seed(2)
+        cuda = packed_by(pack, name, torch.int8)
+        assert torch.equal(_packed.repack(cuda, "cpu"), cpu)
+        assert _packed.repack(cpu, "cpu") is cpu
+
+
+class TestRefused:
+    def test_by_the_cpu_s_ops(self) -> None:
+        packed = pack.linear_pack(torch.randn(4, 8))
+        with pytest.raises(RuntimeError, match="packed on a CUDA device: pack the weights on the CPU"):
+            ops.linear(torch.randn(2, 8), packed, 4)
+
+    def test_by_size(self) -> None:
+        x, layout = torch.randn(2, 8), _packed.Layout(True, torch.float32, 1, 4, 8)
+        packed = pack.linear_pack(torch.randn(4, 8))
+        parts = pack.checked_packed("linear", packed, x, layout)
+        assert parts.weight.numel() == 32 and parts.biases.numel() == 4
+        with pytest.raises(RuntimeError, match="it was packed on the CPU, or is truncated"):
+            pack.checked_packed("linear", ops.linear_pack(torch.randn(4, 8)), x, layout)
+        with pytest.raises(RuntimeError, match=r"it has \d+ bytes, but float32 weights of 1 groups of 4 output and 8"):
+            pack.checked_packed("linear", pack.linear_pack(torch.randn(4, 24)), x, layout)
+        with pytest.raises(RuntimeError, match="contiguous 1-D uint8"):
+            pack.checked_packed("linear", packed.view(torch.int8), x, layout)
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda p: p[:-1], "truncated"),
+            (lambda p: p[:60], "1-D uint8"),
+            (lambda p: torch.zeros_like(p), "not made by"),
+            (lambda p: torch.cat([p[:20], p[20:21] + 1, p[21:]]), "header is damaged"),
+        ],
+    )
+    def test_by_unpack(self, damage, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            _packed.unpack(damage(pack.linear_pack(torch.randn(4, 8))))
+
+
+def test_bad_arguments_are_named() -> None:
+    weight, scale, bias, _ = made("3x3", torch.int8)
+    with pytest.raises(RuntimeError, match="weight must be int8, not float32"):
+        pack.qconv2d_pack(weight.float(), scale)
+    with pytest.raises(RuntimeError, match="weight must be float32, bfloat16 or float16, not int8"):
+        pack.conv2d_pack(weight)
+    with pytest.raises(RuntimeError, match="weight must have 4 dimensions"):
+        pack.qconv2d_pack(weight[0], scale)
+    with pytest.raises(RuntimeError, match="weight must not be empty"):
+        pack.qconv2d_pack(weight[:, :0], scale)
+    with pytest.raises(RuntimeError, match="groups is 3, which does not divide the 20"):
+        pack.qconv2d_pack(weight, scale, None, 3)
+    with pytest.raises(RuntimeError, match=r"weight_scale must have shape \[20\]"):
+        pack.qconv2d_pack(weight, scale[:3])
+    with pytest.raises(RuntimeError, match="weight_scale must be a positive number that fp32 holds, not -1"):
+        pack.qconv2d_pack(weight, scale.index_fill(0, torch.tensor([7]), -1.0))
+    with pytest.raises(RuntimeError, match=r"bias must have shape \[20\]"):
+        pack.qconv2d_pack(weight, scale, bias[:3])
+    with pytest.raises(RuntimeError, match="s32 cannot hold"):
+        pack.int8_linear_pack(torch.ones(1, 70_000, dtype=torch.int8), torch.ones(1))
