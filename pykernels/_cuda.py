@@ -28,6 +28,14 @@ KERNELS = {
     "sparse_decode": "sparse",
     "randomk_encode": "sparse",
     "randomk_decode": "sparse",
+    "quantize_per_tensor": "quantize",
+    "dequantize_per_tensor": "quantize",
+    "quantize_per_channel": "quantize",
+    "dequantize_per_channel": "quantize",
+    "quantize_per_token": "quantize",
+    "dequantize_per_token": "quantize",
+    "quantize_per_block": "quantize",
+    "dequantize_per_block": "quantize",
 }
 
 

@@ -12,6 +12,14 @@ from pykernels.triton.tiles import check
 BYTES = (torch.uint8, torch.int8)
 REALS = (torch.float32, torch.bfloat16)
 FLOATS = (*REALS, torch.float16)  # of the ops whose float weights go through cuBLAS and cuDNN
+# What a kernel calls a dtype.
+KINDS = {
+    torch.uint8: "uint8",
+    torch.int8: "int8",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid", "gelu", "tanh")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from interpreter import Interpreter
+from launchers import Launchers
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +20,10 @@ def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         yield
+
+
+@pytest.fixture
+def launchers(interpret: Interpreter) -> Iterator[Launchers]:
+    """Ops of the test run in the interpreter."""
+    with Launchers(interpret) as mode:
+        yield mode
