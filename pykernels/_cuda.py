@@ -36,6 +36,10 @@ KERNELS = {
     "dequantize_per_token": "quantize",
     "quantize_per_block": "quantize",
     "dequantize_per_block": "quantize",
+    "qadd": "arithmetic",
+    "qmul": "arithmetic",
+    "qcat": "arithmetic",
+    "qlookup": "arithmetic",
 }
 
 
