@@ -40,6 +40,14 @@ KERNELS = {
     "qmul": "arithmetic",
     "qcat": "arithmetic",
     "qlookup": "arithmetic",
+    "max_pool2d": "pool",
+    "max_pool2d_with_indices": "pool",
+    "adaptive_max_pool2d": "pool",
+    "adaptive_max_pool2d_with_indices": "pool",
+    "avg_pool2d": "pool",
+    "adaptive_avg_pool2d": "pool",
+    "qavg_pool2d": "pool",
+    "qadaptive_avg_pool2d": "pool",
 }
 
 

@@ -21,10 +21,10 @@ def flat(TILE: tl.constexpr):
 @triton.jit
 def place(cols, ROWS: tl.constexpr, SPAN: tl.constexpr):
     """Rows [ROWS, 1] and columns [1, SPAN] of this program's tile, int64."""
-    across = tl.cdiv(tl.cast(cols, tl.int64), SPAN)
-    tile = tl.program_id(0).to(tl.int64)
-    row = tile // across * ROWS + tl.arange(0, ROWS)[:, None]
-    col = tile % across * SPAN + tl.arange(0, SPAN)[None, :]
+    across = (cols - 1) // SPAN + 1
+    tile = tl.program_id(0)
+    row = (tile // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = (tile % across).to(tl.int64) * SPAN + tl.arange(0, SPAN)[None, :]
     return row, col
 
 

@@ -76,3 +76,14 @@ def encode_by_changing_segments(x: torch.Tensor, tables: list[torch.Tensor], siz
         payloads.append(torch.zeros(size, dtype=torch.uint8))
         compress_encode(x, None, payloads[-1], segments, "int8", 32)
     return payloads
+
+
+def max_pool_numbered_in_64_bits(x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """There: as for an output of more than 2^31 rows."""
+    from pykernels.triton import pool
+
+    limit, pool.INDEX_LIMIT = pool.INDEX_LIMIT, 0
+    try:
+        return pool.max_pool2d_with_indices(x, *arguments)
+    finally:
+        pool.INDEX_LIMIT = limit
