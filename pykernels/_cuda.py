@@ -17,6 +17,9 @@ __all__ = ["KERNELS", "error", "implementation"]
 INSTALL = "pip install 'pykernels[gpu]'"
 # Which file of pykernels/triton has the op's launcher.
 KERNELS = {
+    "int8_mm": "linear",
+    "int8_linear": "linear",
+    "linear": "linear",
     "linear_pack": "pack",
     "int8_linear_pack": "pack",
     "conv2d_pack": "pack",

@@ -7,7 +7,7 @@ On the CPU the layout is that of csrc/common/packed.h. On a CUDA device, in one 
              depthwise  int8: [kh * kw][C], C zero-padded to a multiple of 16; floats: [C][kh * kw]
     sums     s32  [groups * N]: of the weights of an output channel (0 for floats)
     scales   fp32 [groups * N]: of the weights (1 for floats)
-    biases   fp32 [groups * N] (0 without a bias)
+    biases   fp32 [groups * N] (-0 without a bias: x + -0 is x, whatever x)
 
 Every part begins at a multiple of 64 bytes. The size is 16 more than such a multiple, which no CPU packing's is: an op
 on a CUDA device looks at sizes alone, for to read a header there would be to wait for the device.
@@ -66,7 +66,8 @@ class Layout:
         """CUDA: elements from one tap's weights to the next's."""
         if self.depthwise and self.dtype.is_floating_point:
             return 1
-        return _round_up(self.groups if self.depthwise else self.k, 16 // self.dtype.itemsize)
+        unit = 16 // self.dtype.itemsize
+        return max(unit, _round_up(self.groups if self.depthwise else self.k, unit))
 
     @property
     def words(self) -> int:

@@ -7,7 +7,7 @@ Every product and sum is rounded by itself: launch with OPTIONS, which forbid co
 import triton
 import triton.language as tl
 
-from pykernels.triton.reals import store_real
+from pykernels.triton.reals import load_real, store_real
 
 OPTIONS = {"enable_fp_fusion": False}
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds half to even, for numbers up to 2^22
@@ -136,3 +136,60 @@ def activate(x, ACTIVATION: tl.constexpr):
         return _tanh(x)
     else:
         return x
+
+
+@triton.jit
+def _load_residual(pointer, mask, scale, zero_point, RESIDUAL: tl.constexpr):
+    if RESIDUAL == "uint8" or RESIDUAL == "int8":
+        return dequantize(tl.load(pointer, mask=mask, other=0), zero_point, scale)
+    else:
+        return load_real(pointer, mask, RESIDUAL)
+
+
+@triton.jit
+def finish(
+    f, residual, out, place, mask, residual_scale, residual_zero_point, inverse, zero_point,
+    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, AFTER: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """Store activation(f + residual), or with AFTER activation(f) + residual; RESIDUAL is a kind as OUT, or None."""
+    if RESIDUAL is not None and not AFTER:
+        f = f + _load_residual(residual + place, mask, residual_scale, residual_zero_point, RESIDUAL)
+    f = activate(f, ACTIVATION)
+    if RESIDUAL is not None and AFTER:
+        f = f + _load_residual(residual + place, mask, residual_scale, residual_zero_point, RESIDUAL)
+    store_output(out + place, f, mask, inverse, zero_point, OUT)
+
+
+@triton.jit
+def finish_sums(
+    acc, row, column, there, known, place, out, residual, sums, scales, biases, row_scale, row_zero_point, x_scale,
+    x_zero_point, residual_scale, residual_zero_point, inverse, zero_point,
+    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, AFTER: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """Store what the s32 sums `acc` [rows, columns] of int8 products come to, at out + `place`.
+
+    f = float(acc - x_zero_point * sum) * (x_scale * scale) + bias, then `finish`; OUT "int32" is acc without its zero
+    point. `row` and `column` index per-row and per-channel parameters, `there` and `known` say which of them there
+    are. With `row_scale` and `row_zero_point` each row has its own; these zero points are uint8's, 128 too large for
+    the int8 that was multiplied. `sums` may be None for a zero point of 0.
+    """
+    mask = there[:, None] & known[None, :]
+    if sums is not None:
+        total = tl.load(sums + column, mask=known, other=0)[None, :]
+        if row_zero_point is not None:
+            acc -= (tl.load(row_zero_point + row, mask=there, other=0) - 128)[:, None] * total
+        else:
+            acc -= x_zero_point * total
+    if OUT == "int32":
+        tl.store(out + place, acc, mask=mask)
+    else:
+        scale = tl.load(scales + column, mask=known, other=0.0)[None, :]
+        if row_scale is not None:
+            scale = tl.load(row_scale + row, mask=there, other=0.0)[:, None] * scale
+        else:
+            scale = x_scale * scale
+        f = acc.to(tl.float32) * scale + tl.load(biases + column, mask=known, other=0.0)[None, :]
+        finish(
+            f, residual, out, place, mask, residual_scale, residual_zero_point, inverse, zero_point,
+            ACTIVATION, RESIDUAL, AFTER, OUT,
+        )  # fmt: skip

@@ -5,6 +5,8 @@ Packing waits for the device (scales are looked at, as on the CPU); the ops that
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from pykernels._packed import Layout
@@ -17,24 +19,42 @@ __all__ = ["Packed", "checked_packed", "conv2d_pack", "int8_linear_pack", "linea
 MAX_REDUCTION = 2**31 // (255 * 128) - 1
 
 
+@dataclass(frozen=True)
 class Packed:
-    """The parts of packed weights of a known layout, as views.
+    """Packed weights of a known layout, as views of their parts.
 
     Attributes:
-        weight: of the layout's dtype, flat.
-        sums: int32 [O]; scales, biases: float32 [O].
+        layout: where they lie.
+        weight: of the layout's dtype, flat; sums: int32 [O]; scales, biases: float32 [O].
     """
 
-    def __init__(self, packed: torch.Tensor, layout: Layout) -> None:
-        o = layout.groups * layout.n
+    layout: Layout
+    weight: torch.Tensor
+    sums: torch.Tensor
+    scales: torch.Tensor
+    biases: torch.Tensor
 
-        def part(begin: int, size: int, dtype: torch.dtype) -> torch.Tensor:
-            return packed[begin : begin + size].view(dtype)
+    @property
+    def rows(self) -> torch.Tensor:
+        """The weights as [O, kh * kw * K padded]; not of depthwise ones."""
+        at = self.layout
+        o, row = at.groups * at.n, at.kh * at.kw * at.row
+        return self.weight[: o * row].view(o, row)
 
-        self.weight = part(layout.weights_at, layout.weight_bytes, layout.dtype)
-        self.sums = part(layout.sums_at, 4 * o, torch.int32)
-        self.scales = part(layout.scales_at, 4 * o, torch.float32)
-        self.biases = part(layout.biases_at, 4 * o, torch.float32)
+
+def _views(packed: torch.Tensor, layout: Layout) -> Packed:
+    size = 4 * layout.groups * layout.n
+
+    def part(begin: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return packed[begin : begin + size].view(dtype)
+
+    return Packed(
+        layout,
+        part(layout.weights_at, layout.weight_bytes, layout.dtype),
+        part(layout.sums_at, size, torch.int32),
+        part(layout.scales_at, size, torch.float32),
+        part(layout.biases_at, size, torch.float32),
+    )
 
 
 def checked_packed(op: str, packed: torch.Tensor, x: torch.Tensor, layout: Layout) -> Packed:
@@ -57,7 +77,7 @@ def checked_packed(op: str, packed: torch.Tensor, x: torch.Tensor, layout: Layou
         f"of {layout.n} output and {layout.k} input channels, kernel {layout.kh}x{layout.kw}, have {layout.size}",
     )
     check(packed.data_ptr() % 16 == 0, op, "packed must begin at a multiple of 16 bytes")
-    return Packed(packed, layout)
+    return _views(packed, layout)
 
 
 def _checked_bias(op: str, bias: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor | None:
@@ -94,18 +114,17 @@ def _pack(
         )
     packed = torch.zeros(layout.size, dtype=torch.uint8, device=weight.device)
     packed[: layout.weights_at] = torch.tensor(list(layout.header(bias is not None)), dtype=torch.uint8)
-    parts = Packed(packed, layout)
+    parts = _views(packed, layout)
     taps, row = kh * kw, layout.row
     dense = weight.reshape(o, k, taps)
     if layout.depthwise and scale is not None:
         parts.weight[: taps * row].view(taps, row)[:, :o] = dense[:, 0].t()
     else:
-        parts.weight[: o * taps * row].view(o, taps, row)[..., :k] = dense.transpose(1, 2)
+        parts.rows.view(o, taps, row)[..., :k] = dense.transpose(1, 2)
     parts.scales.fill_(1.0) if scale is None else parts.scales.copy_(scale)
     if scale is not None:
         parts.sums.copy_(dense.sum((1, 2), dtype=torch.int32))
-    if bias is not None:
-        parts.biases.copy_(bias)
+    parts.biases.fill_(-0.0) if bias is None else parts.biases.copy_(bias)
     return packed
 
 
