@@ -16,18 +16,10 @@ FLOATS = (*REALS, torch.float16)  # of the ops whose float weights go through cu
 KINDS = {
     torch.uint8: "uint8",
     torch.int8: "int8",
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-}
-# What the kernels call dtypes.
-KINDS = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.uint8: "uint8",
-    torch.int8: "int8",
     torch.int32: "int32",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
 }
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid", "gelu", "tanh")
 

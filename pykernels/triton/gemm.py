@@ -26,9 +26,22 @@ from pykernels.triton.arguments import KINDS, as_bits, inverse, single
 from pykernels.triton.epilogue import OPTIONS, finish_sums
 from pykernels.triton.pack import Packed
 
-__all__ = ["Config", "Epilogue", "config", "gemm", "machine", "rows16"]
+__all__ = [
+    "GROUP",
+    "NUMBERS",
+    "Config",
+    "Epilogue",
+    "add_parts",
+    "config",
+    "gemm",
+    "machine",
+    "place_tile",
+    "rows16",
+    "store_tile",
+]
 
 STAND_IN = (90, 4)  # what the CPU is taken for, in the interpreter: 10 * major + minor, and multiprocessors
+GROUP = 8  # rows of tiles that are at work together
 SLICE = tl.constexpr(4096)  # results whose epilogue is computed at once: more fill the registers
 # Numbers whose value must not choose the machine code.
 NUMBERS = ["M", "x_zero_point", "residual_zero_point", "zero_point"]
@@ -84,6 +97,42 @@ def _slices(acc, COUNT: tl.constexpr):
         return _slices(left, COUNT // 2) + _slices(right, COUNT // 2)
 
 
+@triton.jit
+def place_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Row and column of the tile of this number: GROUP rows of tiles at a time, column by column."""
+    begin = tile // (GROUP * tiles_n) * GROUP
+    rows = tl.minimum(tiles_m - begin, GROUP)
+    place = tile % (GROUP * tiles_n)
+    return begin + place % rows, place // rows
+
+
+@triton.jit
+def store_tile(
+    acc, m, first, part, channel, M, N, OC, out, residual, sums, scales, biases, row_scale, row_zero_point, x_scale,
+    x_zero_point, residual_scale, residual_zero_point, inverse, zero_point,
+    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, AFTER: tl.constexpr, OUT: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """What the sums `acc` of rows `m` and columns from `first` on come to; with SPLIT > 1 they are stored themselves.
+
+    Column n < N is output channel `channel` + n of OC. `out` is [M, OC], or s32 [SPLIT, M, OC], `part` the first index.
+    """
+    COUNT: tl.constexpr = tl.cdiv(acc.shape[0] * acc.shape[1], SLICE)
+    WIDTH: tl.constexpr = acc.shape[1] // COUNT
+    slices = _slices(acc, COUNT)
+    for i in tl.static_range(COUNT):
+        n = first + i * WIDTH + tl.arange(0, WIDTH)
+        at = m.to(tl.int64)[:, None] * OC + (channel + n)[None, :]
+        if SPLIT > 1:
+            target = out + tl.cast(part, tl.int64) * M * OC
+            tl.store(target + at, slices[i], mask=(m < M)[:, None] & (n < N)[None, :])
+        else:
+            finish_sums(
+                slices[i], m, channel + n, m < M, n < N, at, out, residual, sums, scales, biases, row_scale,
+                row_zero_point, x_scale, x_zero_point, residual_scale, residual_zero_point, inverse, zero_point,
+                ACTIVATION, RESIDUAL, AFTER, OUT,
+            )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def _gemm(
     a, b, out, residual, sums, scales, biases, row_scale, row_zero_point, M, N, K, lda, ldb, x_scale, x_zero_point,
@@ -94,36 +143,19 @@ def _gemm(
     """With SPLIT > 1 `out` is s32 [SPLIT, M, N]: the sums of each part of K."""
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
-    part = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
+    depth = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
     for work in range(tl.program_id(0), tiles_m * tiles_n * SPLIT, tl.num_programs(0)):
-        tile = work // SPLIT
-        first = work % SPLIT * part
-        # GROUP rows of tiles at a time, column by column.
-        begin = tile // (GROUP * tiles_n) * GROUP
-        rows = tl.minimum(tiles_m - begin, GROUP)
-        place = tile % (GROUP * tiles_n)
-        tile_m = begin + place % rows
-        tile_n = place // rows
+        part = work % SPLIT
+        tile_m, tile_n = place_tile(work // SPLIT, tiles_m, tiles_n, GROUP)
+        first = part * depth
         acc = _accumulate(
-            a, b, tile_m, tile_n, first, tl.minimum(first + part, K), M, N, K, lda, ldb, FLIP, TMA, BM, BN, BK
+            a, b, tile_m, tile_n, first, tl.minimum(first + depth, K), M, N, K, lda, ldb, FLIP, TMA, BM, BN, BK
         )
-        m = tile_m * BM + tl.arange(0, BM)
-        n = tile_n * BN + tl.arange(0, BN)
-        at = m.to(tl.int64)[:, None] * N + n[None, :]
-        if SPLIT > 1:
-            target = out + tl.cast(work % SPLIT, tl.int64) * M * N
-            tl.store(target + at, acc, mask=(m < M)[:, None] & (n < N)[None, :])
-        else:
-            SLICES: tl.constexpr = tl.cdiv(BM * BN, SLICE)
-            slices = _slices(acc, SLICES)
-            for i in tl.static_range(SLICES):
-                n = tile_n * BN + i * (BN // SLICES) + tl.arange(0, BN // SLICES)
-                at = m.to(tl.int64)[:, None] * N + n[None, :]
-                finish_sums(
-                    slices[i], m, n, m < M, n < N, at, out, residual, sums, scales, biases, row_scale, row_zero_point,
-                    x_scale, x_zero_point, residual_scale, residual_zero_point, inverse, zero_point,
-                    ACTIVATION, RESIDUAL, AFTER, OUT,
-                )  # fmt: skip
+        store_tile(
+            acc, tile_m * BM + tl.arange(0, BM), tile_n * BN, part, 0, M, N, N, out, residual, sums, scales, biases,
+            row_scale, row_zero_point, x_scale, x_zero_point, residual_scale, residual_zero_point, inverse, zero_point,
+            ACTIVATION, RESIDUAL, AFTER, OUT, SPLIT,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -183,8 +215,8 @@ def machine(device: torch.device) -> tuple[int, int]:
     return 10 * facts.major + facts.minor, facts.multi_processor_count
 
 
-def config(arch: int, processors: int, m: int, n: int, k: int) -> Config:
-    """The largest tile of which there are enough for every multiprocessor.
+def config(arch: int, processors: int, m: int, n: int, k: int, groups: int = 1) -> Config:
+    """The largest tile of which `groups` products [m, k] x [k, n] have enough for every multiprocessor.
 
     A byte that comes in is used in BM or BN multiply-adds: small tiles wait for the L2 cache, large ones leave
     multiprocessors idle. 128 x 256 is what 8 warps hold in registers (128 accumulators a thread) beside the operands.
@@ -193,19 +225,20 @@ def config(arch: int, processors: int, m: int, n: int, k: int) -> Config:
     """
     wgmma = arch in (90, 100, 103)  # with 227 KiB of shared memory; elsewhere tiles must fit 99 KiB
     deep = 128 if wgmma else 64
+    narrow = max(16, triton.next_power_of_2(min(n, 64)))
     if m <= 64:
-        found = Config(max(16, triton.next_power_of_2(m)), 64, 2 * deep, 4, 3, 2)
+        found = Config(max(16, triton.next_power_of_2(m)), narrow, 2 * deep, 4, 3, 2)
     else:
         candidates = [
             Config(128, 256, deep, 8, 4 if wgmma else 3, 1),
             Config(128, 128, deep, 8, 3, 2 if wgmma else 1),
             Config(64, 128, deep, 4, 4, 2),
-            Config(64, 64, deep, 4, 4, 3),
+            Config(64, narrow, deep, 4, 4, 3),
         ]
-        narrow = [c for c in candidates if c.bn <= max(64, triton.next_power_of_2(n))]
-        enough = [c for c in narrow if triton.cdiv(m, c.bm) * triton.cdiv(n, c.bn) >= processors]
-        found = (enough or narrow[-1:])[0]
-    count, steps, split = triton.cdiv(m, found.bm) * triton.cdiv(n, found.bn), triton.cdiv(k, found.bk), 1
+        fit = [c for c in candidates if c.bn <= max(narrow, triton.next_power_of_2(n))]
+        enough = [c for c in fit if groups * triton.cdiv(m, c.bm) * triton.cdiv(n, c.bn) >= processors]
+        found = (enough or fit[-1:])[0]
+    count, steps, split = groups * triton.cdiv(m, found.bm) * triton.cdiv(n, found.bn), triton.cdiv(k, found.bk), 1
     while split < 8 and split * count <= processors and steps >= 8 * split:  # each part at least four steps
         split *= 2
     return replace(found, split=split)
@@ -296,15 +329,21 @@ def gemm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, epilogue: Epilogue
             TensorDescriptor(b, [n, k], [b.stride(0), 1], [c.bn, c.bk]),
         )
     arguments = epilogue.arguments(out, flip)
-    tile_count = triton.cdiv(m, c.bm) * triton.cdiv(n, c.bn) * c.split
+    count = triton.cdiv(m, c.bm) * triton.cdiv(n, c.bn) * c.split
     parts = torch.empty((c.split, m, n), dtype=torch.int32, device=a.device) if c.split > 1 else None
     with tiles.on(a.device):
-        _gemm[(min(tile_count, processors * c.resident),)](
+        _gemm[(min(count, processors * c.resident),)](
             *operands, as_bits(out) if parts is None else parts, M=m, N=n, K=k, lda=a.stride(0), ldb=b.stride(0),
-            FLIP=flip, TMA=tma, SPLIT=c.split, GROUP=8, BM=c.bm, BN=c.bn, BK=c.bk, **arguments, **c.options,
+            FLIP=flip, TMA=tma, SPLIT=c.split, GROUP=GROUP, BM=c.bm, BN=c.bn, BK=c.bk, **arguments, **c.options,
         )  # fmt: skip
         if parts is not None:
-            bm, bn = 4, 256
-            _add_parts[(triton.cdiv(m, bm), triton.cdiv(n, bn))](
-                parts, as_bits(out), M=m, N=n, SPLIT=c.split, BM=bm, BN=bn, **arguments, num_warps=4, **OPTIONS
-            )
+            add_parts(parts, out, arguments)
+
+
+def add_parts(parts: torch.Tensor, out: torch.Tensor, arguments: dict[str, Any]) -> None:
+    """The epilogue of the sum over `parts`, int32 [split, M, N], on the current device."""
+    split, m, n = parts.shape
+    bm, bn = 4, 256
+    _add_parts[(triton.cdiv(m, bm), triton.cdiv(n, bn))](
+        parts, as_bits(out), M=m, N=n, SPLIT=split, BM=bm, BN=bn, **arguments, num_warps=4, **OPTIONS
+    )

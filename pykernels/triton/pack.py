@@ -13,7 +13,7 @@ from pykernels._packed import Layout
 from pykernels.triton.arguments import check_device, check_dim, check_float_dtype, check_scale, name
 from pykernels.triton.tiles import check
 
-__all__ = ["Packed", "checked_packed", "conv2d_pack", "int8_linear_pack", "linear_pack", "qconv2d_pack"]
+__all__ = ["Packed", "check_groups", "checked_packed", "conv2d_pack", "int8_linear_pack", "linear_pack", "qconv2d_pack"]
 
 # Products of u8 and s8 summed in s32 cannot overflow below this many.
 MAX_REDUCTION = 2**31 // (255 * 128) - 1
@@ -136,6 +136,10 @@ def _check_weight(op: str, weight: torch.Tensor, int8: bool, dim: int, groups: i
     check_dim(op, "weight", weight, dim)
     if dim == 4:
         check(weight.numel() > 0, op, f"weight must not be empty, but has shape {list(weight.shape)}")
+    check_groups(op, weight, groups)
+
+
+def check_groups(op: str, weight: torch.Tensor, groups: int) -> None:
     o = weight.shape[0]
     good = groups >= 1 and o % groups == 0
     check(good, op, f"groups is {groups}, which does not divide the {o} output channels of weight")

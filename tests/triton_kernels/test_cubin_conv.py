@@ -1,0 +1,90 @@
+"""The machine code of the int8 convolutions for sm_80 and sm_90, compiled without a GPU as the launchers would have it."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from typing import Any
+
+import pytest
+import torch
+from cubin import accesses, check, compiled, resources
+
+from pykernels.triton import conv, depthwise, gemm
+from pykernels.triton.conv_shape import ConvShape, conv_shape
+
+TYPES = {
+    **dict.fromkeys(["x", "out", "residual"], "*u8"),
+    "w": "*i8",
+    **dict.fromkeys(["sums"], "*i32"),
+    **dict.fromkeys(["scales", "biases"], "*fp32"),
+    **dict.fromkeys(["M", "N", "K", "C", "ROW", "PIXEL", "OC", "TAPS", *conv.SIZES, *gemm.NUMBERS], "i32"),
+    **dict.fromkeys(["x_scale", "residual_scale", "inverse"], "fp32"),
+}
+ALIGNED = {"N", "K", "C", "ROW", "PIXEL", "OC"}
+PROCESSORS = {80: 108, 90: 132}
+# Of ResNet-50, batches of 32 and 1: images, channels, size, output channels, kernel, stride.
+SIZES = {
+    "first layer": (32, 3, 224, 64, 7, 2),
+    "large": (32, 128, 56, 128, 3, 1),
+    "wide": (32, 256, 14, 256, 3, 1),
+    "one image": (1, 512, 7, 512, 3, 1),
+}
+
+
+def shape_of(images: int, channels: int, size: int, out: int, kernel: int, stride: int, groups: int = 1) -> ConvShape:
+    x = torch.empty(images, channels, size, size, dtype=torch.uint8, device="meta")
+    return conv_shape("qconv2d", x, out, [kernel] * 2, [stride] * 2, [kernel // 2] * 4, [1, 1], groups)
+
+
+def plain(residual: str | None = None, activation: str = "relu") -> dict[str, Any]:
+    absent = ["row_scale", "row_zero_point", *([] if residual else ["residual"])]
+    shared = {"ACTIVATION": activation, "RESIDUAL": residual, "AFTER": False, "OUT": "uint8"}
+    return {**dict.fromkeys(absent), **shared}
+
+
+def build(arch: int, size: str, epilogue: dict[str, Any], fill: bool) -> tuple[Any, gemm.Config]:
+    s = shape_of(*SIZES[size])
+    row = s.layout(torch.int8).row
+    c = conv.conv_config(arch, PROCESSORS[arch], s, row)
+    shape = {"SPLIT": c.split, "GROUP": gemm.GROUP, "BM": c.bm, "BN": c.bn, "BK": c.bk}
+    constants = {"FLIP": True, "FILL": fill, "WHOLE": row % c.bk == 0, **shape, **epilogue}
+    types = {**TYPES, "out": "*i32"} if c.split > 1 else TYPES
+    return compiled(conv._conv, arch, types, constants, c.options, ALIGNED), c
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "residual", "fill"),
+    [
+        (80, "first layer", None, False),
+        (90, "first layer", None, True),
+        (80, "large", "uint8", False),
+        (90, "large", "uint8", False),
+        (80, "wide", None, True),
+        (90, "wide", None, True),
+        (90, "one image", None, False),
+    ],
+)
+def test_implicit_gemm(arch: int, size: str, residual: str | None, fill: bool, tmp_path: pathlib.Path) -> None:
+    kernel, c = build(arch, size, plain(residual), fill)
+    check(kernel, tmp_path, 255)
+    ptx = kernel.asm["ptx"]
+    if arch >= 90 and c.bm >= 64:
+        assert re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8", ptx)
+    else:
+        assert re.search(r"mma\.sync\.aligned\.m16n8k32\.row\.col\S*\.s32\.s8\.s8\.s32", ptx)
+    # Both operands come 16 bytes at a time, past the registers.
+    assert "cp.async.cg.shared.global" in ptx and "cp.async.ca" not in ptx
+    assert "st 16" in accesses(kernel)
+    registers = -(-resources(kernel, tmp_path)["REG"] // 8) * 8
+    assert registers * 32 * c.warps * c.resident <= 65536, registers
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("residual", [None, "uint8"])
+def test_depthwise(arch: int, residual: str | None, tmp_path: pathlib.Path) -> None:
+    constants = {**plain(residual, "relu6"), **depthwise.tile_of(96)}
+    kernel = compiled(depthwise._depthwise, arch, TYPES, constants, {"num_warps": 4, **depthwise.OPTIONS}, ALIGNED)
+    check(kernel, tmp_path, 128)
+    found = accesses(kernel)
+    assert {"ld 16", "st 16"} <= found and not {"ld 1", "st 1"} & found, found
