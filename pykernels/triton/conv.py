@@ -146,8 +146,10 @@ def _grouped(x: torch.Tensor, s: ConvShape, row: int) -> torch.Tensor:
 
 
 def conv_config(arch: int, processors: int, s: ConvShape, row: int) -> Config:
-    """As for a GEMM, but no deeper than the channels of a tap, unless these are few. Addresses of two tiles at once take
-    the registers of a second program of 8 warps."""
+    """As for a GEMM, but no deeper than the channels of a tap, unless these are few.
+
+    Beside the addresses of its tiles a program of 8 warps leaves no registers for a second one.
+    """
     found = config(arch, processors, s.n * s.oh * s.ow, s.o // s.groups, s.kernel[0] * s.kernel[1] * row, s.groups)
     deep = min(found.bk, 128 if row % 128 == 0 else 64)
     return replace(found, bk=deep, resident=1 if found.warps == 8 else found.resident)

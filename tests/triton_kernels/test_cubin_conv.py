@@ -1,4 +1,4 @@
-"""The machine code of the int8 convolutions for sm_80 and sm_90, compiled without a GPU as the launchers would have it."""
+"""The machine code of the int8 convolutions for sm_80 and sm_90, compiled as the launchers would have it."""
 
 from __future__ import annotations
 
