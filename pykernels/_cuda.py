@@ -12,7 +12,7 @@ import torch
 from pykernels import _load
 from pykernels._errors import reason
 
-__all__ = ["KERNELS", "error", "implementation"]
+__all__ = ["KERNELS", "complaint", "error", "implementation", "runs"]
 
 INSTALL = "pip install 'pykernels[gpu]'"
 # Which file of pykernels/triton has the op's launcher.
@@ -66,6 +66,18 @@ def error() -> str | None:
     return None
 
 
+def complaint(device: torch.device) -> str | None:
+    """Why our ops do not run on tensors of `device`, or None."""
+    if device.type not in ("cpu", "cuda"):
+        return "our kernels are for the CPU and for CUDA devices"
+    return _ERROR if device.type == "cuda" else None
+
+
+def runs(op: str) -> str:
+    """What computes the op on CUDA devices, in words."""
+    return {"linear": "cuBLAS through ATen", "conv2d": "cuDNN through ATen"}.get(op, "Triton")
+
+
 def implementation(op: str) -> Callable[..., Any]:
     """A function that calls the launcher of `op`; without Triton it says what to install."""
 
@@ -79,6 +91,7 @@ def implementation(op: str) -> Callable[..., Any]:
     return call
 
 
+_ERROR = error()  # found out once: `complaint` is asked at every call of a swapped module
 if _load.CPU_ERROR is None and torch.version.cuda is not None:
     for _op in KERNELS:
         torch.library.impl(f"pykernels::{_op}", "cuda", implementation(_op))

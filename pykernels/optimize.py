@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import warnings
@@ -14,8 +15,11 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from pykernels import _cuda
 from pykernels._export import dynamic_batch_shapes, example_for_export
 from pykernels.surgery.capture import Captured, capture, plain, prepare
+from pykernels.surgery.cuda_graph import CudaGraphs
+from pykernels.surgery.devices import device_of, follow, to_device
 from pykernels.surgery.lower import lower
 from pykernels.surgery.report import Report, bytes_of
 
@@ -32,9 +36,14 @@ class Optimized(nn.Module):
     Inputs and outputs have the dtypes, shapes and nesting of the original model's. ``report()`` tells what was done,
     ``save(path)`` writes one file that `load` reads without the model's Python code.
 
+    It runs where its weights are: ``to(device)`` packs them again for another kind of device. On a CUDA device a call
+    replays a CUDA graph, captured at the first call with inputs of these shapes, strides and dtypes (the 8 kinds used
+    last are kept). Not so while gradients are recorded, inside a capture of the caller's, or in compiled code.
+
     Attributes:
         program: the lowered graph, from flat inputs to a flat tuple of outputs.
         dynamic: whether the batch size may differ from the example's.
+        cuda_graph: whether calls on a CUDA device replay CUDA graphs; may be set.
     """
 
     def __init__(
@@ -49,6 +58,8 @@ class Optimized(nn.Module):
         super().__init__()
         self.program = program
         self.dynamic = dynamic
+        self.cuda_graph = True
+        self._graphs: CudaGraphs | None = None
         self._report = report
         self._in_spec = in_spec
         self._out_spec = out_spec
@@ -62,13 +73,29 @@ class Optimized(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's answer."""
         if not kwargs and self._flat:
-            outputs = self.program(*args)
+            outputs = self._run(*args)
         else:
             leaves, spec = pytree.tree_flatten((args, kwargs))
             if spec != self._in_spec:
                 raise ValueError(f"inputs are nested as {spec}, the model was optimized for {self._in_spec}")
-            outputs = self.program(*leaves)
+            outputs = self._run(*leaves)
         return outputs[0] if self._single else pytree.tree_unflatten(outputs, self._out_spec)
+
+    def _run(self, *inputs: Any) -> Any:
+        if not self.cuda_graph or self._report.device == "cpu" or torch.compiler.is_compiling():
+            return self.program(*inputs)
+        if self._graphs is None:
+            self._graphs = CudaGraphs(self.program)
+        return self._graphs(*inputs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Optimized:
+        super()._apply(fn, recurse)
+        device = follow(self.program)
+        self._example = to_device(self._example, device)
+        self._report = self._report.on(device)
+        self._report.bytes_after = bytes_of(self.program.buffers())
+        self._graphs = None
+        return self
 
     def train(self, mode: bool = True) -> Optimized:
         """Only ``train(False)`` is possible: packed weights cannot be trained."""
@@ -81,17 +108,24 @@ class Optimized(nn.Module):
         return self._report
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the network to one file (a ``torch.export`` archive). Packed weights are the same on every machine."""
-        args = tuple(self._example)
+        """Write the network to one file (a ``torch.export`` archive), the same on every machine and from every device.
+
+        What is on a CUDA device is packed again for the CPU in a copy; `load` packs it for the device that it names.
+        """
+        here, cpu = self.program, torch.device("cpu")
+        if self._report.device != "cpu":
+            here = copy.deepcopy(here).to(cpu)
+            follow(here)
+        args = tuple(to_device(self._example, cpu))
         shapes = dynamic_batch_shapes(args, {}) if self.dynamic else None
         with torch.no_grad():
-            program = torch.export.export(self.program, args, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(here, args, dynamic_shapes=shapes, strict=False)
         extra = {
             "format": _FORMAT,
             "dynamic": self.dynamic,
             "in_spec": pytree.treespec_dumps(self._in_spec),
             "out_spec": pytree.treespec_dumps(self._out_spec),
-            "report": self._report.to_json(),
+            "report": self._report.on(cpu).to_json(),
         }
         # A file object: torch wants names to end in .pt2. Under another name at first: a failure leaves what was there.
         partial = f"{os.fspath(path)}.partial"
@@ -111,10 +145,12 @@ def optimize(
     calibration: Iterable[Any] | None = None,
     dynamic_batch: bool = True,
     example_kwargs: dict[str, Any] | None = None,
+    cuda_graph: bool = True,
 ) -> Optimized:
     """Rewrite a model onto our kernels: batch norm folded, activations and residual adds fused, weights packed.
 
-    The model itself is not changed, and is exported in evaluation mode whatever its mode is.
+    The model itself is not changed, and is exported in evaluation mode whatever its mode is. The result is where the
+    model is, on the CPU or on a CUDA device; example and calibration inputs are moved there.
 
     Args:
         model: the network, or for int8 also a converted PT2E graph module with quantize/dequantize calls.
@@ -127,12 +163,14 @@ def optimize(
         dynamic_batch: accept any batch size (dimension 0). When export cannot, the report says why and the size is
             fixed.
         example_kwargs: keyword inputs of one call.
+        cuda_graph: on a CUDA device, replay calls as CUDA graphs.
 
     Returns:
         An `Optimized` module that is called like `model`.
 
     Raises:
-        ValueError: unknown `precision`, or `calibration` given for a precision that has no use for it.
+        ValueError: unknown `precision`, `calibration` given for a precision that has no use for it, or a model on
+            several devices or on one that our ops do not run on.
         NotExportable: torch.export cannot capture the model; `pykernels.swap` works on any module.
     """
     if precision not in _PRECISIONS:
@@ -143,6 +181,8 @@ def optimize(
         raise ValueError(f"calibration: only int8 is calibrated, precision is {precision!r}")
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
+    device = device_of(model, (args, kwargs))
+    args, kwargs = to_device((args, kwargs), device)
     if precision == "int8" and not _quantized(model):
         captured = _quantize(model, args, kwargs, calibration, dynamic_batch)
     else:
@@ -152,7 +192,9 @@ def optimize(
     if precision != "int8" or not _quantized(model):
         report.bytes_before = bytes_of((*model.parameters(), *model.buffers()))
     report.notes = [*captured.notes, *report.notes]
-    return Optimized(program, report, captured.in_spec, captured.out_spec, captured.example, captured.dynamic)
+    result = Optimized(program, report, captured.in_spec, captured.out_spec, captured.example, captured.dynamic)
+    result.cuda_graph = cuda_graph
+    return result
 
 
 def _quantized(model: nn.Module) -> bool:
@@ -175,14 +217,18 @@ def _quantize(
     return Captured(module, in_spec, out_spec, pytree.tree_leaves((args, {})), record.dynamic, list(record.notes))
 
 
-def load(path: str | os.PathLike[str]) -> Optimized:
-    """Read a network that `Optimized.save` wrote. The model's own Python code is not needed.
+def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Optimized:
+    """Read a network that `Optimized.save` wrote, onto `device`. The model's own Python code is not needed.
 
     Raises:
+        RuntimeError: our ops do not run on `device`.
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, damaged, or not one of ours.
     """
-    path = os.fspath(path)
+    path, device = os.fspath(path), torch.device(device)
+    complaint = _cuda.complaint(device)
+    if complaint is not None:
+        raise RuntimeError(f"device: {device} cannot be used: {complaint}")
     if not os.path.exists(path):
         raise FileNotFoundError(f"path: {path} does not exist")
     if not zipfile.is_zipfile(path):
@@ -206,7 +252,7 @@ def load(path: str | os.PathLike[str]) -> Optimized:
         raise ValueError(f"path: {path} cannot be loaded: {error}") from error
     module, _, _ = plain(program.module())
     example = pytree.tree_leaves(program.example_inputs)
-    return Optimized(module, report, in_spec, out_spec, example, dynamic)
+    return Optimized(module, report, in_spec, out_spec, example, dynamic).to(device)
 
 
 def _read(path: str, extra: dict[str, Any]) -> torch.export.ExportedProgram:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from pykernels import _cuda
 from pykernels._batch_norm import scale_and_shift
 
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -60,17 +61,19 @@ class Chain:
     def ready(self, x: torch.Tensor) -> bool:
         """Whether the head computes the whole chain for `x`, the input of any of its modules.
 
-        Not so in training, under autocast (whose choice of dtypes then holds), off the CPU, in other dtypes than
-        float32 and bfloat16, when a hook watches the values between the modules, and while other code traces or
-        transforms.
+        Not so in training, under autocast (whose choice of dtypes then holds), where our ops do not run, in other
+        dtypes than float32 and bfloat16, when a hook watches the values between the modules, and while other code
+        traces or transforms.
         """
-        if not isinstance(x, torch.Tensor) or torch.is_autocast_enabled("cpu"):
+        if not isinstance(x, torch.Tensor) or _cuda.complaint(x.device) is not None:
+            return False
+        if torch.is_autocast_enabled(x.device.type):
             return False
         head = self.head
         weight = head.weight
-        if x.device.type != "cpu" or x.dtype != weight.dtype or x.dtype not in _FLOATS or x.dim() not in head.ranks:
+        if x.device != weight.device or x.dtype != weight.dtype or x.dtype not in _FLOATS or x.dim() not in head.ranks:
             return False
-        if head.training or weight.device.type != "cpu":
+        if head.training:
             return False
         followers = self.followers
         for module in followers:
@@ -236,7 +239,9 @@ class Head(Member):
         if any(module.training for module in self.chain.members):
             return
         tensors = [t for t in self.chain.parameters() if t is not None]
-        if all(type(t) in _PLAIN and t.device.type == "cpu" and t.dtype in _FLOATS for t in tensors):
+        device = self.weight.device
+        here = all(type(t) in _PLAIN and t.device == device and t.dtype in _FLOATS for t in tensors)
+        if here and _cuda.complaint(device) is None:
             self.current()
         else:
             self.packed, self._sources = None, ()
@@ -245,8 +250,9 @@ class Head(Member):
         # Normal tensors even when the first call stands under inference_mode: they outlive it.
         with torch.inference_mode(False), torch.no_grad():
             packed = self.pack(*self.chain.folded())
-            if self.packed is not None and self.packed.shape == packed.shape:
-                self.packed.copy_(packed)
+            known = self.packed
+            if known is not None and known.shape == packed.shape and known.device == packed.device:
+                known.copy_(packed)
             else:
                 self.packed = packed
 

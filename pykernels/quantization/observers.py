@@ -45,6 +45,8 @@ class MSEObserver(UniformQuantizationObserverBase):
         """Count the values of ``x``, any shape, and return it unchanged. Raises ValueError on NaN or infinity."""
         if x.numel() == 0:
             return x
+        if self.histogram.device != x.device:
+            self.to(x.device)
         values = x.detach().float()
         low, high = torch.aminmax(values)
         if not (torch.isfinite(low) and torch.isfinite(high)):
@@ -73,7 +75,8 @@ class MSEObserver(UniformQuantizationObserverBase):
         if self.max_val < self.min_val:
             raise RuntimeError("calibration: an observer saw no data; calibrate before converting")
         low, high = self.chosen_range()
-        return self._calculate_qparams(torch.tensor(low), torch.tensor(high))
+        device = self.eps.device
+        return self._calculate_qparams(torch.tensor(low, device=device), torch.tensor(high, device=device))
 
     def chosen_range(self) -> tuple[float, float]:
         """The range (low <= 0 <= high): coordinate descent over shrunken ends, starting from the extremes seen."""
@@ -82,11 +85,12 @@ class MSEObserver(UniformQuantizationObserverBase):
             return low, high
         span = float(self.span)
         width = 2 * span / BINS
-        used = self.histogram > 0
+        histogram = self.histogram.cpu()
+        used = histogram > 0
         centres = ((torch.arange(BINS, dtype=torch.float64) + 0.5) * width - span)[used]
         # The extreme bins are only partly filled: keep their centres inside what was really seen.
         centres = centres.clamp(float(self.min_val), float(self.max_val))
-        counts = self.histogram[used]
+        counts = histogram[used]
         best_low, best_high = 1.0, 1.0
         for _ in range(3):
             before = best_low, best_high

@@ -139,7 +139,8 @@ def quantize(
     inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     record = QuantizationRecord("post-training")
     graph = captured(model, inputs, record, dynamic_batch, dynamic_shapes)
-    samples = _generated(inputs, record) if calibration is None else _samples(calibration, len(inputs), record)
+    device = next(t.device for t in (*graph.parameters(), *graph.buffers(), *inputs) if isinstance(t, torch.Tensor))
+    samples = _generated(inputs, record) if calibration is None else _samples(calibration, len(inputs), record, device)
     quantizer = Int8Quantizer(keep_float=keep_float)
     prepared = prepare_pt2e(graph, quantizer)
     with torch.no_grad():
@@ -154,7 +155,10 @@ def quantize(
     return converted
 
 
-def _samples(calibration: Iterable[Any], count: int, record: QuantizationRecord) -> list[tuple[Any, ...]]:
+def _samples(
+    calibration: Iterable[Any], count: int, record: QuantizationRecord, device: torch.device
+) -> list[tuple[Any, ...]]:
+    """The calibration inputs, on `device`."""
     samples = []
     for position, item in enumerate(calibration):
         sample = (item,) if isinstance(item, torch.Tensor) else item
@@ -163,7 +167,7 @@ def _samples(calibration: Iterable[Any], count: int, record: QuantizationRecord)
                 f"calibration: entry {position} is {type(item).__name__}; "
                 f"expected a tensor or a tuple of {count} inputs"
             )
-        samples.append(tuple(sample[:count]))
+        samples.append(tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in sample[:count]))
         record.samples += samples[-1][0].shape[0]
     if not samples:
         raise ValueError("calibration: no inputs; give an iterable that yields some, or None")

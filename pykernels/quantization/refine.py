@@ -238,7 +238,7 @@ def round_with_few_inputs(
     # Of the weights from k on, P = (1 + sum_j v_j v_j' / d_j)^-1 (Sherman-Morrison, from the end), and the k-th of them
     # answers a disturbance s with -v_k' P s / d_k.
     answer = torch.empty_like(seen)
-    inverse = torch.eye(rank, dtype=torch.float64).expand(groups, -1, -1).contiguous()
+    inverse = torch.eye(rank, dtype=torch.float64, device=weight.device).expand(groups, -1, -1).contiguous()
     for k in reversed(range(size)):
         moved = (inverse @ seen[:, k, :, None])[..., 0]
         answer[:, k] = moved / (alone[:, k] + (moved * seen[:, k]).sum(-1))[:, None]
@@ -246,7 +246,7 @@ def round_with_few_inputs(
 
     real, step = _columns(weight, order), scale.float().reshape(groups, rows)
     seen, answer = seen.float(), answer.float()
-    disturbance, codes = torch.zeros(groups, rank, rows), torch.empty_like(real)
+    disturbance, codes = real.new_zeros(groups, rank, rows), torch.empty_like(real)
     for at in _blocks(size):
         wanted = torch.baddbmm(real[:, at], answer[:, at], disturbance, alpha=-1)
         influence = seen[:, at] @ answer[:, at].transpose(1, 2)
@@ -336,7 +336,7 @@ class _Rows:
 def _products(x: torch.Tensor) -> torch.Tensor:
     """``x' x`` of [G, P, K], each product once: [G, K, K]."""
     groups, _, size = x.shape
-    products = torch.empty(groups, size, size)
+    products = x.new_empty(groups, size, size)
     for start in range(0, size, 512):
         stop = min(start + 512, size)
         products[:, start:stop, start:] = x[:, :, start:stop].transpose(1, 2) @ x[:, :, start:]

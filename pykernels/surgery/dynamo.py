@@ -30,7 +30,7 @@ _OPTIONS = ("precision", "on_report")
 def pykernels(
     module: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any] | None = None, **unknown: Any
 ) -> Callable[..., Any]:
-    """Compile one graph of Dynamo's for the CPU.
+    """Compile one graph of Dynamo's, for the CPU or the CUDA device that its weights are on.
 
     Args:
         module: the graph; parameters and buffers are among its inputs.

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from pykernels.ops._sizes import spread
 from pykernels.surgery.canonical import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from pykernels.surgery.devices import graph_device
 from pykernels.surgery.graph import (
     MOVES,
     ON_BYTES,
@@ -80,6 +81,7 @@ class _Lowering:
     def __init__(self, module: fx.GraphModule, precision: str) -> None:
         self.module = module
         self.bf16 = precision == "bf16"
+        self.device = graph_device(module)
         self.root = nn.Module()
         self.graph = fx.Graph()
         self.values: dict[fx.Node, _Value] = {}
@@ -104,7 +106,7 @@ class _Lowering:
         lowered.graph.lint()
         lowered.recompile()
         self.report.bytes_after = bytes_of(lowered.buffers())
-        return lowered, self.report
+        return lowered, self.report.on(self.device)
 
     # --- values ---
 
@@ -394,7 +396,7 @@ class _Lowering:
         """``qlookup``: the 256 answers of a pointwise chain, computed by torch itself now."""
         assert group.out is not None
         source, params = self.quantized(group.x)
-        codes = torch.arange(256, dtype=torch.uint8)
+        codes = torch.arange(256, dtype=torch.uint8, device=self.device)
         codes = codes.view(torch.int8) if params.dtype is torch.int8 else codes
         real = (codes.to(torch.float32) - params.zero_point) * params.scale
         for node in group.chain:

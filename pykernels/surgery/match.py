@@ -149,7 +149,7 @@ def int8_weight(module: fx.GraphModule, node: object) -> Weight | None:
         found = qparams(module, node)
         if found is None or found.zero_point != 0:
             return None
-        return Weight(values, torch.full((values.shape[0],), found.scale, dtype=torch.float32))
+        return Weight(values, values.new_full((values.shape[0],), found.scale, dtype=torch.float32))
     scale, zero_point = (constant(module, value) for value in node.args[1:3])
     axis = node.args[3]
     if scale is None or axis not in (0, -values.dim()) or (zero_point is not None and bool((zero_point != 0).any())):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
+
+from pykernels import _cuda
 
 __all__ = ["Fused", "Left", "Report", "bytes_of"]
 
@@ -18,11 +20,13 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
 
 @dataclass(frozen=True)
 class Fused:
-    """One call of ours: its op, what it stands for (``conv2d + relu + quantize``) and where that was in the model."""
+    """One call of ours: its op, what it stands for (``conv2d + relu + quantize``) and where that was in the model;
+    on a CUDA device also what computes it there (``Triton``, ``cuDNN through ATen``)."""
 
     op: str
     what: str
     where: str
+    by: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Report:
         bytes_before: bytes of the parameters and buffers the original graph reads.
         bytes_after: bytes of the constants of the optimized graph, packed weights with their padding included.
         notes: remarks, such as why the batch size is fixed.
+        device: where the weights are.
     """
 
     precision: str = "fp32"
@@ -57,6 +62,12 @@ class Report:
     bytes_before: int = 0
     bytes_after: int = 0
     notes: list[str] = field(default_factory=list)
+    device: str = "cpu"
+
+    def on(self, device: torch.device) -> Report:
+        """The account of the same network on `device`."""
+        by = _cuda.runs if device.type == "cuda" else lambda _: ""
+        return replace(self, device=str(device), fused=[replace(entry, by=by(entry.op)) for entry in self.fused])
 
     def to_json(self) -> str:
         """The report as JSON, which `from_json` reads back."""
@@ -75,15 +86,16 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"pykernels {self.precision}: {len(self.fused)} fused calls, {len(self.left)} left to torch, "
+            f"pykernels {self.precision}{'' if self.device == 'cpu' else f' on {self.device}'}: "
+            f"{len(self.fused)} fused calls, {len(self.left)} left to torch, "
             f"weights {_size(self.bytes_before)} -> {_size(self.bytes_after)}"
         ]
         lines += [f"note: {note}" for note in self.notes]
         if self.fused:
-            lines += [
-                "",
-                *_table(("op", "stands for", "in the model"), _runs((f.op, f.what, f.where) for f in self.fused)),
-            ]
+            head, rows = ("op", "stands for", "in the model"), [(f.op, f.what, f.where) for f in self.fused]
+            if any(f.by for f in self.fused):
+                head, rows = ("op", "by", *head[1:]), [(f.op, f.by, f.what, f.where) for f in self.fused]
+            lines += ["", *_table(head, _runs(rows))]
         if self.left:
             lines += ["", "left to torch"]
             lines += _table(("op", "in the model", "why"), _runs((e.op, e.where, e.reason) for e in self.left))

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from pykernels import _cuda
 from pykernels._export import mode
 from pykernels.nn import conv, linear, pool
 from pykernels.nn._chain import Chain, Follower, Head, Member
 from pykernels.nn.follow import ACTIVATIONS, NORMS, SHAREABLE
 from pykernels.surgery.adjacency import Adjacency, adjacency
+from pykernels.surgery.devices import to_device
 from pykernels.surgery.report import Fused, Left, Report, bytes_of
 
 __all__ = ["swap"]
@@ -63,7 +65,8 @@ def swap(
     the old weights: call ``model.eval()`` after it.
 
     Args:
-        model: any module with layers on the CPU in float32 or bfloat16.
+        model: any module with layers in float32 or bfloat16, on the CPU or a CUDA device. It may be moved afterwards:
+            weights are packed again where they are.
         precision: ``"fp32"`` keeps the dtype of the weights; ``"bf16"`` multiplies in bfloat16 with fp32 sums;
             ``"int8"`` makes linear layers int8 with scales per token and, with `calibration`, convolutions int8 with
             static scales. Between modules values keep the dtype of the weights.
@@ -93,8 +96,14 @@ def swap(
     found = adjacency(model)
     chains = _chains(modules, found)
     refused = {key: reason for key, module in modules.items() if (reason := _refusal(module))}
+    device = next((t.device for t in model.parameters()), torch.device("cpu"))
+    example_inputs = to_device(example_inputs, device)
     expected = None if example_inputs is None else _evaluate(model, example_inputs)
-    ranges = _calibrate(model, modules, refused, calibration) if precision == "int8" and calibration is not None else {}
+    ranges = (
+        _calibrate(model, modules, refused, calibration, device)
+        if precision == "int8" and calibration is not None
+        else {}
+    )
 
     plain = "bf16" if precision == "bf16" else "fp32"
     heads: list[Head] = []
@@ -119,7 +128,7 @@ def swap(
             f"{name or type(model).__name__} cannot be traced, so layers that it calls itself are not fused ({reason})"
         )
     _account(report, modules, names, refused, found)
-    return report
+    return report.on(device)
 
 
 def restore(model: nn.Module) -> None:
@@ -169,8 +178,9 @@ def _refusal(module: nn.Module) -> str | None:
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         if type(tensor) not in (torch.Tensor, nn.Parameter):
             return f"{name} is a {type(tensor).__name__}"
-        if tensor.device.type != "cpu":
-            return f"{name} is on {tensor.device.type}; our kernels here are for the CPU"
+        complaint = _cuda.complaint(tensor.device)
+        if complaint is not None:
+            return f"{name} is on {tensor.device}, and {complaint}"
         if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.bfloat16):
             return f"{name} is {str(tensor.dtype).removeprefix('torch.')}; kernels take float32 and bfloat16"
     return None
@@ -213,7 +223,11 @@ def _make_int8(head: Any, parameters: tuple[float, int] | None) -> None:
 
 
 def _calibrate(
-    model: nn.Module, modules: dict[int, nn.Module], refused: dict[int, str], calibration: Iterable[Any]
+    model: nn.Module,
+    modules: dict[int, nn.Module],
+    refused: dict[int, str],
+    calibration: Iterable[Any],
+    device: torch.device,
 ) -> dict[int, tuple[float, int]]:
     """Scale and zero point (u8) of the input of every convolution that calibration reaches."""
     from pykernels.quantization.observers import MSEObserver  # needs torchao, which takes a while to import
@@ -223,7 +237,7 @@ def _calibrate(
     samples = 0
     try:
         for sample in calibration:
-            _evaluate(model, sample)
+            _evaluate(model, to_device(sample, device))
             samples += 1
     finally:
         for handle in handles:

@@ -27,3 +27,9 @@ def launchers(interpret: Interpreter) -> Iterator[Launchers]:
     """Ops of the test run in the interpreter."""
     with Launchers(interpret) as mode:
         yield mode
+
+
+@pytest.fixture
+def mode(interpret: Interpreter) -> Launchers:
+    """`launchers`, to be entered where they are wanted."""
+    return Launchers(interpret)
