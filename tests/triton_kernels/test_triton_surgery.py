@@ -1,0 +1,152 @@
+"""Networks lowered as on a GPU: packed by the CUDA ops, run by their launchers in the interpreter, the CPU's answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from inputs import same
+from launchers import Launchers
+from torch import nn
+from torch.nn import functional as F
+
+import pykernels as pk
+from pykernels.quantization import recipes
+from pykernels.surgery.report import Report
+
+
+class Mobile(nn.Module):
+    """Convolution with batch norm, depthwise, residual, gate, concatenation, pools and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.squeeze, self.excite = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+        self.expand = nn.Conv2d(16, 16, 1)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(self.stem(x), 3, 2, 1)
+        y = F.hardswish(self.depthwise(x))
+        y = y * F.hardsigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))))
+        y = F.relu(self.expand(y) + x)
+        y = torch.cat([y, F.avg_pool2d(x, 3, 1, 1)], 1)
+        return self.head(F.adaptive_avg_pool2d(y, 1).flatten(1))
+
+
+X = torch.randn(2, 3, 15, 15)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    network = Mobile()
+    with torch.no_grad():
+        network.train()(torch.randn(8, 3, 15, 15))
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def quantized(model: nn.Module) -> nn.Module:
+    return recipes.quantize(model, (X,), [torch.randn(4, 3, 15, 15) for _ in range(4)], refine=False)
+
+
+def packings(network: nn.Module) -> list[torch.Tensor]:
+    return [buffer for name, buffer in network.named_buffers() if "packed" in name]
+
+
+def as_on_a_gpu(model: nn.Module, precision: str, mode: Launchers) -> pk.Optimized:
+    with mode:
+        network = pk.optimize(model, X, precision=precision)
+    assert packings(network) and all(len(packed) % 64 == 16 for packed in packings(network))
+    mode.calls.clear()
+    return network
+
+
+def test_an_int8_network_is_the_cpus_to_the_bit(quantized: nn.Module, mode: Launchers) -> None:
+    here, there = pk.optimize(quantized, X, precision="int8"), as_on_a_gpu(quantized, "int8", mode)
+    assert here.report().fused == there.report().fused
+    for batch in (2, 1):
+        x = torch.randn(batch, 3, 15, 15)
+        with mode:
+            y = there(x)
+        same(y, here(x))
+    ours = [n.target._schema.name for n in there.program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    assert mode.calls.total() == 2 * sum(name.startswith("pykernels::") for name in ours)
+    assert {"qconv2d", "int8_linear", "qmul", "qcat", "max_pool2d", "quantize_per_tensor"} <= set(mode.calls)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_float_network_is_close_to_the_cpus(model: nn.Module, mode: Launchers, precision: str) -> None:
+    here, there = pk.optimize(model, X, precision=precision), as_on_a_gpu(model, precision, mode)
+    with mode:
+        y = there(X)
+    expected = here(X)
+    assert (y - expected).norm() <= {"fp32": 1e-5, "bf16": 0.03}[precision] * expected.norm()
+    assert {"conv2d", "linear", "max_pool2d", "avg_pool2d"} <= set(mode.calls)
+
+
+def test_a_network_that_comes_from_a_gpu_is_packed_again(quantized: nn.Module, mode: Launchers, tmp_path: Path) -> None:
+    here, there = pk.optimize(quantized, X, precision="int8"), as_on_a_gpu(quantized, "int8", mode)
+    there._report = there._report.on(torch.device("cuda"))
+    there.save(tmp_path / "there.pk")
+    loaded = pk.load(tmp_path / "there.pk")
+    assert loaded.report().device == "cpu"
+    same(loaded(X), here(X))
+    moved = there.to("cpu")
+    for packed, expected in zip(packings(moved), packings(here), strict=True):
+        assert torch.equal(packed, expected)
+    assert moved.report() == here.report()
+    same(moved(X), here(X))
+    moved.save(tmp_path / "network.pk")
+    same(pk.load(tmp_path / "network.pk", device="cpu")(X), here(X))
+
+
+def test_what_was_packed_elsewhere_is_refused_with_advice(quantized: nn.Module, mode: Launchers) -> None:
+    here, there = pk.optimize(quantized, X, precision="int8"), as_on_a_gpu(quantized, "int8", mode)
+    with mode, pytest.raises(RuntimeError, match="packed is refused: it was packed on the CPU"):
+        here(X)
+    with pytest.raises(RuntimeError, match="packed"):
+        there(X)
+
+
+def test_swapped_modules(mode: Launchers) -> None:
+    torch.manual_seed(0)
+    model = Mobile().eval()
+    calibration = [torch.randn(2, 3, 15, 15)]
+    pk.swap(model, "int8", calibration)
+    expected = model(X).detach()
+    with mode, torch.no_grad():
+        model.eval()
+        for module in model.modules():
+            if hasattr(module, "_key"):
+                module._key = None  # as after a move: packed again
+        y = model(X)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
+    assert {"qconv2d", "int8_linear", "quantize_per_tensor", "qconv2d_pack"} <= set(mode.calls)
+
+
+def test_the_report_says_what_runs_a_group_on_a_gpu(model: nn.Module) -> None:
+    report = pk.optimize(model, X).report()
+    there = report.on(torch.device("cuda", 1))
+    assert there.device == "cuda:1" and Report.from_json(there.to_json()) == there
+    by = {entry.op: entry.by for entry in there.fused}
+    assert (
+        by["conv2d"] == "cuDNN through ATen" and by["linear"] == "cuBLAS through ATen" and by["max_pool2d"] == "Triton"
+    )
+    assert "on cuda:1" in str(there) and "cuDNN through ATen" in str(there)
+    assert there.on(torch.device("cpu")) == report and "Triton" not in str(report)
+
+
+def test_a_model_must_be_on_one_device_that_we_know(model: nn.Module) -> None:
+    spread = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, device="meta"))
+    with pytest.raises(ValueError, match="model: it is on several devices, cpu, meta"):
+        pk.optimize(spread, X)
+    with pytest.raises(ValueError, match="model: it is on meta, and our kernels are for the CPU and for CUDA devices"):
+        pk.optimize(nn.Conv2d(3, 4, 3, device="meta"), X)
+    with pytest.raises(RuntimeError, match="device: meta cannot be used"):
+        pk.load("network.pk", device="meta")
+    report = pk.swap(nn.Sequential(nn.Conv2d(3, 4, 3, device="meta")))
+    assert "our kernels are for the CPU and for CUDA devices" in report.left[0].reason
