@@ -2,11 +2,11 @@
 
 Weights are packed once (`linear_pack`, `int8_linear_pack`) into a uint8 tensor that holds them in the order the
 kernels read, with scales, bias and zero-point compensation; its bytes are the same on every isa, so it can be saved
-and moved. All functions here are for inference and have no gradient. Leading dimensions of ``x`` are rows; any strides
-are accepted.
+and moved. CUDA devices have an order of their own: pack there. All functions here are for inference and have no
+gradient. Leading dimensions of ``x`` are rows; any strides are accepted.
 
 Bad arguments raise ``RuntimeError`` with the argument's name; a packed tensor that is truncated, damaged or made for
-other weights is refused.
+other weights is refused. On CUDA devices only its size is looked at, since to read it would be to wait.
 """
 
 from __future__ import annotations

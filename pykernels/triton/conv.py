@@ -301,7 +301,7 @@ def conv2d(
     residual: torch.Tensor | None = None,
     residual_order: str = "before",
 ) -> torch.Tensor:
-    """See `pykernels.ops.conv.conv2d`; here x may be float16, too."""
+    """See `pykernels.ops.conv.conv2d`; here x may be float16, too, and `torch.backends.cudnn.allow_tf32` holds."""
     op = "conv2d"
     check_float_dtype(op, "x", x.dtype)
     s = conv_shape(op, x, out_channels, kernel_size, stride, padding, dilation, groups)

@@ -223,7 +223,7 @@ def config(arch: int, processors: int, m: int, n: int, k: int, groups: int = 1) 
     With 128 x 128, wgmma, which reads its operands from shared memory, leaves registers for a second program that
     multiplies while the first stores. Up to 64 rows it is the weights' way that counts: narrow tiles, deep in K.
     """
-    wgmma = arch in (90, 100, 103)  # with 227 KiB of shared memory; elsewhere tiles must fit 99 KiB
+    wgmma = arch == 90  # with 227 KiB of shared memory; elsewhere tiles must fit 99 KiB
     deep = 128 if wgmma else 64
     narrow = max(16, triton.next_power_of_2(min(n, 64)))
     if m <= 64:

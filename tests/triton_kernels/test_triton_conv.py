@@ -171,6 +171,38 @@ class TestFloats:
             y = self.conv2d(interpret, x, w, None, c, "none")
             torch.testing.assert_close(y, reference.conv2d(x, w, None, *c.geometry), check_stride=False)
 
+    def test_what_cudnn_finishes_itself(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With stand-ins for what only a GPU has: which calls are left to it, with which arguments."""
+        calls = []
+
+        def convolved(x, weight, bias, stride, padding, dilation, groups):
+            calls.append("relu")
+            return torch.conv2d(x, weight, bias, stride, padding, dilation, groups).relu()
+
+        def added(x, weight, z, alpha, bias, stride, padding, dilation, groups):
+            calls.append("add_relu")
+            return (torch.conv2d(x, weight, bias, stride, padding, dilation, groups) + alpha * z).relu()
+
+        monkeypatch.setattr(conv, "_cudnn_finishes", lambda x, s: True)
+        monkeypatch.setattr(torch, "cudnn_convolution_relu", convolved)
+        monkeypatch.setattr(torch, "cudnn_convolution_add_relu", added)
+        c = Conv(6, 8, (3, 3), (2, 1), (1, 0, 2, 1))
+        x, w, b = torch.randn(2, 6, 9, 8), torch.randn(8, 6, 3, 3), torch.randn(8)
+        packed, geometry = pack.conv2d_pack(w, b), (c.out, list(c.kernel), *c.geometry)
+        y = conv.conv2d(x, packed, *geometry, "relu")
+        expected = reference.conv2d(x, w, b, *c.geometry, "relu")
+        torch.testing.assert_close(y, expected, check_stride=False, rtol=1e-4, atol=1e-4)
+        r = torch.randn(expected.shape)
+        y = conv.conv2d(x, packed, *geometry, "relu", r)
+        expected = reference.conv2d(x, w, b, *c.geometry, "relu", r)
+        torch.testing.assert_close(y, expected, check_stride=False, rtol=1e-4, atol=1e-4)
+        assert calls == ["relu", "add_relu"]
+        # A pass of ours follows all others, which needs a GPU or the interpreter.
+        for rest in (("relu", r, "after"), ("relu", r.bfloat16()), ("silu",), ("none",)):
+            monkeypatch.setattr(conv, "finish_floats", lambda *_: calls.append("ours"))
+            conv.conv2d(x, packed, *geometry, *rest)
+        assert calls[2:] == ["ours"] * 4
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("given", [True, False])
     def test_conv_bn_act(self, interpret: Interpreter, dtype: torch.dtype, given: bool) -> None:

@@ -173,6 +173,12 @@ class TestLinear:
                 y = interpret.answer("linear", "linear", x, pack.linear_pack(w), 700, activation)
                 torch.testing.assert_close(y, reference.linear(x, w, None, activation))
 
+    def test_without_columns_the_bias_is_left(self, interpret: Interpreter) -> None:
+        b = torch.randn(6)
+        packed = pack.linear_pack(torch.randn(6, 0), b)
+        y = interpret.answer("linear", "linear", torch.randn(2, 0), packed, 6, "relu")
+        assert torch.equal(y, b.relu().expand(2, 6))
+
     def test_nan_passes_through_its_row_only(self, interpret: Interpreter) -> None:
         x, w = torch.randn(3, 9), torch.randn(5, 9)
         x[1, 4] = torch.nan
