@@ -9,43 +9,18 @@ import torch
 from inputs import same
 from launchers import Launchers
 from torch import nn
-from torch.nn import functional as F
 
 import pykernels as pk
+from benchmarks.gpu.check_networks import apart, check_networks, mobile
 from pykernels.quantization import recipes
 from pykernels.surgery.report import Report
-
-
-class Mobile(nn.Module):
-    """Convolution with batch norm, depthwise, residual, gate, concatenation, pools and a linear head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
-        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
-        self.squeeze, self.excite = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
-        self.expand = nn.Conv2d(16, 16, 1)
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.max_pool2d(self.stem(x), 3, 2, 1)
-        y = F.hardswish(self.depthwise(x))
-        y = y * F.hardsigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))))
-        y = F.relu(self.expand(y) + x)
-        y = torch.cat([y, F.avg_pool2d(x, 3, 1, 1)], 1)
-        return self.head(F.adaptive_avg_pool2d(y, 1).flatten(1))
-
 
 X = torch.randn(2, 3, 15, 15)
 
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    torch.manual_seed(0)
-    network = Mobile()
-    with torch.no_grad():
-        network.train()(torch.randn(8, 3, 15, 15))
-    return network.eval()
+    return mobile(15)
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +88,7 @@ def test_what_was_packed_elsewhere_is_refused_with_advice(quantized: nn.Module, 
 
 
 def test_swapped_modules(mode: Launchers) -> None:
-    torch.manual_seed(0)
-    model = Mobile().eval()
+    model = mobile(15)
     calibration = [torch.randn(2, 3, 15, 15)]
     pk.swap(model, "int8", calibration)
     expected = model(X).detach()
@@ -150,3 +124,12 @@ def test_a_model_must_be_on_one_device_that_we_know(model: nn.Module) -> None:
         pk.load("network.pk", device="meta")
     report = pk.swap(nn.Sequential(nn.Conv2d(3, 4, 3, device="meta")))
     assert "our kernels are for the CPU and for CUDA devices" in report.left[0].reason
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_script_that_checks_networks_on_a_gpu() -> None:
+    """Here on the CPU: it finds nothing wrong, and would."""
+    found = check_networks(torch.device("cpu"), 15)
+    assert len(found) == 12 and set(found.values()) == {None}
+    assert apart(torch.ones(3), torch.tensor([1.0, 2.0, 1.0]), "int8") == "1 numbers differ"
+    assert apart(torch.ones(3), torch.zeros(3) + 1.1, "fp32").startswith("it is off by")
