@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -57,11 +58,11 @@ class Layout:
     kh: int = 1
     kw: int = 1
 
-    @property
+    @cached_property
     def depthwise(self) -> bool:
         return depthwise(self.groups, self.n, self.k)
 
-    @property
+    @cached_property
     def row(self) -> int:
         """CUDA: elements from one tap's weights to the next's."""
         if self.depthwise and self.dtype.is_floating_point:
@@ -69,43 +70,43 @@ class Layout:
         unit = 16 // self.dtype.itemsize
         return max(unit, _round_up(self.groups if self.depthwise else self.k, unit))
 
-    @property
+    @cached_property
     def words(self) -> int:
         """CPU: 4-byte words of an output channel."""
         taps, each = self.kh * self.kw, 4 // self.dtype.itemsize
         return (taps + each - 1) // each if self.depthwise else taps * ((self.k + each - 1) // each)
 
-    @property
+    @cached_property
     def channels(self) -> int:
         """Sums, scales and biases that there is room for."""
         if self.cuda or self.depthwise:
             return _round_up(self.groups * self.n, 16)
         return self.groups * _round_up(self.n, 16)
 
-    @property
+    @cached_property
     def weights_at(self) -> int:
         return HEADER.size
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
         if not self.cuda:
             return self.channels * self.words * 4
         rows = 1 if self.depthwise and not self.dtype.is_floating_point else self.groups * self.n
         return _round_up(rows * self.kh * self.kw * self.row * self.dtype.itemsize, 64)
 
-    @property
+    @cached_property
     def sums_at(self) -> int:
         return self.weights_at + self.weight_bytes + (0 if self.cuda else 8 * self.channels)
 
-    @property
+    @cached_property
     def scales_at(self) -> int:
         return self.weights_at + self.weight_bytes + (4 * self.channels if self.cuda else 0)
 
-    @property
+    @cached_property
     def biases_at(self) -> int:
         return self.scales_at + 4 * self.channels
 
-    @property
+    @cached_property
     def size(self) -> int:
         return self.weights_at + self.weight_bytes + 12 * self.channels + (16 if self.cuda else 0)
 

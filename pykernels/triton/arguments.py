@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,17 +72,23 @@ def check_pair(op: str, argument: str, pair: Sequence[int], least: int) -> None:
         check(good, op, f"{argument} must be at least {least} and below 2^31, not {number}")
 
 
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def limits(dtype: torch.dtype) -> tuple[int, int]:
     """The least and the greatest value of uint8 or int8."""
     return (0, 255) if dtype == torch.uint8 else (-128, 127)
 
 
+@functools.lru_cache(4096)
 def single(number: float) -> float:
     """Rounded to fp32, as the CPU's ops take their scales. Infinity beyond its range."""
     with np.errstate(over="ignore"):
         return float(np.float32(number))
 
 
+@functools.lru_cache(4096)
 def inverse(scale: float) -> float:
     """1 / scale, both in fp32."""
     with np.errstate(over="ignore", divide="ignore"):

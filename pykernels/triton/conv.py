@@ -8,6 +8,7 @@ zero point. Otherwise as gemm.py; 1x1 convolutions without stride and padding ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from pykernels.triton.arguments import (
     BYTES,
     FLOATS,
     as_bits,
+    ceil_div,
     check_activation,
     check_byte_dtype,
     check_device,
@@ -145,6 +147,7 @@ def _grouped(x: torch.Tensor, s: ConvShape, row: int) -> torch.Tensor:
     return padded
 
 
+@functools.lru_cache(4096)
 def conv_config(arch: int, processors: int, s: ConvShape, row: int) -> Config:
     """As for a GEMM, but no deeper than the channels of a tap, unless these are few.
 
@@ -164,7 +167,7 @@ def _implicit_gemm(x: torch.Tensor, weights: Packed, s: ConvShape, out: torch.Te
     c = conv_config(arch, processors, s, row)
     flip, n, (left, _, top, _) = x.dtype == torch.uint8, s.o // s.groups, s.padding
     arguments = epilogue.arguments(out, flip)
-    count = triton.cdiv(m, c.bm) * triton.cdiv(n, c.bn) * c.split * s.groups
+    count = ceil_div(m, c.bm) * ceil_div(n, c.bn) * c.split * s.groups
     parts = torch.empty((c.split, m, s.o), dtype=torch.int32, device=x.device) if c.split > 1 else None
     (kh, kw), (sh, sw), (dh, dw) = s.kernel, s.stride, s.dilation
     with tiles.on(x.device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 
 from pykernels._packed import Layout
 from pykernels.triton.arguments import check_dim, check_pair, is_channels_last
+from pykernels.triton.pack import cuda_layout
 from pykernels.triton.tiles import check
 
 __all__ = ["ConvShape", "conv_shape", "pixels_of"]
@@ -47,7 +49,7 @@ class ConvShape:
 
     def layout(self, dtype: torch.dtype) -> Layout:
         """Of weights packed for it."""
-        return Layout(True, dtype, self.groups, self.o // self.groups, self.c // self.groups, *self.kernel)
+        return cuda_layout(dtype, self.groups, self.o // self.groups, self.c // self.groups, *self.kernel)
 
 
 def conv_shape(
@@ -61,6 +63,21 @@ def conv_shape(
     groups: int,
 ) -> ConvShape:
     check_dim(op, "x", x, 4)
+    pairs = tuple(kernel), tuple(stride), tuple(padding), tuple(dilation)
+    return _conv_shape(op, tuple(x.shape), out_channels, *pairs, groups)
+
+
+@functools.lru_cache(4096)
+def _conv_shape(
+    op: str,
+    size: tuple[int, ...],
+    out_channels: int,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> ConvShape:
     check_pair(op, "kernel_size", kernel, 1)
     check_pair(op, "stride", stride, 1)
     check_pair(op, "dilation", dilation, 1)
@@ -69,7 +86,7 @@ def conv_shape(
     for p in padding:
         check(0 <= p < 2**20, op, f"padding must lie in [0, 2^20), not {p}")
     check(groups >= 1, op, f"groups must be at least 1, not {groups}")
-    n, c, h, w = x.shape
+    n, c, h, w = size
     check(c % groups == 0, op, f"groups is {groups}, which does not divide the {c} channels of x")
     words = f"groups is {groups}, which does not divide out_channels, {out_channels}"
     check(out_channels > 0 and out_channels % groups == 0, op, words)
@@ -78,7 +95,7 @@ def conv_shape(
     check(
         room_h >= 0 and room_w >= 0,
         op,
-        f"x of shape {list(x.shape)} with its padding is smaller than kernel_size {kh}x{kw} (dilation {dh}x{dw})",
+        f"x of shape {list(size)} with its padding is smaller than kernel_size {kh}x{kw} (dilation {dh}x{dw})",
     )
     sh, sw = stride
     return ConvShape(

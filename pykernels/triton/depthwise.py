@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pykernels.triton import tiles
-from pykernels.triton.arguments import as_bits
+from pykernels.triton.arguments import as_bits, ceil_div
 from pykernels.triton.conv_shape import ConvShape, pixels_of
 from pykernels.triton.epilogue import OPTIONS, finish_sums
 from pykernels.triton.gemm import NUMBERS, Epilogue
@@ -70,7 +70,7 @@ def depthwise(x: torch.Tensor, weights: Packed, s: ConvShape, out: torch.Tensor,
     if m == 0:
         return
     (left, _, top, _), arguments = s.padding, epilogue.arguments(out, False)
-    grid = (triton.cdiv(m, tile["BM"]) * triton.cdiv(s.c, tile["BC"]),)
+    grid = (ceil_div(m, tile["BM"]) * ceil_div(s.c, tile["BC"]),)
     (kh, kw), (sh, sw), (dh, dw) = s.kernel, s.stride, s.dilation
     with tiles.on(x.device):
         _depthwise[grid](

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from pykernels.triton import tiles
-from pykernels.triton.arguments import KINDS, as_bits, check_device, check_float_dtype
+from pykernels.triton.arguments import KINDS, as_bits, ceil_div, check_device, check_float_dtype
 from pykernels.triton.epilogue import OPTIONS, finish
 from pykernels.triton.reals import load_real
 from pykernels.triton.tiles import check
@@ -51,7 +51,7 @@ def finish_floats(
         return
     shape = shape_of(n)
     with tiles.on(y.device):
-        _finish_floats[(triton.cdiv(m, shape["BM"]), triton.cdiv(n, shape["BN"]))](
+        _finish_floats[(ceil_div(m, shape["BM"]), ceil_div(n, shape["BN"]))](
             as_bits(y), biases, None if residual is None else as_bits(residual), m, n, REAL=KINDS[y.dtype],
             ACTIVATION=activation, RESIDUAL=None if residual is None else KINDS[residual.dtype], AFTER=after,
             **shape, num_warps=4, **OPTIONS,

@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pykernels.triton import tiles
-from pykernels.triton.arguments import KINDS, as_bits, inverse, single
+from pykernels.triton.arguments import KINDS, as_bits, ceil_div, inverse, single
 from pykernels.triton.epilogue import OPTIONS, finish_sums
 from pykernels.triton.pack import Packed
 
@@ -215,6 +215,7 @@ def machine(device: torch.device) -> tuple[int, int]:
     return 10 * facts.major + facts.minor, facts.multi_processor_count
 
 
+@functools.lru_cache(4096)
 def config(arch: int, processors: int, m: int, n: int, k: int, groups: int = 1) -> Config:
     """The largest tile of which `groups` products [m, k] x [k, n] have enough for every multiprocessor.
 
@@ -236,9 +237,9 @@ def config(arch: int, processors: int, m: int, n: int, k: int, groups: int = 1) 
             Config(64, narrow, deep, 4, 4, 3),
         ]
         fit = [c for c in candidates if c.bn <= max(narrow, triton.next_power_of_2(n))]
-        enough = [c for c in fit if groups * triton.cdiv(m, c.bm) * triton.cdiv(n, c.bn) >= processors]
+        enough = [c for c in fit if groups * ceil_div(m, c.bm) * ceil_div(n, c.bn) >= processors]
         found = (enough or fit[-1:])[0]
-    count, steps, split = groups * triton.cdiv(m, found.bm) * triton.cdiv(n, found.bn), triton.cdiv(k, found.bk), 1
+    count, steps, split = groups * ceil_div(m, found.bm) * ceil_div(n, found.bn), ceil_div(k, found.bk), 1
     while split < 8 and split * count <= processors and steps >= 8 * split:  # each part at least four steps
         split *= 2
     return replace(found, split=split)
@@ -329,7 +330,7 @@ def gemm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, epilogue: Epilogue
             TensorDescriptor(b, [n, k], [b.stride(0), 1], [c.bn, c.bk]),
         )
     arguments = epilogue.arguments(out, flip)
-    count = triton.cdiv(m, c.bm) * triton.cdiv(n, c.bn) * c.split
+    count = ceil_div(m, c.bm) * ceil_div(n, c.bn) * c.split
     parts = torch.empty((c.split, m, n), dtype=torch.int32, device=a.device) if c.split > 1 else None
     with tiles.on(a.device):
         _gemm[(min(count, processors * c.resident),)](
@@ -344,6 +345,6 @@ def add_parts(parts: torch.Tensor, out: torch.Tensor, arguments: dict[str, Any])
     """The epilogue of the sum over `parts`, int32 [split, M, N], on the current device."""
     split, m, n = parts.shape
     bm, bn = 4, 256
-    _add_parts[(triton.cdiv(m, bm), triton.cdiv(n, bn))](
+    _add_parts[(ceil_div(m, bm), ceil_div(n, bn))](
         parts, as_bits(out), M=m, N=n, SPLIT=split, BM=bm, BN=bn, **arguments, num_warps=4, **OPTIONS
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from pykernels._packed import Layout
 from pykernels.triton.arguments import (
     BYTES,
     REALS,
@@ -19,7 +18,7 @@ from pykernels.triton.arguments import (
 )
 from pykernels.triton.floats import check_residual, finish_floats
 from pykernels.triton.gemm import Epilogue, gemm, rows16
-from pykernels.triton.pack import MAX_REDUCTION, checked_packed
+from pykernels.triton.pack import MAX_REDUCTION, checked_packed, cuda_layout
 from pykernels.triton.quantize import quantize_per_tensor, quantize_per_token
 from pykernels.triton.tiles import check
 
@@ -76,7 +75,7 @@ def linear(
     check_float_dtype(op, "x", x.dtype)
     check(x.dim() >= 1, op, "x must have at least 1 dimension")
     k, shape = x.shape[-1], (*x.shape[:-1], out_features)
-    weights = checked_packed(op, packed, x, Layout(True, x.dtype, 1, out_features, k))
+    weights = checked_packed(op, packed, x, cuda_layout(x.dtype, 1, out_features, k))
     check_activation(op, activation)
     after = check_residual(op, residual, x, shape, residual_order)
     rows, weight = x.reshape(x.shape[:-1].numel(), k), weights.rows[:, :k].t()
@@ -109,7 +108,7 @@ def int8_linear(
     check(good, op, f"x must be float32, bfloat16, uint8 or int8, not {name(x.dtype)}")
     check(x.dim() >= 1, op, "x must have at least 1 dimension")
     check(floating or x_scale is not None, op, f"x_scale is required for {name(x.dtype)} x")
-    layout = Layout(True, torch.int8, 1, out_features, x.shape[-1])
+    layout = cuda_layout(torch.int8, 1, out_features, x.shape[-1])
     weights = checked_packed(op, packed, x, layout)
     check_activation(op, activation)
     dtype = out_dtype or (x.dtype if floating else torch.float32)

@@ -5,6 +5,7 @@ Packing waits for the device (scales are looked at, as on the CPU); the ops that
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,16 @@ from pykernels._packed import Layout
 from pykernels.triton.arguments import check_device, check_dim, check_float_dtype, check_scale, name
 from pykernels.triton.tiles import check
 
-__all__ = ["Packed", "check_groups", "checked_packed", "conv2d_pack", "int8_linear_pack", "linear_pack", "qconv2d_pack"]
+__all__ = [
+    "Packed",
+    "check_groups",
+    "checked_packed",
+    "conv2d_pack",
+    "cuda_layout",
+    "int8_linear_pack",
+    "linear_pack",
+    "qconv2d_pack",
+]
 
 # Products of u8 and s8 summed in s32 cannot overflow below this many.
 MAX_REDUCTION = 2**31 // (255 * 128) - 1
@@ -40,6 +50,12 @@ class Packed:
         at = self.layout
         o, row = at.groups * at.n, at.kh * at.kw * at.row
         return self.weight[: o * row].view(o, row)
+
+
+@functools.lru_cache(4096)
+def cuda_layout(dtype: torch.dtype, groups: int, n: int, k: int, kh: int = 1, kw: int = 1) -> Layout:
+    """Of weights packed on a CUDA device; made once, since every call of an op asks for it."""
+    return Layout(True, dtype, groups, n, k, kh, kw)
 
 
 def _views(packed: torch.Tensor, layout: Layout) -> Packed:
@@ -105,7 +121,7 @@ def _pack(
     op: str, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, groups: int
 ) -> torch.Tensor:
     o, k, kh, kw = (*weight.shape, 1, 1)[:4]
-    layout = Layout(True, weight.dtype, groups, o // groups, k, kh, kw)
+    layout = cuda_layout(weight.dtype, groups, o // groups, k, kh, kw)
     if scale is not None:
         check(
             k * kh * kw <= MAX_REDUCTION,
