@@ -28,7 +28,7 @@ endef
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
 
 demo: build  ## optimise a real network on real photographs: table, chart in out/
 	$(RUN) -m examples.demo
@@ -51,16 +51,29 @@ sanitize: $(VENV)/.packages  ## the ops' tests with AddressSanitizer and Undefin
 bench: build $(VENV)/.bench  ## the benchmarks beside every rival that installs
 	$(RUN) -m pykernels bench
 
+# On a machine with a GPU; GPU_PYTHON names an interpreter with a CUDA build of torch that can import pykernels: one with
+# a wheel installed, or any with PYTHONPATH=. in a checkout that was built or got its libraries from another machine.
+GPU_PYTHON ?= $(PYTHON)
+
+gpu-check:  ## on a GPU: is every op right there? GPU_PYTHON=... chooses the interpreter
+	$(GPU_PYTHON) -m benchmarks.gpu.check
+
+gpu-bench:  ## on a GPU: the figures of docs/benchmarks/gpu, beside cuBLASLt, cuDNN and torch.compile
+	$(GPU_PYTHON) -m benchmarks.gpu.bench
+
+gpu-tune:  ## on a GPU: measure the configurations of the int8 GEMM and write the table of pykernels/tuned
+	$(GPU_PYTHON) -m benchmarks.gpu.tune
+
 lint: $(VENV)/.lint  ## ruff, mypy, clang-format
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	git ls-files -z 'csrc/*.h' 'csrc/*.cpp' | xargs -0 $(VENV)/bin/clang-format --dry-run -Werror
+	git ls-files -z 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs -0 $(VENV)/bin/clang-format --dry-run -Werror
 
 format: $(VENV)/.lint  ## rewrite the sources as lint wants them
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	git ls-files -z 'csrc/*.h' 'csrc/*.cpp' | xargs -0 $(VENV)/bin/clang-format -i
+	git ls-files -z 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs -0 $(VENV)/bin/clang-format -i
 
 build: $(VENV)/.installed  ## .venv with pykernels installed in it (editable)
 
@@ -79,6 +92,8 @@ $(VENV)/.lint: $(VENV)/.torch pyproject.toml
 $(VENV)/.packages: $(VENV)/.torch pyproject.toml
 	$(PIP) $$($(RUN) .ci/requirements.py --dependencies build test demo)
 	$(PIP) --no-deps torchvision
+	@if command -v nvcc > /dev/null; then \
+	  $(PIP) --no-deps $$($(RUN) .ci/requirements.py cuda) || echo "CUTLASS did not install: no CUDA library is built"; fi
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.packages
@@ -86,7 +101,7 @@ $(VENV)/.bench: $(VENV)/.packages
 	@touch $@
 
 # The build folder lives in the environment it is configured for.
-$(VENV)/.installed: $(VENV)/.packages CMakeLists.txt $(shell find csrc -type f)
+$(VENV)/.installed: $(VENV)/.packages CMakeLists.txt cmake/cuda.cmake $(shell find csrc -type f)
 	$(PIP) --no-build-isolation --no-deps --config-settings=build-dir=$(abspath $(VENV))/build -e .
 	@touch $@
 
@@ -101,5 +116,5 @@ clean:  ## forget every environment, build and output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train test emulate sanitize bench lint format build dev clean
+.PHONY: help demo train test emulate sanitize bench gpu-check gpu-bench gpu-tune lint format build dev clean
 .DELETE_ON_ERROR:

@@ -16,6 +16,15 @@ import pykernels
 TORCH_FLOOR = (2, 10)  # what the libraries' stable ABI asks for: TORCH_TARGET_VERSION in CMakeLists.txt
 
 
+BUILD = {
+    "pykernels_cpu": "install a wheel, or build it with `pip install --no-build-isolation -e .` in a checkout",
+    "pykernels_cuda": (
+        "build it where nvcc is: `pip install --no-deps nvidia-cutlass==4.2.0.0`, then "
+        "`pip install --no-build-isolation -e .` in a checkout"
+    ),
+}
+
+
 def library_path(name: str) -> pathlib.Path | None:
     """The file of the ops library `name` in this installation, or None."""
     for folder in pykernels.__path__:
@@ -29,10 +38,7 @@ def load(name: str) -> str | None:
     """Load one ops library; None when it is loaded, else the reason, as a sentence the user can act on."""
     path = library_path(name)
     if path is None:
-        return (
-            f"{name}.so is not in {', '.join(pykernels.__path__)}: install a wheel, or build it with "
-            "`pip install --no-build-isolation -e .` in a checkout"
-        )
+        return f"{name}.so is not in {', '.join(pykernels.__path__)}: {BUILD[name]}"
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < TORCH_FLOOR:
         floor = ".".join(map(str, TORCH_FLOOR))
@@ -67,6 +73,10 @@ class MissingOps:
 
 
 CPU_ERROR: str | None = load("pykernels_cpu")
+# The CUDA library is a faster choice for what Triton does, too: without it nothing is missing but speed.
+CUDA_ERROR: str | None = CPU_ERROR or (
+    f"torch {torch.__version__} is built without CUDA" if torch.version.cuda is None else load("pykernels_cuda")
+)
 if CPU_ERROR is not None:
     namespace: Any = torch.ops
     namespace.pykernels = MissingOps(CPU_ERROR)

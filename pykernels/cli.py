@@ -83,6 +83,7 @@ def doctor() -> None:
         facts.add_row("", "  ".join(f"{name} {_tick(runs)}" for name, runs in found.isas.items()))
     facts.add_row("CPU ops", _tick(found.cpu_error is None, found.cpu_error))
     facts.add_row("CUDA ops", _tick(found.cuda_error is None, found.cuda_error))
+    facts.add_row("CUDA library", _tick(found.cuda_library_error is None, found.cuda_library_error))
     console.print(facts)
 
     ops = machines.op_support()

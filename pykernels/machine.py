@@ -31,6 +31,7 @@ class Machine:
         build: compiler, sanitizers and emulated isas of the libraries; empty without them.
         cpu_error: why the CPU ops are not there, or None.
         cuda_error: why there are no CUDA ops, or None.
+        cuda_library_error: why the CUDA library, which makes some of them faster, is not loaded, or None.
     """
 
     cpu: str
@@ -43,6 +44,7 @@ class Machine:
     build: dict[str, str]
     cpu_error: str | None
     cuda_error: str | None
+    cuda_library_error: str | None
 
     def __str__(self) -> str:
         isa = self.isa or "no CPU library"
@@ -90,6 +92,7 @@ def machine() -> Machine:
         build=dict(host.build()) if host else {},
         cpu_error=_load.CPU_ERROR,
         cuda_error=_cuda.error(),
+        cuda_library_error=_load.CUDA_ERROR,
     )
 
 

@@ -60,8 +60,12 @@ def python(code: str, site: pathlib.Path | None = None, **environment: str) -> s
 
 
 # ---- the libraries ---------------------------------------------------------------------------------------------------
-def test_ops_library_needs_only_the_stable_abi_and_the_c_plus_plus_runtime() -> None:
-    undefined = {line.split()[-1] for line in output("nm", "-D", "--undefined-only", library()).splitlines()}
+OPS_LIBRARIES = [name for name in ("pykernels_cpu", "pykernels_cuda") if _load.library_path(name)]
+
+
+@pytest.mark.parametrize("name", OPS_LIBRARIES)
+def test_ops_library_needs_only_the_stable_abi_and_the_c_plus_plus_runtime(name: str) -> None:
+    undefined = {line.split()[-1] for line in output("nm", "-D", "--undefined-only", library(name)).splitlines()}
     runtime = re.compile(r".+@(GLIBC|GLIBCXX|CXXABI|GCC)_[\w.]+$|__gmon_start__$|_ITM_\w+$")
     shims = re.compile(r"(aoti_torch|torch)_\w+$")
     sanitizer = re.compile(r"__(a|ub)san_\w+$" if _host.build()["sanitizers"] else r"(?!)")
@@ -70,18 +74,34 @@ def test_ops_library_needs_only_the_stable_abi_and_the_c_plus_plus_runtime() -> 
     assert any(shims.match(name) for name in undefined)
 
 
-def test_ops_library_exports_nothing() -> None:
-    assert not output("nm", "-D", "--defined-only", library()).split()
+@pytest.mark.parametrize("name", OPS_LIBRARIES)
+def test_ops_library_exports_nothing(name: str) -> None:
+    assert not output("nm", "-D", "--defined-only", library(name)).split()
 
 
-@pytest.mark.parametrize("name", ["pykernels_cpu", "_host"])
+@pytest.mark.parametrize("name", [*OPS_LIBRARIES, "_host"])
 def test_library_names_no_folder_of_the_build_machine(name: str) -> None:
-    path = library() if name == "pykernels_cpu" else pathlib.Path(_host.__file__)
+    path = pathlib.Path(_host.__file__) if name == "_host" else library(name)
     dynamic = output("readelf", "-d", path)
     assert "RPATH" not in dynamic
     assert "RUNPATH" not in dynamic
     if not _host.build()["sanitizers"]:  # debug information names folders
         assert str(ROOT).encode() not in path.read_bytes()
+
+
+@pytest.mark.skipif("pykernels_cuda" not in OPS_LIBRARIES, reason="the CUDA library was not built")
+def test_cuda_library_needs_no_cuda_library() -> None:
+    """The runtime stands inside; torch's CUDA libraries are looked up when an op is called."""
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", output("readelf", "-d", library("pykernels_cuda")))
+    assert not [name for name in needed if "cuda" in name or "cudart" in name or "cublas" in name]
+    assert "libtorch_cpu.so" in needed
+
+
+def test_a_cpu_torch_does_not_load_the_cuda_library() -> None:
+    code = "from pykernels import _load; print(_load.CUDA_ERROR)"
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert (torch.version.cuda is None) == ("is built without CUDA" in done.stdout)
 
 
 def test_host_module_needs_no_torch() -> None:

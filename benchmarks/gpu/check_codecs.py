@@ -9,17 +9,15 @@ of as many bytes as it must read and write.
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-import pykernels  # noqa: F401  (registers the ops)
-from pykernels import _cuda, reference
+from benchmarks.gpu.timing import best, require_gpu, show
+from pykernels import reference
 from pykernels.ops.compress import CODECS, record_bytes
 
 RANKS = 4
@@ -101,25 +99,9 @@ def check_sparse() -> bool:
     return good
 
 
-def best(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
-    """Seconds of each call, the best of all rounds, one after another in each round."""
-    times = [float("inf")] * len(calls)
-    for call in calls * 3:
-        call()
-    for _ in range(rounds):
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
-        marks[0].record()
-        for call, mark in zip(calls, marks[1:], strict=True):
-            call()
-            mark.record()
-        torch.cuda.synchronize()
-        for i, (begin, end) in enumerate(itertools.pairwise(marks)):
-            times[i] = min(times[i], begin.elapsed_time(end) / 1e3)
-    return times
-
-
-def measure(n: int, rounds: int) -> Table:
-    table = Table("codec", "op", "GB", "GB/s", "of a copy's")
+def measure(n: int, rounds: int) -> list[dict[str, Any]]:
+    """Each codec's ops on `n` fp32 elements beside a copy of as many bytes as they must read and write."""
+    rows: list[dict[str, Any]] = []
     ops = torch.ops.pykernels
     x, residual, out = torch.randn(n, device="cuda"), torch.zeros(n, device="cuda"), torch.zeros(n, device="cuda")
 
@@ -127,7 +109,7 @@ def measure(n: int, rounds: int) -> Table:
         source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
         ours, copy = best([call, lambda: target.copy_(source)], rounds)
-        table.add_row(codec, op, f"{moved / 1e9:.3f}", f"{moved / ours / 1e9:.0f}", f"{copy / ours:.2f}")
+        rows.append({"codec": codec, "op": op, "MB": round(moved / 1e6), "times": {"pykernels": ours, "copy": copy}})
 
     for codec in CODECS:
         block = 1024 if codec == "onebit" else 256
@@ -147,7 +129,7 @@ def measure(n: int, rounds: int) -> Table:
     add("top-k 1 %", "encode, error feedback", 12 * n + 8 * k,
         lambda: ops.sparse_encode(x, residual, None, entries, segments, k))  # fmt: skip
     add("top-k 1 %", "torch.topk(x.abs(), k)", 12 * n + 8 * k, lambda: torch.topk(x.abs(), k))
-    return table
+    return rows
 
 
 def main() -> None:
@@ -155,16 +137,14 @@ def main() -> None:
     arguments.add_argument("--elements", type=int, default=2**26, help="of the tensor that is timed")
     arguments.add_argument("--rounds", type=int, default=50, help="of which the best counts")
     given = arguments.parse_args()
-    error = _cuda.error() or (None if torch.cuda.is_available() else "no GPU here")
-    if error is not None:
-        sys.exit(f"check_codecs: {error}")
+    require_gpu("check_codecs")
     torch.manual_seed(0)
     console = Console()
     console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     wrong = [codec for codec in CODECS if not check_dense(codec)]
     wrong += [] if check_sparse() else ["sparse"]
     console.print(f"bytes differ from the oracle's: {', '.join(wrong)}" if wrong else "all bytes are the oracle's")
-    console.print(measure(given.elements, given.rounds))
+    show("gradient codecs", measure(given.elements, given.rounds))
     sys.exit(bool(wrong))
 
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pykernels.triton import tiles
+from pykernels.triton import library, tiles
 from pykernels.triton.arguments import KINDS, as_bits, ceil_div, inverse, single
 from pykernels.triton.epilogue import OPTIONS, finish_sums
 from pykernels.triton.pack import Packed
@@ -320,6 +320,8 @@ def gemm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, epilogue: Epilogue
     if m == 0 or n == 0:
         return
     arch, processors = machine(a.device)
+    if library.int8_gemm(a, b, out, epilogue, arch):
+        return
     c = config(arch, processors, m, n, k)
     flip = a.dtype == torch.uint8
     tma = arch >= 90

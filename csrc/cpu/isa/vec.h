@@ -32,9 +32,13 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef PYKERNELS_ISA_CUDA
+#define PK_INLINE static __device__ __forceinline__
+#else
 #include "cpu/isa/intrinsics.h"
 
 #define PK_INLINE static inline __attribute__((always_inline))
+#endif
 
 namespace pykernels {
 
@@ -54,6 +58,8 @@ struct float16 {
 #include "cpu/isa/avx2.h"
 #elif defined(PYKERNELS_ISA_AVX512) || defined(PYKERNELS_ISA_AVX512VNNI)
 #include "cpu/isa/avx512.h"
+#elif defined(PYKERNELS_ISA_CUDA)  // one thread of a CUDA kernel: what the activations need
+#include "cuda/vec.h"
 #else
 #error "vec.h is for sources compiled once per isa"
 #endif

@@ -1,0 +1,285 @@
+"""Is every op right on this GPU? What cannot be known where there is none.
+
+    make gpu-check          (python -m benchmarks.gpu.check [--only ops gemm codecs sanitizer])
+
+ops        every sample of tests/contract.py: the CPU's answer (integers to the bit), opcheck, torch.compile,
+           torch.export, a CUDA graph, no hidden synchronisation, the second GPU where there is one
+gemm       every configuration of the CUDA library's int8 GEMM against exact sums and the oracle's epilogue
+codecs     the gradient codecs' bytes against the oracle's
+sanitizer  the samples once more under compute-sanitizer, where it is installed
+
+Writes docs/benchmarks/gpu/check.json and leaves with status 1 when anything is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.gpu import check_codecs
+from benchmarks.gpu.timing import facts, require_gpu, save
+from pykernels import _packed, _tuned
+from pykernels.reference.quantize import ACTIVATIONS, requantize
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from contract import Sample, samples  # noqa: E402
+
+PARTS = ("ops", "gemm", "codecs", "sanitizer")
+# fp32 sums of other libraries, in another order; everything else has the CPU's bits.
+SUMS = {"linear", "conv2d", "conv_bn_act"}
+TRANSCENDENTAL = {"silu", "sigmoid", "gelu", "tanh"}
+SANITIZER_SECONDS = 150
+
+
+def on(device: str, name: str, value: Any) -> Any:
+    """An argument of a sample on a device: packed weights are packed for it, segments stay in the host's memory."""
+    if not isinstance(value, torch.Tensor) or name == "segments":
+        return value
+    return _packed.repack(value, device) if name == "packed" else value.to(device)
+
+
+def same(op: str, actual: Any, expected: Any) -> str | None:
+    """What is wrong with results on a device, or None."""
+    for a, e in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        if op.endswith("_pack"):
+            a = _packed.repack(a, "cpu")
+        if a.shape != e.shape or a.dtype != e.dtype:
+            return f"{list(a.shape)} {a.dtype}, not {list(e.shape)} {e.dtype}"
+        if not op.endswith("_pack") and a.stride() != e.stride():
+            return f"strides {a.stride()}, not {e.stride()}"
+        a = a.cpu()
+        if op in SUMS:
+            tolerance = 1e-4 if e.dtype == torch.float32 else 2e-2
+            good = torch.allclose(a.float(), e.float(), rtol=tolerance, atol=tolerance)
+        else:
+            good = torch.equal(a.nan_to_num(), e.nan_to_num())
+        if not good:
+            return f"{(a != e).sum()} of {e.numel()} elements differ, by {(a.double() - e.double()).abs().max():.3g}"
+    return None
+
+
+def aspects(
+    sample: Sample, tensors: dict[str, torch.Tensor], expected: Any, first: bool
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What is looked at, by name: calls that return what is wrong, or None, or raise."""
+    op = getattr(torch.ops.pykernels, sample.op)
+    call = lambda: sample.call(**tensors)  # noqa: E731
+    yield "result", lambda: same(sample.op, call(), expected)
+
+    def check_operator() -> None:
+        gathered = {"xs": [tensors["a"], tensors["b"]]} if sample.op == "qcat" else dict(tensors)
+        torch.library.opcheck(op.default, (), {**gathered, **sample.rest},
+                              test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))  # fmt: skip
+
+    yield "opcheck", check_operator
+    if not sample.op.endswith("_pack"):  # they look at scales: they wait for the device, once a layer
+        yield "no synchronisation", lambda: unsynchronised(call)
+        if not sample.mutated:
+            yield "CUDA graph", lambda: same(sample.op, captured(call), expected)
+    if first:  # one sample an op: each costs seconds
+        names = list(tensors)
+        run = lambda *given: sample.call(**dict(zip(names, given, strict=True)))  # noqa: E731
+        compiled = torch.compile(run, fullgraph=True, dynamic=False)
+        yield "torch.compile", lambda: same(sample.op, compiled(*tensors.values()), expected)
+        yield "torch.export", lambda: exported(run, tuple(tensors.values()), sample.op, expected)
+
+
+def unsynchronised(call: Callable[[], Any]) -> None:
+    """Run it while torch raises at every wait that it knows of."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def captured(call: Callable[[], Any]) -> Any:
+    """What a replayed graph of the call leaves."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for leaf in tree_leaves(out):
+        leaf.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    return out
+
+
+def exported(run: Callable[..., Any], given: tuple[Any, ...], op: str, expected: Any) -> str | None:
+    class Model(torch.nn.Module):
+        def forward(self, *arguments: Any) -> Any:
+            return run(*arguments)
+
+    return same(op, torch.export.export(Model(), given, strict=False).module()(*given), expected)
+
+
+def check_ops(light: bool = False) -> dict[str, Any]:
+    """Every sample. `light`: only its result, which is enough for the sanitizer."""
+    torch.manual_seed(0)
+    wrong: dict[str, str] = {}
+    looked_at, seen = 0, set()
+    for sample in samples():
+        host = sample.make(3)
+        expected = sample.call(**host)
+        for device in range(1 if light else min(2, torch.cuda.device_count())):
+            tensors = {name: on(f"cuda:{device}", name, value) for name, value in host.items()}
+            whole = device == 0 and not light
+            for aspect, look in aspects(sample, tensors, expected, whole and sample.op not in seen):
+                if aspect != "result" and not whole:
+                    continue
+                name = f"{sample.name}, {aspect}" + (", second GPU" if device else "")
+                looked_at += 1
+                try:
+                    complaint = look()
+                except Exception as error:  # told below; the others are looked at
+                    complaint = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                if complaint is not None:
+                    wrong[name] = complaint
+        seen.add(sample.op)
+    return {"looked_at": looked_at, "wrong": wrong}
+
+
+def expected_gemm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, given: dict[str, Any]) -> torch.Tensor:
+    """The oracle's answer, in torch operations on the GPU, each of which rounds by itself."""
+    zero = given["row_zero_point"][:, None] if given["row_zero_point"] is not None else given["x_zero_point"]
+    scale = given["row_scale"][:, None] if given["row_scale"] is not None else torch.tensor(given["x_scale"]).cuda()
+    acc = ((a.double() - zero) @ b.double().t()).to(torch.int32)
+    f = acc.float() * (scale.float() * given["column_scale"])
+    f = f + given["bias"]
+    r = given["residual"]
+    if r is not None and not r.is_floating_point():
+        r = (r.int() - given["residual_zero_point"]).float() * torch.tensor(given["residual_scale"]).cuda()
+    if r is not None and given["residual_order"] == "before":
+        f = f + r.float()
+    f = ACTIVATIONS[given["activation"]](f)
+    if r is not None and given["residual_order"] == "after":
+        f = f + r.float()
+    return requantize(f.cpu(), given["out_scale"], given["out_zero_point"], dtype)
+
+
+def check_gemm() -> dict[str, Any]:
+    """Every configuration by dtypes, residuals and activations in turn, over sizes that fill no tile."""
+    torch.manual_seed(0)
+    capability = torch.cuda.get_device_capability()
+    wrong: dict[str, str] = {}
+    looked_at = 0
+    dtypes = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)
+    sizes = (
+        (1, 16, 16),
+        (7, 48, 32),
+        (16, 256, 512),
+        (65, 272, 144),
+        (130, 320, 272),
+        (513, 1040, 1552),
+        (300, 64, 16384),
+    )
+    for name, (index, arch) in _tuned.configurations().items():
+        if arch > 10 * capability[0] + capability[1] or (arch == 90 and capability != (9, 0)):
+            continue
+        spread = itertools.cycle(ACTIVATIONS)
+        for (m, n, k), dtype, order in itertools.product(sizes, dtypes, (None, "before", "after")):
+            byte = not dtype.is_floating_point
+            if order is not None and name.endswith("swapped"):
+                continue
+            a = torch.randint(0, 256, (m, k), dtype=torch.uint8, device="cuda")
+            b = torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda")
+            rows = (m + n) % 2 == 0
+            residual = torch.randn(m, n, device="cuda").mul(40 if byte else 1).clamp(0, 100).to(dtype)
+            given = {
+                "column_scale": torch.rand(n, device="cuda") * 1e-3 + 1e-4,
+                "column_sum": b.sum(1, dtype=torch.int32),
+                "bias": torch.randn(n, device="cuda"),
+                "row_scale": torch.rand(m, device="cuda") + 0.01 if rows else None,
+                "row_zero_point": torch.randint(0, 256, (m,), dtype=torch.int32, device="cuda") if rows else None,
+                "x_scale": 0.37,
+                "x_zero_point": 131,
+                "out_scale": 0.11,
+                "out_zero_point": 5 if byte else 0,
+                "activation": next(spread),
+                "residual": residual if order else None,
+                "residual_scale": 0.07,
+                "residual_zero_point": 9 if byte else 0,
+                "residual_order": order or "before",
+            }
+            looked_at += 1
+            title = f"{name}: {m}x{n}x{k} {dtype} residual {order} {given['activation']}"
+            try:
+                actual = torch.empty(m, n, dtype=dtype, device="cuda")
+                torch.ops.pykernels._cuda_int8_gemm(a, b, actual, **given, config=index)
+            except RuntimeError as error:
+                wrong[title] = str(error).splitlines()[0][:300]
+                continue
+            actual, expected = actual.cpu(), expected_gemm(a, b, dtype, given)
+            if given["activation"] in TRANSCENDENTAL:  # torch's own are other approximations, an ulp or two away
+                far = (actual.double() - expected.double()).abs().max().item()
+                good = far <= (1 if byte else 1e-2 * max(1.0, expected.double().abs().max().item()))
+            else:
+                good = torch.equal(actual, expected)
+            if not good:
+                far = (actual.double() - expected.double()).abs()
+                wrong[title] = f"{int((far > 0).sum())} of {far.numel()} elements differ, by {far.max():.3g}"
+    return {"looked_at": looked_at, "wrong": wrong}
+
+
+def check_gradient_codecs() -> dict[str, Any]:
+    names = [*check_codecs.CODECS, "sparse"]
+    good = [*(check_codecs.check_dense(codec) for codec in check_codecs.CODECS), check_codecs.check_sparse()]
+    return {"looked_at": len(names), "wrong": {n: "bytes differ" for n, g in zip(names, good, strict=True) if not g}}
+
+
+def check_sanitizer() -> dict[str, Any]:
+    beside = pathlib.Path("/usr/local").glob("cuda*/bin/compute-sanitizer")
+    tool = shutil.which("compute-sanitizer") or next(map(str, beside), None)
+    if tool is None:
+        return {"looked_at": 0, "wrong": {}, "skipped": "compute-sanitizer is not installed"}
+    command = [tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu.check", "--light"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SANITIZER_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"looked_at": 0, "wrong": {}, "skipped": f"not done within {SANITIZER_SECONDS} s"}
+    found = "\n".join(line for line in done.stdout.splitlines() if line.startswith("========="))[-2000:]
+    wrong = {} if done.returncode == 0 else {"compute-sanitizer": found or done.stderr[-2000:]}
+    return {"looked_at": 1, "wrong": wrong}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    arguments.add_argument("--light", action="store_true", help="results of the ops alone, and no report")
+    given = arguments.parse_args()
+    require_gpu("check")
+    torch.backends.cudnn.allow_tf32 = False
+    console = Console(width=160)
+    if given.light:
+        wrong = check_ops(light=True)["wrong"]
+        console.print(wrong or "as on the CPU")
+        sys.exit(bool(wrong))
+    made = {"ops": check_ops, "gemm": check_gemm, "codecs": check_gradient_codecs, "sanitizer": check_sanitizer}
+    report: dict[str, Any] = {"facts": facts()}
+    for part in given.only:
+        begin = time.perf_counter()
+        report[part] = {**made[part](), "seconds": round(time.perf_counter() - begin, 1)}
+        found = report[part]
+        counts = f"{found['looked_at']} looked at, {len(found['wrong'])} wrong, {found['seconds']} s"
+        console.print(f"[bold]{part}[/]: {counts} {found.get('skipped', '')}")
+        for name, complaint in found["wrong"].items():
+            console.print(f"  [red]{name}[/]: {complaint}", highlight=False)
+    console.print(f"written: {save('check', report)}")
+    sys.exit(any(report[part]["wrong"] for part in given.only))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+// From exact sums to outputs, shared by the epilogues of both generations of kernels: gemm.h has the formula.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cutlass/array.h>
+
+#include "cpu/isa/math.h"
+#include "cuda/gemm/gemm.h"
+
+namespace pykernels::PYKERNELS_ISA_NS {
+
+using gemm::Finish;
+using gemm::Problem;
+using gemm::Residual;
+
+// The switch stands outside the loop: it is taken once a fragment.
+template <int N>
+PK_INLINE void activate_all(Activation act, cutlass::Array<float, N>& f) {
+#define PK_CASE(name)                                                    \
+  case Activation::name:                                                 \
+    CUTLASS_PRAGMA_UNROLL                                                \
+    for (int i = 0; i < N; ++i) f[i] = activate(Activation::name, f[i]); \
+    break;
+  switch (act) {
+    PK_CASE(none)
+    PK_CASE(relu)
+    PK_CASE(relu6)
+    PK_CASE(hardswish)
+    PK_CASE(hardsigmoid)
+    PK_CASE(silu)
+    PK_CASE(sigmoid)
+    PK_CASE(gelu)
+    PK_CASE(tanh)
+  }
+#undef PK_CASE
+}
+
+// An output of 1, 2 or 4 bytes as its bits; which dtype of that width is known at run time only, for one kernel each.
+PK_INLINE float real(const Finish& p, int8_t bits) {
+  const int q = p.residual_low ? bits : uint8_t(bits);
+  return mul(to_f32(q - p.residual_zero_point), p.residual_scale);
+}
+PK_INLINE float real(const Finish& p, uint16_t bits) {
+  return p.bfloat16 ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits));
+}
+PK_INLINE float real(const Finish&, float value) { return value; }
+
+PK_INLINE void store(const Finish& p, float f, int8_t& bits) {
+  const float low = to_f32(p.low - p.zero_point), high = to_f32(p.high - p.zero_point);
+  bits = int8_t(to_i32(min(max_or_zero(mul(f, p.inverse), low), high)) + p.zero_point);
+}
+PK_INLINE void store(const Finish& p, float f, uint16_t& bits) {
+  bits = p.bfloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(f)) : __half_as_ushort(__float2half_rn(f));
+}
+PK_INLINE void store(const Finish&, float f, float& value) { value = f; }
+
+template <class Out, int N>
+PK_INLINE void add_residual(const Finish& p, cutlass::Array<float, N>& f, const cutlass::Array<Out, N>& residual) {
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < N; ++i) f[i] = add(f[i], real(p, residual[i]));
+}
+
+// residual: none, or one array of Out.
+template <class Out, int N, class... Residuals>
+PK_INLINE cutlass::Array<Out, N> finish(const Finish& p, const cutlass::Array<int, N>& acc,
+                                        const cutlass::Array<float, N>& row_scale,
+                                        const cutlass::Array<int, N>& row_zero,
+                                        const cutlass::Array<float, N>& column_scale,
+                                        const cutlass::Array<int, N>& column_sum, const cutlass::Array<float, N>& bias,
+                                        const Residuals&... residual) {
+  cutlass::Array<float, N> f;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < N; ++i)
+    f[i] = add(mul(to_f32(sub(acc[i], mul(row_zero[i], column_sum[i]))), mul(row_scale[i], column_scale[i])), bias[i]);
+  if (p.residual == Residual::before) (add_residual<Out>(p, f, residual), ...);
+  activate_all(p.activation, f);
+  if (p.residual == Residual::after) (add_residual<Out>(p, f, residual), ...);
+  cutlass::Array<Out, N> out;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < N; ++i) {
+    Out bits;
+    store(p, f[i], bits);
+    out[i] = bits;
+  }
+  return out;
+}
+
+}  // namespace pykernels::PYKERNELS_ISA_NS

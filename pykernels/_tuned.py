@@ -1,0 +1,99 @@
+"""Which configuration of the CUDA library's kernels runs a shape: tables of pykernels/tuned, one file an architecture.
+
+A table is written on a GPU by `python -m benchmarks.gpu.tune`. Its `int8_gemm` maps widths, "NxK", to rows of the
+largest M and the name of a configuration, or "triton", in ascending order; the last has no largest M. A shape takes the
+width nearest to its own and the first row that holds its M.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from pykernels import _load
+
+__all__ = ["architecture", "configurations", "disabled", "int8_gemm", "table"]
+
+FOLDER = pathlib.Path(__file__).parent / "tuned"
+TRITON = "triton"
+# The library's op refuses longer sums, which s32 may not hold: csrc/cuda/gemm/op.cpp.
+MAX_K = (2**31 - 1) // (255 * 128)
+_disabled = False
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Leave every shape to Triton's kernels meanwhile, in all threads: for measurements."""
+    global _disabled
+    before, _disabled = _disabled, True
+    try:
+        yield
+    finally:
+        _disabled = before
+
+
+def architecture(capability: tuple[int, int]) -> str | None:
+    """The name of the table for a compute capability, or None where no kernel of the library was made for it."""
+    if capability == (8, 9):
+        return "sm89"
+    return {8: "sm80", 9: "sm90"}.get(capability[0])
+
+
+@functools.cache
+def table(name: str) -> dict[str, Any]:
+    """The table of an architecture, as JSON has it."""
+    found: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
+    return found
+
+
+@functools.cache
+def configurations() -> dict[str, tuple[int, int]]:
+    """Index and needed compute capability (times 10) of every configuration in the loaded library, by name."""
+    if _load.CUDA_ERROR is not None:
+        return {}
+    lines = torch.ops.pykernels._cuda_int8_gemm_configs().splitlines()
+    return {name: (i, int(arch)) for i, (name, arch) in enumerate(line.split(",") for line in lines)}
+
+
+def _distance(width: str, n: int, k: int) -> float:
+    measured_n, measured_k = map(int, width.split("x"))
+    return abs(math.log2(measured_n / n)) + abs(math.log2(measured_k / k))
+
+
+def choose(rules: dict[str, list[tuple[int | None, str]]], m: int, n: int, k: int, residual: bool) -> str:
+    """The name that a table's `int8_gemm` gives a shape. Swapped configurations take no residual."""
+    rows = rules[min(rules, key=lambda width: _distance(width, n, k))]
+    fits = (name for most, name in rows if most is None or m <= most)
+    return next(name for name in fits if not (residual and name.endswith("swapped")))
+
+
+@functools.lru_cache(maxsize=4096)
+def _index(m: int, n: int, k: int, residual: bool, capability: tuple[int, int]) -> int | None:
+    name = architecture(capability)
+    if name is None:
+        return None
+    index, needed = configurations().get(choose(table(name)["int8_gemm"], m, n, k, residual), (None, 0))
+    return index if needed <= 10 * capability[0] + capability[1] else None
+
+
+def int8_gemm(
+    m: int, n: int, k: int, out_dtype: torch.dtype, residual: torch.dtype | None, capability: tuple[int, int]
+) -> int | None:
+    """The argument `config` of `torch.ops.pykernels._cuda_int8_gemm` for u8 [m, k] times s8 [n, k].
+
+    None where Triton's kernel is to run: the library is not loaded, holds nothing for this shape, or the table says so.
+    """
+    if _disabled or _load.CUDA_ERROR is not None:
+        return None
+    if m == 0 or n == 0 or k % 16 or k > MAX_K or n % 4 or n * out_dtype.itemsize % 16:
+        return None
+    if residual is not None and residual != out_dtype and (residual.itemsize, out_dtype.itemsize) != (1, 1):
+        return None
+    return _index(m, n, k, residual is not None, capability)
