@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ __all__ = ["Windows", "adaptive", "check_input", "longest", "plain"]
 
 SIDES = ("height", "width")
 Pair = tuple[int, int]
+Ints = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,14 @@ def plain(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> Windows:
+    pairs = (tuple(pair) for pair in (kernel, stride, padding, dilation))
+    return _plain(op, x.shape[2], x.shape[3], *pairs, ceil_mode)
+
+
+@functools.lru_cache(1024)
+def _plain(
+    op: str, height: int, width: int, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool
+) -> Windows:
     check_pair(op, "kernel_size", kernel, 1)
     check_pair(op, "stride", stride, 1)
     check_pair(op, "padding", padding, 0)
@@ -57,7 +67,8 @@ def plain(
     for p, k in zip(padding, kernel, strict=True):
         check(p <= k // 2, op, f"padding must be at most half of kernel_size, not {p} for kernel_size {k}")
     axes = [
-        _axis(op, x.shape[2 + d], kernel[d], stride[d], padding[d], dilation[d], ceil_mode, SIDES[d]) for d in (0, 1)
+        _axis(op, size, kernel[d], stride[d], padding[d], dilation[d], ceil_mode, SIDES[d])
+        for d, size in enumerate((height, width))
     ]
     outputs, taps, reach = ((down, right) for down, right in zip(*axes, strict=True))
     return Windows(outputs, taps, reach, _pair(stride), _pair(padding), _pair(dilation))
