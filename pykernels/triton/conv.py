@@ -20,7 +20,7 @@ import triton.language as tl
 from pykernels.triton import tiles
 from pykernels.triton.arguments import (
     BYTES,
-    FLOATS,
+    REALS,
     as_bits,
     ceil_div,
     check_activation,
@@ -212,8 +212,8 @@ def qconv2d(
     check_out(op, out_dtype, out_scale, out_zero_point)
     check_residual_shape(op, residual, x, s.out, residual_order)
     if residual is not None:
-        good = residual.dtype in (*BYTES, *FLOATS)
-        words = f"residual must be float32, bfloat16, float16, uint8 or int8, not {name(residual.dtype)}"
+        good = residual.dtype in (*BYTES, *REALS)
+        words = f"residual must be float32, bfloat16, uint8 or int8, not {name(residual.dtype)}"
         check(good, op, words)
         if residual.dtype in BYTES:
             check_scale(op, "residual_scale", residual_scale)

@@ -19,15 +19,15 @@ from pykernels.triton.pack import Packed
 
 __all__ = ["depthwise"]
 
-SIZES = ["H", "W", "OH", "OW", "KW", "TAPS", "SH", "SW", "DH", "DW", "TOP", "LEFT"]
+SIZES = ["H", "W", "OH", "OW", "KH", "SH", "SW", "DH", "DW", "TOP", "LEFT"]
 
 
 @triton.jit(do_not_specialize=[*NUMBERS, *SIZES])
 def _depthwise(
-    x, w, out, residual, sums, scales, biases, row_scale, row_zero_point, M, C, ROW, H, W, OH, OW, KW, TAPS, SH, SW,
+    x, w, out, residual, sums, scales, biases, row_scale, row_zero_point, M, C, ROW, H, W, OH, OW, KH, SH, SW,
     DH, DW, TOP, LEFT, x_scale, x_zero_point, residual_scale, residual_zero_point, inverse, zero_point,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, AFTER: tl.constexpr, OUT: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr,
+    KW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """M = N * OH * OW pixels; ROW channels from one tap's weights to the next's."""
     tiles_c = tl.cdiv(C, BC)
@@ -38,18 +38,20 @@ def _depthwise(
     ix = m % OW * SW - LEFT
     base = x + ((line // OH).to(tl.int64) * H * W + iy * W + ix)[:, None] * C + c[None, :]
     acc = tl.zeros((BM, BC), tl.int32)
-    for tap in range(TAPS):
-        dy = tap // KW * DH
-        dx = tap % KW * DW
-        y = iy + dy
-        z = ix + dx
-        inside = (y >= 0) & (y < H) & (z >= 0) & (z < W) & (m < M)
-        mask = inside[:, None] & (c < C)[None, :]
-        there = tl.load(base + tl.cast(dy * W + dx, tl.int64) * C, mask=mask, other=0).to(tl.int32)
-        # Each thread loads what it multiplies with: shared by way of shared memory, it would cost a barrier a tap.
-        weight = tl.broadcast_to((w + tap * ROW + c)[None, :], (BM, BC))
-        weight = tl.load(weight, mask=(c < ROW)[None, :], other=0).to(tl.int32)
-        acc += tl.where(inside[:, None], there, x_zero_point) * weight
+    fill = tl.cast(x_zero_point, x.dtype.element_ty)
+    for i in range(KH):
+        y = iy + i * DH
+        there = (y >= 0) & (y < H) & (m < M)
+        for j in tl.static_range(KW):
+            z = ix + j * DW
+            mask = (there & (z >= 0) & (z < W))[:, None] & (c < C)[None, :]
+            value = tl.load(base + j * DW * C, mask=mask, other=fill).to(tl.int32)
+            # Each thread loads what it multiplies with: shared by way of shared memory, it would cost a barrier a tap.
+            weight = tl.broadcast_to((w + j * ROW + c)[None, :], (BM, BC))
+            weight = tl.load(weight, mask=(c < ROW)[None, :], other=0).to(tl.int32)
+            acc += value * weight
+        base += DH * W * C
+        w += KW * ROW
     place = m.to(tl.int64)[:, None] * C + c[None, :]
     finish_sums(
         acc, m, c, m < M, c < C, place, out, residual, sums, scales, biases, row_scale, row_zero_point, x_scale,
@@ -75,6 +77,6 @@ def depthwise(x: torch.Tensor, weights: Packed, s: ConvShape, out: torch.Tensor,
     with tiles.on(x.device):
         _depthwise[grid](
             pixels, weights.weight, as_bits(out), M=m, C=s.c, ROW=weights.layout.row, H=s.h, W=s.w, OH=s.oh, OW=s.ow,
-            KW=kw, TAPS=kh * kw, SH=sh, SW=sw, DH=dh, DW=dw, TOP=top, LEFT=left, **arguments, **tile, num_warps=4,
+            KH=kh, KW=kw, SH=sh, SW=sw, DH=dh, DW=dw, TOP=top, LEFT=left, **arguments, **tile, num_warps=4,
             **OPTIONS,
         )  # fmt: skip

@@ -18,7 +18,7 @@ TYPES = {
     "w": "*i8",
     **dict.fromkeys(["sums"], "*i32"),
     **dict.fromkeys(["scales", "biases"], "*fp32"),
-    **dict.fromkeys(["M", "N", "K", "C", "ROW", "PIXEL", "OC", "TAPS", *conv.SIZES, *gemm.NUMBERS], "i32"),
+    **dict.fromkeys(["M", "N", "K", "C", "ROW", "PIXEL", "OC", *conv.SIZES, *depthwise.SIZES, *gemm.NUMBERS], "i32"),
     **dict.fromkeys(["x_scale", "residual_scale", "inverse"], "fp32"),
 }
 ALIGNED = {"N", "K", "C", "ROW", "PIXEL", "OC"}
@@ -83,7 +83,7 @@ def test_implicit_gemm(arch: int, size: str, residual: str | None, fill: bool, t
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("residual", [None, "uint8"])
 def test_depthwise(arch: int, residual: str | None, tmp_path: pathlib.Path) -> None:
-    constants = {**plain(residual, "relu6"), **depthwise.tile_of(96)}
+    constants = {**plain(residual, "relu6"), "KW": 3, **depthwise.tile_of(96)}
     kernel = compiled(depthwise._depthwise, arch, TYPES, constants, {"num_warps": 4, **depthwise.OPTIONS}, ALIGNED)
     check(kernel, tmp_path, 128)
     found = accesses(kernel)

@@ -88,6 +88,20 @@ def test_the_fake_knows_the_size_on_either_device(name: str, dtype: torch.dtype)
         assert _packed.packed_bytes(weight, groups) == packed_by(ops, name, dtype).numel()
 
 
+def test_shape_functions_follow_the_device() -> None:
+    """What torch.compile sees of CUDA tensors, packing and all."""
+    weight, scale, bias, groups = made("grouped", torch.int8)
+    with torch._subclasses.FakeTensorMode():
+        w, s, b = (torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in (weight, scale, bias))
+        packed = ops.qconv2d_pack(w, s, b, groups)
+        x = torch.empty(2, 51, 9, 8, dtype=torch.uint8, device="cuda")
+        y = ops.qconv2d(x, packed, 12, [2, 3], [1, 1], [0, 0, 0, 0], [1, 1], groups, 0.1, 0, 0.1)
+        assert y.device.type == "cuda" and y.is_contiguous(memory_format=torch.channels_last)
+        assert y.shape == (2, 12, 8, 6) and packed.numel() % 64 == 16
+        q = ops.int8_linear_pack(w.view(12, -1), s)
+        assert ops.int8_linear(torch.empty(3, 102, device="cuda"), q, 12).device.type == "cuda"
+
+
 def test_a_cpu_packing_repacks_to_the_same_bytes() -> None:
     """Through what a CUDA device would hold."""
     for name in SHAPES:
