@@ -75,6 +75,8 @@ def complaint(device: torch.device) -> str | None:
 
 def runs(op: str) -> str:
     """What computes the op on CUDA devices, in words."""
+    if op in ("int8_linear", "qconv2d") and _load.CUDA_ERROR is None:
+        return "CUTLASS or Triton, by shape"
     return {"linear": "cuBLAS through ATen", "conv2d": "cuDNN through ATen"}.get(op, "Triton")
 
 

@@ -1,11 +1,12 @@
 """Is every op right on this GPU? What cannot be known where there is none.
 
-    make gpu-check          (python -m benchmarks.gpu.check [--only ops gemm codecs sanitizer])
+    make gpu-check          (python -m benchmarks.gpu.check [--only ops gemm codecs networks sanitizer])
 
 ops        every sample of tests/contract.py: the CPU's answer (integers to the bit), opcheck, torch.compile,
            torch.export, a CUDA graph, no hidden synchronisation, the second GPU where there is one
 gemm       every configuration of the CUDA library's int8 GEMM against exact sums and the oracle's epilogue
 codecs     the gradient codecs' bytes against the oracle's
+networks   whole networks optimized, swapped, moved, saved, replayed as CUDA graphs: the CPU's answers
 sanitizer  the samples once more under compute-sanitizer, where it is installed
 
 Writes docs/benchmarks/gpu/check.json and leaves with status 1 when anything is wrong.
@@ -36,7 +37,7 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 from contract import Sample, samples  # noqa: E402
 
-PARTS = ("ops", "gemm", "codecs", "sanitizer")
+PARTS = ("ops", "gemm", "codecs", "networks", "sanitizer")
 # fp32 sums of other libraries, in another order; everything else has the CPU's bits.
 SUMS = {"linear", "conv2d", "conv_bn_act"}
 TRANSCENDENTAL = {"silu", "sigmoid", "gelu", "tanh"}
@@ -240,6 +241,13 @@ def check_gradient_codecs() -> dict[str, Any]:
     return {"looked_at": len(names), "wrong": {n: "bytes differ" for n, g in zip(names, good, strict=True) if not g}}
 
 
+def check_whole_networks() -> dict[str, Any]:
+    from benchmarks.gpu.check_networks import check_networks  # imports torchao, which the sanitizer need not watch
+
+    found = check_networks(torch.device("cuda"))
+    return {"looked_at": len(found), "wrong": {name: wrong for name, wrong in found.items() if wrong is not None}}
+
+
 def check_sanitizer() -> dict[str, Any]:
     beside = pathlib.Path("/usr/local").glob("cuda*/bin/compute-sanitizer")
     tool = shutil.which("compute-sanitizer") or next(map(str, beside), None)
@@ -267,7 +275,13 @@ def main() -> None:
         wrong = check_ops(light=True)["wrong"]
         console.print(wrong or "as on the CPU")
         sys.exit(bool(wrong))
-    made = {"ops": check_ops, "gemm": check_gemm, "codecs": check_gradient_codecs, "sanitizer": check_sanitizer}
+    made = {
+        "ops": check_ops,
+        "gemm": check_gemm,
+        "codecs": check_gradient_codecs,
+        "networks": check_whole_networks,
+        "sanitizer": check_sanitizer,
+    }
     report: dict[str, Any] = {"facts": facts()}
     for part in given.only:
         begin = time.perf_counter()
