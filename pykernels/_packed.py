@@ -10,7 +10,9 @@ On the CPU the layout is that of csrc/common/packed.h. On a CUDA device, in one 
     biases   fp32 [groups * N] (-0 without a bias: x + -0 is x, whatever x)
 
 Every part begins at a multiple of 64 bytes. The size is 16 more than such a multiple, which no CPU packing's is: an op
-on a CUDA device looks at sizes alone, for to read a header there would be to wait for the device.
+on a CUDA device looks at sizes alone, for to read a header there would be to wait for the device. Up to 15 times 64
+bytes are left at the end, a number that depends on the sizes of the weights, so that others of about as many elements
+(another K that is padded to the same, a kernel on its side) have another size as well.
 """
 
 from __future__ import annotations
@@ -108,7 +110,10 @@ class Layout:
 
     @cached_property
     def size(self) -> int:
-        return self.weights_at + self.weight_bytes + 12 * self.channels + (16 if self.cuda else 0)
+        end = self.weights_at + self.weight_bytes + 12 * self.channels
+        if not self.cuda:
+            return end
+        return end + 16 + 64 * ((self.k + 3 * self.kh + 7 * self.kw + 5 * self.groups + 11 * self.n) % 16)
 
     def header(self, has_bias: bool) -> bytes:
         """The 128 bytes of the header."""

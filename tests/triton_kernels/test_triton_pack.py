@@ -88,6 +88,14 @@ def test_the_fake_knows_the_size_on_either_device(name: str, dtype: torch.dtype)
         assert _packed.packed_bytes(weight, groups) == packed_by(ops, name, dtype).numel()
 
 
+def test_weights_of_other_shapes_have_other_sizes() -> None:
+    """Of those that would be as many bytes, since K is padded or the shape turned around."""
+    shapes = [(8, k, 1, 1) for k in range(33, 49)], [(8, 16, 1, 3), (8, 16, 3, 1)], [(4, 32, 1, 1), (8, 16, 1, 1)]
+    for alike in shapes:
+        layouts = [_packed.Layout(True, torch.int8, 1, *shape) for shape in alike]
+        assert len({at.size for at in layouts}) == len(alike) and all(at.size % 64 == 16 for at in layouts)
+
+
 def test_shape_functions_follow_the_device() -> None:
     """What torch.compile sees of CUDA tensors, packing and all."""
     weight, scale, bias, groups = made("grouped", torch.int8)
