@@ -92,8 +92,7 @@ def aspects(
     if first:  # one sample an op: each costs seconds
         names = list(tensors)
         run = lambda *given: sample.call(**dict(zip(names, given, strict=True)))  # noqa: E731
-        compiled = torch.compile(run, fullgraph=True, dynamic=False)
-        yield "torch.compile", lambda: same(sample.op, compiled(*tensors.values()), expected)
+        yield "torch.compile", lambda: same(sample.op, compiled(run, tuple(tensors.values())), expected)
         yield "torch.export", lambda: exported(run, tuple(tensors.values()), sample.op, expected)
 
 
@@ -117,6 +116,11 @@ def captured(call: Callable[[], Any]) -> Any:
     graph.replay()
     torch.cuda.synchronize()
     return out
+
+
+def compiled(run: Callable[..., Any], given: tuple[Any, ...]) -> Any:
+    torch.compiler.reset()  # to it every op's `run` is the same function, compiled again and again
+    return torch.compile(run, fullgraph=True, dynamic=False)(*given)
 
 
 def exported(run: Callable[..., Any], given: tuple[Any, ...], op: str, expected: Any) -> str | None:

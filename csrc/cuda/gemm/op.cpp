@@ -111,6 +111,8 @@ void int8_gemm(const Tensor& a, const Tensor& b, const Tensor& out, const Tensor
            "), not ", config);
   if (m == 0 || n == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(a.get_device());
+  PK_CHECK(cudaSetDevice(a.get_device()) == cudaSuccess, kOp, ": the CUDA runtime of this library has no device ",
+           a.get_device(), ": its driver may be older than the library");  // the guard set that of torch's runtime
   p.stream = current_stream(a.get_device());
   const gemm::Config& chosen = gemm::config(static_cast<int>(config));
   const char* complaint = chosen.run[width == 1 ? 0 : width == 2 ? 1 : 2](p);
