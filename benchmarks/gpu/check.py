@@ -38,8 +38,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 from contract import Sample, samples  # noqa: E402
 
 PARTS = ("ops", "gemm", "codecs", "networks", "sanitizer")
-# fp32 sums of other libraries, in another order; everything else has the CPU's bits.
-SUMS = {"linear", "conv2d", "conv_bn_act"}
+# Sums of floats in another order than the CPU's; everything else has the CPU's bits.
+SUMS = {"linear", "conv2d", "conv_bn_act", "avg_pool2d", "adaptive_avg_pool2d"}
 TRANSCENDENTAL = {"silu", "sigmoid", "gelu", "tanh"}
 SANITIZER_SECONDS = 150
 
