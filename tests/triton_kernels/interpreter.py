@@ -39,8 +39,8 @@ def _launch(module: str, name: str, arguments: tuple[Any, ...]) -> tuple[Any, ..
     return arguments
 
 
-def _answer(module: str, name: str, arguments: tuple[Any, ...]) -> Any:
-    return getattr(importlib.import_module(f"pykernels.triton.{module}"), name)(*arguments)
+def _answer(module: str, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    return getattr(importlib.import_module(f"pykernels.triton.{module}"), name)(*arguments, **named)
 
 
 class Interpreter:
@@ -58,9 +58,9 @@ class Interpreter:
         left: tuple[Any, ...] = self.apply(_launch, module, name, arguments)
         return left
 
-    def answer(self, module: str, name: str, *arguments: Any) -> Any:
+    def answer(self, module: str, name: str, *arguments: Any, **named: Any) -> Any:
         """What `pykernels.triton.<module>.<name>` returns."""
-        return self.apply(_answer, module, name, arguments)
+        return self.apply(_answer, module, name, arguments, named)
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -96,7 +96,7 @@ def on_machine(machine: tuple[int, int], module: str, name: str, *arguments: Any
     before, gemm.STAND_IN = gemm.STAND_IN, machine
     gemm.machine.cache_clear()
     try:
-        return _answer(module, name, arguments)
+        return _answer(module, name, arguments, {})
     finally:
         gemm.STAND_IN = before
         gemm.machine.cache_clear()

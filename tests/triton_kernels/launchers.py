@@ -26,10 +26,16 @@ class Launchers(TorchDispatchMode):
         if namespace != "pykernels" or name not in _cuda.KERNELS:
             return func(*args, **(kwargs or {}))
         self.calls[name] += 1
-        arguments = list(args)
-        for argument in func._schema.arguments[len(args) :]:
-            arguments.append((kwargs or {}).get(argument.name, argument.default_value))
-        return self.interpreter.answer(_cuda.KERNELS[name], name, *arguments)
+        named = dict(kwargs or {})
+        if not func._schema.is_mutable:
+            return self.interpreter.answer(_cuda.KERNELS[name], name, *args, **named)
+        rest = func._schema.arguments[len(args) :]
+        arguments = [*args, *(named.get(argument.name, argument.default_value) for argument in rest)]
+        left = self.interpreter(_cuda.KERNELS[name], name, *arguments)
+        for argument, given, written in zip(func._schema.arguments, arguments, left, strict=True):
+            if argument.is_write and given is not None:
+                given.copy_(written)
+        return None
 
 
 def refuses_as_the_cpu_does(call: Callable[[], object], message: str) -> None:
