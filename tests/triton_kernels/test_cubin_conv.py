@@ -88,3 +88,12 @@ def test_depthwise(arch: int, residual: str | None, tmp_path: pathlib.Path) -> N
     check(kernel, tmp_path, 128)
     found = accesses(kernel)
     assert {"ld 16", "st 16"} <= found and not {"ld 1", "st 1"} & found, found
+
+
+def test_one_output_channel() -> None:
+    """A launch makes a constant of a 1, which has no methods of a tensor: that it compiles is what is asked."""
+    s = shape_of(32, 64, 56, 1, 3, 1)
+    c = conv.conv_config(90, PROCESSORS[90], s, 64)
+    shape = {"SPLIT": c.split, "GROUP": gemm.GROUP, "BM": c.bm, "BN": c.bn, "BK": c.bk, "N": 1, "OC": 1}
+    constants = {"FLIP": True, "FILL": True, "WHOLE": True, **shape, **plain("uint8")}
+    compiled(conv._conv, 90, TYPES, constants, c.options, ALIGNED)

@@ -107,3 +107,15 @@ def test_finishing_floats(arch: int, tmp_path: pathlib.Path) -> None:
     kernel = compiled(floats._finish_floats, arch, types, constants, {"num_warps": 4, **floats.OPTIONS}, ALIGNED)
     check(kernel, tmp_path, 168)
     assert {"ld 16", "st 16"} <= accesses(kernel) and not {"ld 2", "st 2"} & accesses(kernel)
+
+
+@pytest.mark.parametrize("size", [(5000, 1, 512), (1, 1, 8192)], ids=["rows", "parts"])
+def test_one_column(size: tuple[int, int, int]) -> None:
+    """A launch makes a constant of a 1, which has no methods of a tensor: that it compiles is what is asked."""
+    c = gemm.config(90, PROCESSORS[90], *size)
+    build(90, c, "u8", {**epilogue("bf16", "none", rows=True), "N": 1})
+    if c.split > 1:
+        constants = {**epilogue("bf16", "none", rows=True), "N": 1, "SPLIT": c.split, "BM": 4, "BN": 256}
+        compiled(gemm._add_parts, 90, {**TYPES, "out": "*u16"}, constants, gemm.OPTIONS)
+    constants = {"REAL": "bf16", "ACTIVATION": "none", "RESIDUAL": None, "residual": None, "AFTER": False, "N": 1}
+    compiled(floats._finish_floats, 90, {**TYPES, "y": "*u16"}, {**constants, **floats.shape_of(1)}, floats.OPTIONS)
