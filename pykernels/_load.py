@@ -53,9 +53,14 @@ def load(name: str) -> str | None:
 
 
 def isa_complaint() -> str | None:
-    """What is wrong with the environment variable PYKERNELS_ISA, or None."""
-    from pykernels import _host
+    """What is wrong with the environment variable PYKERNELS_ISA, or None.
 
+    None, too, where `_host` was built for another CPython than this: the ops libraries serve every one.
+    """
+    try:
+        from pykernels import _host
+    except ImportError:
+        return None
     complaint: str | None = _host.choose_isa()[1]
     return complaint
 

@@ -179,6 +179,15 @@ def test_import_without_the_library_succeeds_and_the_call_says_what_to_do(tmp_pa
     assert "pip install" in last
 
 
+def test_libraries_of_another_cpython_run(tmp_path: pathlib.Path) -> None:
+    """`_host` is made for one CPython, the ops library for all."""
+    site = python_files(tmp_path)
+    shutil.copy(library(), site / "pykernels")
+    done = python(SHOW_ISA, site)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in ISAS
+
+
 def test_doctor_without_the_library_says_so(tmp_path: pathlib.Path) -> None:
     site = python_files(tmp_path)
     done = python("from pykernels.cli import app; app(['doctor'])", site, COLUMNS="200")
