@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu import check_codecs
 from benchmarks.gpu.timing import facts, require_gpu, save
-from pykernels import _packed, _tuned
+from pykernels import _load, _packed, _tuned
 from pykernels.reference.quantize import ACTIVATIONS, requantize
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -176,8 +176,10 @@ def expected_gemm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, given: d
 
 
 def check_gemm() -> dict[str, Any]:
-    """Every configuration by dtypes, residuals and activations in turn, over sizes that fill no tile."""
+    """Every configuration by dtypes, residuals and activations in turn, over sizes that fill no tile; and errors."""
     torch.manual_seed(0)
+    if not _tuned.configurations():
+        return {"looked_at": 0, "wrong": {}, "skipped": f"no CUDA library: {_load.CUDA_ERROR}"}
     capability = torch.cuda.get_device_capability()
     wrong: dict[str, str] = {}
     looked_at = 0
@@ -236,7 +238,54 @@ def check_gemm() -> dict[str, Any]:
             if not good:
                 far = (actual.double() - expected.double()).abs()
                 wrong[title] = f"{int((far > 0).sum())} of {far.numel()} elements differ, by {far.max():.3g}"
-    return {"looked_at": looked_at, "wrong": wrong}
+    errors = check_gemm_errors()
+    return {"looked_at": looked_at + errors["looked_at"], "wrong": wrong | errors["wrong"]}
+
+
+def check_gemm_errors() -> dict[str, Any]:
+    """Whether bad arguments of the private op are refused by name, before anything runs."""
+    m, n, k = 32, 48, 64
+    numbers = torch.ones(n, device="cuda")
+    good = {
+        "a": torch.zeros(m, k, dtype=torch.uint8, device="cuda"),
+        "b": torch.zeros(n, k, dtype=torch.int8, device="cuda"),
+        "out": torch.empty(m, n, device="cuda"),
+        "column_scale": numbers,
+        "column_sum": numbers.int(),
+        "bias": numbers,
+        **dict.fromkeys(["row_scale", "row_zero_point", "residual"]),
+        **dict.fromkeys(["x_scale", "out_scale", "residual_scale"], 1.0),
+        **dict.fromkeys(["x_zero_point", "out_zero_point", "residual_zero_point", "config"], 0),
+        "activation": "none",
+        "residual_order": "before",
+    }
+    bad: list[tuple[str, Any]] = [
+        ("a", good["a"].char()),
+        ("b", good["b"].byte()),
+        ("b", good["b"][:, :16].contiguous()),
+        ("b", good["b"].cpu()),
+        ("out", good["out"].double()),
+        ("out", good["out"][:5]),
+        ("column_scale", numbers[1:]),
+        ("column_sum", numbers),
+        ("bias", numbers.cpu()),
+        ("row_scale", numbers),
+        ("x_scale", 0.0),
+        ("x_zero_point", 256),
+        ("activation", "softplus"),
+        ("residual", good["out"].half()),
+        ("residual_order", "beside"),
+        ("config", -1),
+    ]
+    wrong: dict[str, str] = {}
+    for i, (name, value) in enumerate(bad):
+        try:
+            torch.ops.pykernels._cuda_int8_gemm(**{**good, name: value})
+            wrong[f"bad {name} ({i})"] = "not refused"
+        except RuntimeError as error:
+            if f"_cuda_int8_gemm: {name}" not in str(error):
+                wrong[f"bad {name} ({i})"] = str(error).splitlines()[0][:300]
+    return {"looked_at": len(bad), "wrong": wrong}
 
 
 def check_gradient_codecs() -> dict[str, Any]:
