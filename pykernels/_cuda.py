@@ -12,8 +12,9 @@ import torch
 from pykernels import _load
 from pykernels._errors import reason
 
-__all__ = ["KERNELS", "complaint", "error", "implementation", "runs"]
+__all__ = ["KERNELS", "UNMEASURED", "complaint", "error", "implementation", "runs"]
 
+UNMEASURED = "CUDA: interpreted and compiled, not yet run on a GPU; no speed measured (docs/benchmarks/gpu)"
 INSTALL = "pip install 'pykernels[gpu]'"
 # Which file of pykernels/triton has the op's launcher.
 KERNELS = {

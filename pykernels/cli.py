@@ -17,6 +17,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import pykernels
+from pykernels import _cuda
 from pykernels import machine as machines
 from pykernels.bench.command import bench
 from pykernels.comm.command import app as comm_app
@@ -92,6 +93,7 @@ def doctor() -> None:
         table.add_column("op")
         for column in ("CPU", "CUDA", "gradients"):
             table.add_column(column, justify="center")
+        table.caption, table.caption_justify = _cuda.UNMEASURED, "left"
         for op in ops:
             table.add_row(op.name, _tick(op.cpu), _tick(op.cuda), _tick(op.gradients))
         console.print()
