@@ -16,6 +16,8 @@ docs/benchmarks/gpu.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import pathlib
 import time
@@ -26,16 +28,27 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu import check_codecs, cublaslt
-from benchmarks.gpu.timing import FOLDER, best, compare, draw, facts, require_gpu, save, show
+from benchmarks.gpu.timing import FOLDER, REPEAT, best, compare, draw, facts, require_gpu, save, show
 from pykernels import bench
 
 PARTS = ("gemm", "conv", "network", "memory", "codecs")
 ops = torch.ops.pykernels
 Row = dict[str, Any]
 # M, N, K: decoding and prefill of a 7B language model, ResNet-50's pointwise convolutions at batch 32.
-GEMMS = ((1, 4096, 4096), (16, 4096, 4096), (64, 4096, 4096), (256, 4096, 4096), (2048, 4096, 4096), (16, 22016, 4096),
-         (2048, 22016, 4096), (8192, 8192, 8192), (100352, 256, 64), (25088, 512, 128), (6272, 1024, 256),
-         (1568, 2048, 512))  # fmt: skip
+GEMMS = ((1, 4096, 4096), (16, 4096, 4096), (64, 4096, 4096), (128, 4096, 4096), (256, 4096, 4096), (2048, 4096, 4096),
+         (2048, 4096, 8192), (16, 22016, 4096), (2048, 22016, 4096), (8192, 8192, 8192), (100352, 256, 64),
+         (25088, 512, 128), (6272, 1024, 256), (1568, 2048, 512))  # fmt: skip
+FEW = 128  # rows up to which a layer waits for its weights: each call then has weights of its own, which no cache holds
+
+
+def in_turn(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
+    """The next of `calls` at each call."""
+    turn = itertools.cycle(calls)
+    return lambda: next(turn)()
+
+
+def half_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, weight, bias).relu_()
 
 
 def gemm(rounds: int) -> list[Row]:
@@ -47,24 +60,28 @@ def gemm(rounds: int) -> list[Row]:
 
     for m, n, k in GEMMS:
         a = torch.randint(0, 256, (m, k), dtype=torch.uint8, device="cuda")
-        b = torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda")
+        copies = REPEAT if m <= FEW else 1
+        weights = [torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda") for _ in range(copies)]
         scale, bias = torch.rand(n, device="cuda") * 1e-3 + 1e-4, torch.randn(n, device="cuda")
-        packed, signed = ops.int8_linear_pack(b, scale, bias), a.view(torch.int8)
-        x, w, h = a.half(), b.half(), bias.half()
+        signed, x, h = a.view(torch.int8), a.half(), bias.half()
         padded = F.pad(signed, (0, 0, 0, max(0, 17 - m)))  # torch._int_mm asks for more than 16 rows
         quantized = (0.02, 131, 5.0, 3, torch.uint8, "relu")
-        calls: dict[str, Callable[[], Any]] = {
-            "pykernels int8": lambda p=packed, a=a, n=n, q=quantized: ops.int8_linear(a, p, n, *q),
-            "cuBLASLt s8, product alone": cublaslt.int8_gemm(signed, b),
-            "_int_mm, compiled epilogue": lambda p=padded, b=b, s=scale, c=bias: epilogue(
-                torch._int_mm(p, b.t()), s, c
+        rivals: dict[str, Callable[[torch.Tensor], Callable[[], Any]]] = {
+            "pykernels int8": lambda b, a=a, n=n, q=quantized, s=scale, c=bias: functools.partial(
+                ops.int8_linear, a, ops.int8_linear_pack(b, s, c), n, *q
             ),
-            "cuBLAS fp16 and ReLU": lambda x=x, w=w, h=h: F.linear(x, w, h).relu_(),
+            "cuBLASLt s8, product alone": lambda b, p=signed: cublaslt.int8_gemm(p, b),
+            "_int_mm, compiled epilogue": lambda b, p=padded, s=scale, c=bias: (
+                lambda: epilogue(torch._int_mm(p, b.t()), s, c)
+            ),
+            "cuBLAS fp16 and ReLU": lambda b, x=x, h=h: functools.partial(half_linear, x, b.half(), h),
         }
-        times = compare(calls, rounds)
+        times = compare({name: in_turn([make(b) for b in weights]) for name, make in rivals.items()}, rounds)
         ours = times["pykernels int8"]
-        speed = round(2e-12 * m * n * k / ours, 1) if isinstance(ours, float) else None
-        rows.append({"M": m, "N": n, "K": k, "TOP/s": speed, "times": times})
+        known = isinstance(ours, float)
+        speed = {"TOP/s": round(2e-12 * m * n * k / ours, 1) if known else None,
+                 "weights GB/s": round(1e-9 * n * k / ours) if known and m <= FEW else None}  # fmt: skip
+        rows.append({"M": m, "N": n, "K": k, **speed, "times": times})
     return rows
 
 

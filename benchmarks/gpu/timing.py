@@ -16,6 +16,7 @@ from rich.table import Table
 import pykernels
 from pykernels import _cuda, _load
 
+REPEAT = 10  # calls in one CUDA graph
 FOLDER = pathlib.Path(__file__).parent.parent.parent / "docs" / "benchmarks" / "gpu"
 
 
@@ -57,12 +58,12 @@ def best(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
     return times
 
 
-def graphed(call: Callable[[], Any], repeat: int = 10) -> Callable[[], Any]:
+def graphed(call: Callable[[], Any], repeat: int = REPEAT) -> Callable[[], Any]:
     """`repeat` calls as one CUDA graph: what the device does, without what a launch costs the host."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(max(3, repeat)):  # calls that take turns have all been made once
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -72,7 +73,7 @@ def graphed(call: Callable[[], Any], repeat: int = 10) -> Callable[[], Any]:
     return graph.replay
 
 
-def compare(calls: dict[str, Callable[[], Any]], rounds: int = 20, repeat: int = 10) -> dict[str, float | str]:
+def compare(calls: dict[str, Callable[[], Any]], rounds: int = 20, repeat: int = REPEAT) -> dict[str, float | str]:
     """Seconds of one call of each rival, by name, in CUDA graphs; or why it did not run, as words."""
     found: dict[str, float | str] = {}
     graphs: dict[str, Callable[[], Any]] = {}
