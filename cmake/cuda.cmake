@@ -29,7 +29,11 @@ print(s.submodule_search_locations[0] + '/source/include' if s else '')"
     set(${reason} "the CUTLASS headers were not found: pip install --no-deps nvidia-cutlass==4.2.0.0" PARENT_SCOPE)
     return()
   endif()
-  set(CUTLASS_INCLUDE "${folder}" PARENT_SCOPE)
+  if(NOT EXISTS "${folder}/../tools/util/include/cutlass/util/packed_stride.hpp")
+    set(${reason} "${folder} has no ../tools/util/include beside it, as a CUTLASS release has" PARENT_SCOPE)
+    return()
+  endif()
+  set(CUTLASS_INCLUDE "${folder}" "${folder}/../tools/util/include" PARENT_SCOPE)
   include(CheckLanguage)
   set(ENV{CUDACXX} ${PYKERNELS_NVCC})
   check_language(CUDA)
@@ -61,7 +65,8 @@ endif()
 set(CMAKE_CUDA_ARCHITECTURES OFF)  # each target names its own
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
-message(STATUS "CUDA library: on, nvcc ${CMAKE_CUDA_COMPILER_VERSION}, CUTLASS in ${CUTLASS_INCLUDE}")
+list(GET CUTLASS_INCLUDE 0 cutlass)
+message(STATUS "CUDA library: on, nvcc ${CMAKE_CUDA_COMPILER_VERSION}, CUTLASS in ${cutlass}")
 
 # One object takes a minute or more, and 3 GB.
 set(PYKERNELS_NVCC_JOBS 2 CACHE STRING "How many CUDA sources Ninja compiles at a time")
@@ -91,10 +96,17 @@ pykernels_cuda_kernels(kernels_sm90 90a-real
   csrc/cuda/gemm/sm90_128x128x128.cu
   csrc/cuda/gemm/sm90_64x128x128.cu
   csrc/cuda/gemm/sm90_64x64x256.cu
-  csrc/cuda/gemm/sm90_16x64x256.cu)
+  csrc/cuda/gemm/sm90_16x64x256.cu
+  csrc/cuda/conv/sm90_128x256x128.cu
+  csrc/cuda/conv/sm90_128x128x128.cu
+  csrc/cuda/conv/sm90_128x64x64.cu
+  csrc/cuda/conv/sm90_64x128x128.cu)
 
 add_library(pykernels_cuda MODULE
   csrc/cuda/stream.cpp
+  csrc/cuda/epilogue/arguments.cpp
+  csrc/cuda/conv/config.cpp
+  csrc/cuda/conv/op.cpp
   csrc/cuda/gemm/config.cpp
   csrc/cuda/gemm/op.cpp
   $<TARGET_OBJECTS:kernels_sm80>

@@ -1,5 +1,5 @@
 // int8 GEMM for sm_80 and later: cp.async fills a ring of shared-memory stages, mma.sync multiplies u8 by s8, and the
-// epilogue of gemm.h is one node of a visitor tree over the accumulators, exchanged through shared memory for whole
+// epilogue of epilogue.h is one node of a visitor tree over the accumulators, exchanged through shared memory for whole
 // 16-byte stores.
 #pragma once
 
@@ -10,7 +10,8 @@
 
 #include <cutlass/epilogue/threadblock/fusion/visitors.hpp>
 
-#include "cuda/gemm/finish.h"
+#include "cuda/epilogue/finish.h"
+#include "cuda/gemm/gemm.h"
 
 namespace pykernels::PYKERNELS_ISA_NS {
 
@@ -94,17 +95,18 @@ struct Sm80Gemm {
       1>::GemmKernel;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-  static const char* run(const Problem& p) {
+  static const char* run(const gemm::Problem& p) {
+    const epilogue::Arguments& e = p.epilogue;
     const int64_t all = int64_t{p.m} * p.n;
     const Matrix matrix{p.n, _1{}, all};
-    typename Finished::Arguments finished{{p.row_scale, p.row_scale_value, {}},
-                                          {p.row_zero, p.row_zero_value, {}},
-                                          {p.column_scale, 0.0f, {}},
-                                          {p.column_sum, 0, {}},
-                                          {p.bias, -0.0f, {}},  // x + -0 is x, whatever x
-                                          {static_cast<Out*>(const_cast<void*>(p.residual)), Out(0), matrix},
-                                          p.finish};
-    typename Tree::Arguments tree{finished, {static_cast<Out*>(p.d), matrix}};
+    typename Finished::Arguments finished{{e.row_scale, e.row_scale_value, {}},
+                                          {e.row_zero, e.row_zero_value, {}},
+                                          {e.column_scale, 0.0f, {}},
+                                          {e.column_sum, 0, {}},
+                                          {e.bias, -0.0f, {}},  // x + -0 is x, whatever x
+                                          {static_cast<Out*>(const_cast<void*>(e.residual)), Out(0), matrix},
+                                          e.finish};
+    typename Tree::Arguments tree{finished, {static_cast<Out*>(e.d), matrix}};
     typename Gemm::Arguments args(cutlass::gemm::GemmUniversalMode::kGemm, {p.m, p.n, p.k}, 1, tree, p.a, p.b, nullptr,
                                   nullptr, int64_t{p.m} * p.k, int64_t{p.n} * p.k, 0, 0, p.k, p.k, 0, 0);
     Gemm gemm;

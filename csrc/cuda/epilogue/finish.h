@@ -1,4 +1,4 @@
-// From exact sums to outputs, shared by the epilogues of both generations of kernels: gemm.h has the formula.
+// From exact sums to outputs, shared by the epilogues of all kernels: epilogue.h has the formula.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -6,13 +6,12 @@
 #include <cutlass/array.h>
 
 #include "cpu/isa/math.h"
-#include "cuda/gemm/gemm.h"
+#include "cuda/epilogue/epilogue.h"
 
 namespace pykernels::PYKERNELS_ISA_NS {
 
-using gemm::Finish;
-using gemm::Problem;
-using gemm::Residual;
+using epilogue::Finish;
+using epilogue::Residual;
 
 // The switch stands outside the loop: it is taken once a fragment.
 template <int N>
