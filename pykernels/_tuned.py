@@ -1,8 +1,9 @@
 """Which configuration of the CUDA library's kernels runs a shape: tables of pykernels/tuned, one file an architecture.
 
-A table is written on a GPU by `python -m benchmarks.gpu.tune`. Its `int8_gemm` maps widths, "NxK", to rows of the
-largest M and the name of a configuration, or "triton", in ascending order; the last has no largest M. A shape takes the
-width nearest to its own and the first row that holds its M.
+A table is written on a GPU by `python -m benchmarks.gpu.tune`. For each op of the library, `int8_gemm` and `int8_conv`,
+it maps widths, "NxK", to rows of the largest M and the name of a configuration, or "triton", in ascending order; the
+last has no largest M. A shape takes the width nearest to its own and the first row that holds its M. Of a convolution M
+are the pixels of the output, N its channels and K the taps times the channels of the input.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import torch
 
 from pykernels import _load
 
-__all__ = ["architecture", "configurations", "disabled", "int8_gemm", "table"]
+__all__ = ["architecture", "configurations", "disabled", "int8_conv", "int8_gemm", "runs", "table"]
 
 FOLDER = pathlib.Path(__file__).parent / "tuned"
 TRITON = "triton"
-# The library's op refuses longer sums, which s32 may not hold: csrc/cuda/gemm/op.cpp.
+# The library's ops refuse longer sums, which s32 may not hold: csrc/cuda/gemm/op.cpp.
 MAX_K = (2**31 - 1) // (255 * 128)
 _disabled = False
 
@@ -54,11 +55,11 @@ def table(name: str) -> dict[str, Any]:
 
 
 @functools.cache
-def configurations() -> dict[str, tuple[int, int]]:
-    """Index and needed compute capability (times 10) of every configuration in the loaded library, by name."""
+def configurations(op: str) -> dict[str, tuple[int, int]]:
+    """Index and needed compute capability (times 10) of every configuration of an op in the loaded library, by name."""
     if _load.CUDA_ERROR is not None:
         return {}
-    lines = torch.ops.pykernels._cuda_int8_gemm_configs().splitlines()
+    lines = getattr(torch.ops.pykernels, f"_cuda_{op}_configs")().splitlines()
     return {name: (i, int(arch)) for i, (name, arch) in enumerate(line.split(",") for line in lines)}
 
 
@@ -68,19 +69,43 @@ def _distance(width: str, n: int, k: int) -> float:
 
 
 def choose(rules: dict[str, list[tuple[int | None, str]]], m: int, n: int, k: int, residual: bool) -> str:
-    """The name that a table's `int8_gemm` gives a shape. Swapped configurations take no residual."""
+    """The name that an op's part of a table gives a shape. Swapped configurations take no residual."""
     rows = rules[min(rules, key=lambda width: _distance(width, n, k))]
     fits = (name for most, name in rows if most is None or m <= most)
     return next(name for name in fits if not (residual and name.endswith("swapped")))
 
 
+def runs(needed: int, capability: tuple[int, int]) -> bool:
+    """Whether a configuration that needs a capability (times 10) runs on a device: those of 9.0 run nowhere else."""
+    return needed <= 10 * capability[0] + capability[1] and (needed != 90 or capability == (9, 0))
+
+
 @functools.lru_cache(maxsize=4096)
-def _index(m: int, n: int, k: int, residual: bool, capability: tuple[int, int]) -> int | None:
+def _index(op: str, m: int, n: int, k: int, residual: bool, capability: tuple[int, int]) -> int | None:
     name = architecture(capability)
-    if name is None:
+    rules = None if name is None else table(name).get(op)
+    if rules is None:
         return None
-    index, needed = configurations().get(choose(table(name)["int8_gemm"], m, n, k, residual), (None, 0))
-    return index if needed <= 10 * capability[0] + capability[1] else None
+    index, needed = configurations(op).get(choose(rules, m, n, k, residual), (None, 0))
+    return index if runs(needed, capability) else None
+
+
+def _chosen(
+    op: str,
+    m: int,
+    n: int,
+    k: int,
+    out_dtype: torch.dtype,
+    residual: torch.dtype | None,
+    capability: tuple[int, int],
+) -> int | None:
+    if _disabled or _load.CUDA_ERROR is not None:
+        return None
+    if m == 0 or n == 0 or k % 16 or k > MAX_K or n % 4 or n * out_dtype.itemsize % 16:
+        return None
+    if residual is not None and residual != out_dtype and (residual.itemsize, out_dtype.itemsize) != (1, 1):
+        return None
+    return _index(op, m, n, k, residual is not None, capability)
 
 
 def int8_gemm(
@@ -90,10 +115,19 @@ def int8_gemm(
 
     None where Triton's kernel is to run: the library is not loaded, holds nothing for this shape, or the table says so.
     """
-    if _disabled or _load.CUDA_ERROR is not None:
+    return _chosen("int8_gemm", m, n, k, out_dtype, residual, capability)
+
+
+def int8_conv(
+    m: int,
+    n: int,
+    channels: int,
+    taps: int,
+    out_dtype: torch.dtype,
+    residual: torch.dtype | None,
+    capability: tuple[int, int],
+) -> int | None:
+    """Likewise of `torch.ops.pykernels._cuda_int8_conv`, for m pixels of n channels from taps of u8 channels."""
+    if channels % 16:
         return None
-    if m == 0 or n == 0 or k % 16 or k > MAX_K or n % 4 or n * out_dtype.itemsize % 16:
-        return None
-    if residual is not None and residual != out_dtype and (residual.itemsize, out_dtype.itemsize) != (1, 1):
-        return None
-    return _index(m, n, k, residual is not None, capability)
+    return _chosen("int8_conv", m, n, taps * channels, out_dtype, residual, capability)

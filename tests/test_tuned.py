@@ -45,7 +45,7 @@ def test_a_residual_is_not_given_to_a_swapped_configuration() -> None:
 def test_tables_hold_every_number_of_rows_and_say_whether_they_were_measured(name: str) -> None:
     table = json.loads((_tuned.FOLDER / f"{name}.json").read_text())
     assert table["note"].startswith("measured" if table["device"] else "not measured")
-    for rows in table["int8_gemm"].values():
+    for rows in [*table["int8_gemm"].values(), *table.get("int8_conv", {}).values()]:
         most = [m for m, _ in rows]
         assert most[-1] is None and most[:-1] == sorted(set(most[:-1]))
         assert not rows[-1][1].endswith("swapped")
@@ -55,8 +55,12 @@ def test_tables_hold_every_number_of_rows_and_say_whether_they_were_measured(nam
 def library(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the library were loaded, with two configurations."""
     monkeypatch.setattr(_load, "CUDA_ERROR", None)
-    monkeypatch.setattr(_tuned, "configurations", lambda: {"few": (3, 80), "many": (5, 90)})
-    monkeypatch.setattr(_tuned, "table", lambda name: {"int8_gemm": RULES})
+    monkeypatch.setattr(_tuned, "configurations", lambda op: {"few": (3, 80), "many": (5, 90)})
+    monkeypatch.setattr(
+        _tuned,
+        "table",
+        lambda name: {"int8_gemm": RULES, "int8_conv": RULES} if name == "sm90" else {"int8_gemm": RULES},
+    )
     _tuned._index.cache_clear()
 
 
@@ -84,6 +88,35 @@ def test_int8_gemm(m, n, k, out, residual, capability, index) -> None:
     assert _tuned.int8_gemm(m, n, k, out, residual, capability) == index
     with _tuned.disabled():
         assert _tuned.int8_gemm(m, n, k, out, residual, capability) is None
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(
+    ("m", "n", "channels", "taps", "capability", "index"),
+    [
+        (99, 1024, 64, 9, (9, 0), 5),
+        (99, 1024, 64, 9, (8, 0), None),  # its table has no convolutions
+        (99, 1024, 72, 9, (9, 0), None),  # channels of a tap are no multiple of 16, though those of all taps are
+        (99, 1024, 2**12, 49, (9, 0), None),  # s32 may not hold the sums
+    ],
+)
+def test_int8_conv(m, n, channels, taps, capability, index) -> None:
+    assert _tuned.int8_conv(m, n, channels, taps, torch.uint8, None, capability) == index
+
+
+@pytest.mark.parametrize(
+    ("needed", "capability", "runs"),
+    [
+        (80, (8, 0), True),
+        (80, (8, 9), True),
+        (80, (9, 0), True),
+        (90, (8, 9), False),
+        (90, (9, 0), True),
+        (90, (10, 0), False),
+    ],
+)
+def test_what_is_made_for_9_0_runs_there_alone(needed: int, capability: tuple[int, int], runs: bool) -> None:
+    assert _tuned.runs(needed, capability) == runs
 
 
 def test_nothing_is_chosen_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

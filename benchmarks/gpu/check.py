@@ -1,10 +1,11 @@
 """Is every op right on this GPU? What cannot be known where there is none.
 
-    make gpu-check          (python -m benchmarks.gpu.check [--only ops gemm codecs networks sanitizer])
+    make gpu-check          (python -m benchmarks.gpu.check [--only ops gemm conv codecs networks sanitizer])
 
 ops        every sample of tests/contract.py: the CPU's answer (integers to the bit), opcheck, torch.compile,
            torch.export, a CUDA graph, no hidden synchronisation, the second GPU where there is one
 gemm       every configuration of the CUDA library's int8 GEMM against exact sums and the oracle's epilogue
+conv       likewise of its int8 convolution
 codecs     the gradient codecs' bytes against the oracle's
 networks   whole networks optimized, swapped, moved, saved, replayed as CUDA graphs: the CPU's answers
 sanitizer  the samples once more under compute-sanitizer, where it is installed
@@ -15,7 +16,6 @@ Writes docs/benchmarks/gpu/check.json and leaves with status 1 when anything is 
 from __future__ import annotations
 
 import argparse
-import itertools
 import pathlib
 import shutil
 import subprocess
@@ -28,19 +28,17 @@ import torch
 from rich.console import Console
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.gpu import check_codecs
+from benchmarks.gpu import check_codecs, check_library
 from benchmarks.gpu.timing import facts, require_gpu, save
-from pykernels import _load, _packed, _tuned
-from pykernels.reference.quantize import ACTIVATIONS, requantize
+from pykernels import _packed
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 from contract import Sample, samples  # noqa: E402
 
-PARTS = ("ops", "gemm", "codecs", "networks", "sanitizer")
+PARTS = ("ops", "gemm", "conv", "codecs", "networks", "sanitizer")
 # Sums of floats in another order than the CPU's; everything else has the CPU's bits.
 SUMS = {"linear", "conv2d", "conv_bn_act", "avg_pool2d", "adaptive_avg_pool2d"}
-TRANSCENDENTAL = {"silu", "sigmoid", "gelu", "tanh"}
 SANITIZER_SECONDS = 150
 
 
@@ -157,137 +155,6 @@ def check_ops(light: bool = False) -> dict[str, Any]:
     return {"looked_at": looked_at, "wrong": wrong}
 
 
-def expected_gemm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, given: dict[str, Any]) -> torch.Tensor:
-    """The oracle's answer, in torch operations on the GPU, each of which rounds by itself."""
-    zero = given["row_zero_point"][:, None] if given["row_zero_point"] is not None else given["x_zero_point"]
-    scale = given["row_scale"][:, None] if given["row_scale"] is not None else torch.tensor(given["x_scale"]).cuda()
-    acc = ((a.double() - zero) @ b.double().t()).to(torch.int32)
-    f = acc.float() * (scale.float() * given["column_scale"])
-    f = f + given["bias"]
-    r = given["residual"]
-    if r is not None and not r.is_floating_point():
-        r = (r.int() - given["residual_zero_point"]).float() * torch.tensor(given["residual_scale"]).cuda()
-    if r is not None and given["residual_order"] == "before":
-        f = f + r.float()
-    f = ACTIVATIONS[given["activation"]](f)
-    if r is not None and given["residual_order"] == "after":
-        f = f + r.float()
-    return requantize(f.cpu(), given["out_scale"], given["out_zero_point"], dtype)
-
-
-def check_gemm() -> dict[str, Any]:
-    """Every configuration by dtypes, residuals and activations in turn, over sizes that fill no tile; and errors."""
-    torch.manual_seed(0)
-    if not _tuned.configurations():
-        return {"looked_at": 0, "wrong": {}, "skipped": f"no CUDA library: {_load.CUDA_ERROR}"}
-    capability = torch.cuda.get_device_capability()
-    wrong: dict[str, str] = {}
-    looked_at = 0
-    dtypes = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)
-    sizes = (
-        (1, 16, 16),
-        (7, 48, 32),
-        (16, 256, 512),
-        (65, 272, 144),
-        (130, 320, 272),
-        (513, 1040, 1552),
-        (300, 64, 16384),
-    )
-    for name, (index, arch) in _tuned.configurations().items():
-        if arch > 10 * capability[0] + capability[1] or (arch == 90 and capability != (9, 0)):
-            continue
-        spread = itertools.cycle(ACTIVATIONS)
-        for (m, n, k), dtype, order in itertools.product(sizes, dtypes, (None, "before", "after")):
-            byte = not dtype.is_floating_point
-            if order is not None and name.endswith("swapped"):
-                continue
-            a = torch.randint(0, 256, (m, k), dtype=torch.uint8, device="cuda")
-            b = torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda")
-            rows = (m + n) % 2 == 0
-            residual = torch.randn(m, n, device="cuda").mul(40 if byte else 1).clamp(0, 100).to(dtype)
-            given = {
-                "column_scale": torch.rand(n, device="cuda") * 1e-3 + 1e-4,
-                "column_sum": b.sum(1, dtype=torch.int32),
-                "bias": torch.randn(n, device="cuda"),
-                "row_scale": torch.rand(m, device="cuda") + 0.01 if rows else None,
-                "row_zero_point": torch.randint(0, 256, (m,), dtype=torch.int32, device="cuda") if rows else None,
-                "x_scale": 0.37,
-                "x_zero_point": 131,
-                "out_scale": 0.11,
-                "out_zero_point": 5 if byte else 0,
-                "activation": next(spread),
-                "residual": residual if order else None,
-                "residual_scale": 0.07,
-                "residual_zero_point": 9 if byte else 0,
-                "residual_order": order or "before",
-            }
-            looked_at += 1
-            title = f"{name}: {m}x{n}x{k} {dtype} residual {order} {given['activation']}"
-            try:
-                actual = torch.empty(m, n, dtype=dtype, device="cuda")
-                torch.ops.pykernels._cuda_int8_gemm(a, b, actual, **given, config=index)
-            except RuntimeError as error:
-                wrong[title] = str(error).splitlines()[0][:300]
-                continue
-            actual, expected = actual.cpu(), expected_gemm(a, b, dtype, given)
-            if given["activation"] in TRANSCENDENTAL:  # torch's own are other approximations, an ulp or two away
-                far = (actual.double() - expected.double()).abs().max().item()
-                good = far <= (1 if byte else 1e-2 * max(1.0, expected.double().abs().max().item()))
-            else:
-                good = torch.equal(actual, expected)
-            if not good:
-                far = (actual.double() - expected.double()).abs()
-                wrong[title] = f"{int((far > 0).sum())} of {far.numel()} elements differ, by {far.max():.3g}"
-    errors = check_gemm_errors()
-    return {"looked_at": looked_at + errors["looked_at"], "wrong": wrong | errors["wrong"]}
-
-
-def check_gemm_errors() -> dict[str, Any]:
-    """Whether bad arguments of the private op are refused by name, before anything runs."""
-    m, n, k = 32, 48, 64
-    numbers = torch.ones(n, device="cuda")
-    good = {
-        "a": torch.zeros(m, k, dtype=torch.uint8, device="cuda"),
-        "b": torch.zeros(n, k, dtype=torch.int8, device="cuda"),
-        "out": torch.empty(m, n, device="cuda"),
-        "column_scale": numbers,
-        "column_sum": numbers.int(),
-        "bias": numbers,
-        **dict.fromkeys(["row_scale", "row_zero_point", "residual"]),
-        **dict.fromkeys(["x_scale", "out_scale", "residual_scale"], 1.0),
-        **dict.fromkeys(["x_zero_point", "out_zero_point", "residual_zero_point", "config"], 0),
-        "activation": "none",
-        "residual_order": "before",
-    }
-    bad: list[tuple[str, Any]] = [
-        ("a", good["a"].char()),
-        ("b", good["b"].byte()),
-        ("b", good["b"][:, :16].contiguous()),
-        ("b", good["b"].cpu()),
-        ("out", good["out"].double()),
-        ("out", good["out"][:5]),
-        ("column_scale", numbers[1:]),
-        ("column_sum", numbers),
-        ("bias", numbers.cpu()),
-        ("row_scale", numbers),
-        ("x_scale", 0.0),
-        ("x_zero_point", 256),
-        ("activation", "softplus"),
-        ("residual", good["out"].half()),
-        ("residual_order", "beside"),
-        ("config", -1),
-    ]
-    wrong: dict[str, str] = {}
-    for i, (name, value) in enumerate(bad):
-        try:
-            torch.ops.pykernels._cuda_int8_gemm(**{**good, name: value})
-            wrong[f"bad {name} ({i})"] = "not refused"
-        except RuntimeError as error:
-            if f"_cuda_int8_gemm: {name}" not in str(error):
-                wrong[f"bad {name} ({i})"] = str(error).splitlines()[0][:300]
-    return {"looked_at": len(bad), "wrong": wrong}
-
-
 def check_gradient_codecs() -> dict[str, Any]:
     names = [*check_codecs.CODECS, "sparse"]
     good = [*(check_codecs.check_dense(codec) for codec in check_codecs.CODECS), check_codecs.check_sparse()]
@@ -330,7 +197,8 @@ def main() -> None:
         sys.exit(bool(wrong))
     made = {
         "ops": check_ops,
-        "gemm": check_gemm,
+        "gemm": check_library.check_gemm,
+        "conv": check_library.check_conv,
         "codecs": check_gradient_codecs,
         "networks": check_whole_networks,
         "sanitizer": check_sanitizer,
