@@ -102,7 +102,8 @@ $(VENV)/.bench: $(VENV)/.packages
 
 # The build folder lives in the environment it is configured for.
 $(VENV)/.installed: $(VENV)/.packages CMakeLists.txt cmake/cuda.cmake $(shell find csrc -type f)
-	$(PIP) --no-build-isolation --no-deps --config-settings=build-dir=$(abspath $(VENV))/build -e .
+	$(PIP) --no-build-isolation --no-deps --config-settings=build-dir=$(abspath $(VENV))/build \
+	  --config-settings=cmake.define.PYKERNELS_CUDA_TESTS=ON -e .
 	@touch $@
 
 # In-place developer build with any interpreter: libraries land in pykernels/, run with PYTHONPATH=.

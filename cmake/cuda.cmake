@@ -85,13 +85,18 @@ function(pykernels_cuda_kernels target architectures)
                                            -Xcompiler=-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=)
 endfunction()
 
-# Machine code of sm_80 runs on 8.6 and 8.9, too, and its PTX is compiled by the driver of anything newer.
+# Machine code of sm_80 runs on 8.6 and 8.9, too, and its PTX is compiled by the driver of anything newer. That of sm_90a
+# is of no use on anything newer: only the emulator reads it.
+set(sm90a 90a-real)
+if(PYKERNELS_CUDA_TESTS)
+  set(sm90a 90a)
+endif()
 pykernels_cuda_kernels(kernels_sm80 80
   csrc/cuda/gemm/sm80_128x256x64.cu
   csrc/cuda/gemm/sm80_128x128x64.cu
   csrc/cuda/gemm/sm80_64x64x128.cu
   csrc/cuda/gemm/sm80_16x64x128.cu)
-pykernels_cuda_kernels(kernels_sm90 90a-real
+pykernels_cuda_kernels(kernels_sm90 ${sm90a}
   csrc/cuda/gemm/sm90_128x256x128.cu
   csrc/cuda/gemm/sm90_128x128x128.cu
   csrc/cuda/gemm/sm90_64x128x128.cu
