@@ -3,7 +3,8 @@
 The rows of the GEMM are the pixels of the result, its depth the taps times the channels of a group: a row of A is
 gathered from the input as the tile is loaded, never stored. Inputs are channels_last; each group's channels are
 zero-padded to a multiple of 16 where they are not one, so that all loads have 16 bytes. Beyond the border stands the
-zero point. Otherwise as gemm.py; 1x1 convolutions without stride and padding are calls of it.
+zero point. Otherwise as gemm.py; 1x1 convolutions without stride and padding are calls of it. Where the CUDA library is
+loaded and its table says so, its kernels run instead (library.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from pykernels.triton import tiles
+from pykernels.triton import library, tiles
 from pykernels.triton.arguments import (
     BYTES,
     REALS,
@@ -236,7 +237,9 @@ def qconv2d(
     elif s.pointwise:
         gemm(rows16(pixels_of(x)), weights.rows, out, epilogue)
     else:
-        _implicit_gemm(x, weights, s, out, epilogue)
+        dense = x if is_channels_last(x) else x.contiguous(memory_format=torch.channels_last)
+        if not library.int8_conv(dense, s, out, epilogue, machine(x.device)[0]):
+            _implicit_gemm(dense, weights, s, out, epilogue)
     return out
 
 
