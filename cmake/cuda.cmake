@@ -80,13 +80,18 @@ function(pykernels_cuda_kernels target architectures)
                                            -Xcompiler=-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=)
 endfunction()
 
-# Machine code of sm_80 runs on 8.6 and 8.9, too, and its PTX is compiled by the driver of anything newer.
+# Machine code of sm_80 runs on 8.6 and 8.9, too, and its PTX is compiled by the driver of anything newer. That of sm_90a
+# is of no use on anything newer: only the emulator reads it.
+set(sm90a 90a-real)
+if(PYKERNELS_CUDA_TESTS)
+  set(sm90a 90a)
+endif()
 pykernels_cuda_kernels(kernels_sm80 80
   csrc/cuda/gemm/sm80_128x256x64.cu
   csrc/cuda/gemm/sm80_128x128x64.cu
   csrc/cuda/gemm/sm80_64x64x128.cu
   csrc/cuda/gemm/sm80_16x64x128.cu)
-pykernels_cuda_kernels(kernels_sm90 90a-real
+pykernels_cuda_kernels(kernels_sm90 ${sm90a}
   csrc/cuda/gemm/sm90_128x256x128.cu
   csrc/cuda/gemm/sm90_128x128x128.cu
   csrc/cuda/gemm/sm90_64x128x128.cu
@@ -108,3 +113,31 @@ target_link_options(pykernels_cuda PRIVATE -Wl,--gc-sections -Wl,--as-needed
 set_target_properties(pykernels_cuda PROPERTIES
   PREFIX "" SUFFIX ".so" BUILD_RPATH "" SKIP_BUILD_RPATH ON LINKER_LANGUAGE CXX
   LINK_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/exports.map)
+
+# The same objects on the emulator instead of the CUDA runtime, for the tests to load: not installed, but left where they look.
+if(PYKERNELS_CUDA_TESTS)
+  add_library(pykernels_cuda_emulated MODULE
+    csrc/cuda/gemm/config.cpp
+    tests/emulator/assemble.cpp
+    tests/emulator/convert.cpp
+    tests/emulator/copy.cpp
+    tests/emulator/entry.cpp
+    tests/emulator/machine.cpp
+    tests/emulator/memory.cpp
+    tests/emulator/ptx.cpp
+    tests/emulator/runtime.cpp
+    tests/emulator/scalar.cpp
+    tests/emulator/synchronize.cpp
+    tests/emulator/tensor_core.cpp
+    tests/emulator/tensor_map.cpp
+    $<TARGET_OBJECTS:kernels_sm80>
+    $<TARGET_OBJECTS:kernels_sm90>)
+  target_include_directories(pykernels_cuda_emulated PRIVATE tests)
+  target_include_directories(pykernels_cuda_emulated SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+  target_link_libraries(pykernels_cuda_emulated PRIVATE pykernels_flags)
+  # integers wrap as the device's do, and registers hold what was last put there
+  target_compile_options(pykernels_cuda_emulated PRIVATE -fwrapv -fno-strict-aliasing)
+  target_link_options(pykernels_cuda_emulated PRIVATE -Wl,--no-undefined)
+  set_target_properties(pykernels_cuda_emulated PROPERTIES
+    PREFIX "" SUFFIX ".so" LINKER_LANGUAGE CXX LIBRARY_OUTPUT_DIRECTORY ${CMAKE_SOURCE_DIR}/tests/emulator)
+endif()

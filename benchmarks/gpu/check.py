@@ -15,7 +15,6 @@ Writes docs/benchmarks/gpu/check.json and leaves with status 1 when anything is 
 from __future__ import annotations
 
 import argparse
-import itertools
 import pathlib
 import shutil
 import subprocess
@@ -31,16 +30,15 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.gpu import check_codecs
 from benchmarks.gpu.timing import facts, require_gpu, save
 from pykernels import _load, _packed, _tuned
-from pykernels.reference.quantize import ACTIVATIONS, requantize
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+import int8_gemm  # noqa: E402
 from contract import Sample, samples  # noqa: E402
 
 PARTS = ("ops", "gemm", "codecs", "networks", "sanitizer")
 # Sums of floats in another order than the CPU's; everything else has the CPU's bits.
 SUMS = {"linear", "conv2d", "conv_bn_act", "avg_pool2d", "adaptive_avg_pool2d"}
-TRANSCENDENTAL = {"silu", "sigmoid", "gelu", "tanh"}
 SANITIZER_SECONDS = 150
 
 
@@ -157,24 +155,6 @@ def check_ops(light: bool = False) -> dict[str, Any]:
     return {"looked_at": looked_at, "wrong": wrong}
 
 
-def expected_gemm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, given: dict[str, Any]) -> torch.Tensor:
-    """The oracle's answer, in torch operations on the GPU, each of which rounds by itself."""
-    zero = given["row_zero_point"][:, None] if given["row_zero_point"] is not None else given["x_zero_point"]
-    scale = given["row_scale"][:, None] if given["row_scale"] is not None else torch.tensor(given["x_scale"]).cuda()
-    acc = ((a.double() - zero) @ b.double().t()).to(torch.int32)
-    f = acc.float() * (scale.float() * given["column_scale"])
-    f = f + given["bias"]
-    r = given["residual"]
-    if r is not None and not r.is_floating_point():
-        r = (r.int() - given["residual_zero_point"]).float() * torch.tensor(given["residual_scale"]).cuda()
-    if r is not None and given["residual_order"] == "before":
-        f = f + r.float()
-    f = ACTIVATIONS[given["activation"]](f)
-    if r is not None and given["residual_order"] == "after":
-        f = f + r.float()
-    return requantize(f.cpu(), given["out_scale"], given["out_zero_point"], dtype)
-
-
 def check_gemm() -> dict[str, Any]:
     """Every configuration by dtypes, residuals and activations in turn, over sizes that fill no tile; and errors."""
     torch.manual_seed(0)
@@ -183,8 +163,7 @@ def check_gemm() -> dict[str, Any]:
     capability = torch.cuda.get_device_capability()
     wrong: dict[str, str] = {}
     looked_at = 0
-    dtypes = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)
-    sizes = (
+    sizes = [
         (1, 16, 16),
         (7, 48, 32),
         (16, 256, 512),
@@ -192,50 +171,22 @@ def check_gemm() -> dict[str, Any]:
         (130, 320, 272),
         (513, 1040, 1552),
         (300, 64, 16384),
-    )
+    ]
     for name, (index, arch) in _tuned.configurations().items():
         if arch > 10 * capability[0] + capability[1] or (arch == 90 and capability != (9, 0)):
             continue
-        spread = itertools.cycle(ACTIVATIONS)
-        for (m, n, k), dtype, order in itertools.product(sizes, dtypes, (None, "before", "after")):
-            byte = not dtype.is_floating_point
-            if order is not None and name.endswith("swapped"):
-                continue
-            a = torch.randint(0, 256, (m, k), dtype=torch.uint8, device="cuda")
-            b = torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda")
-            rows = (m + n) % 2 == 0
-            residual = torch.randn(m, n, device="cuda").mul(40 if byte else 1).clamp(0, 100).to(dtype)
-            given = {
-                "column_scale": torch.rand(n, device="cuda") * 1e-3 + 1e-4,
-                "column_sum": b.sum(1, dtype=torch.int32),
-                "bias": torch.randn(n, device="cuda"),
-                "row_scale": torch.rand(m, device="cuda") + 0.01 if rows else None,
-                "row_zero_point": torch.randint(0, 256, (m,), dtype=torch.int32, device="cuda") if rows else None,
-                "x_scale": 0.37,
-                "x_zero_point": 131,
-                "out_scale": 0.11,
-                "out_zero_point": 5 if byte else 0,
-                "activation": next(spread),
-                "residual": residual if order else None,
-                "residual_scale": 0.07,
-                "residual_zero_point": 9 if byte else 0,
-                "residual_order": order or "before",
-            }
+        for m, n, k, dtype, order, activation in int8_gemm.calls(sizes, name.endswith("swapped")):
+            given = int8_gemm.arguments(m, n, k, dtype, order, activation, "cuda")
             looked_at += 1
-            title = f"{name}: {m}x{n}x{k} {dtype} residual {order} {given['activation']}"
+            title = f"{name}: {m}x{n}x{k} {dtype} residual {order} {activation}"
             try:
                 actual = torch.empty(m, n, dtype=dtype, device="cuda")
-                torch.ops.pykernels._cuda_int8_gemm(a, b, actual, **given, config=index)
+                torch.ops.pykernels._cuda_int8_gemm(out=actual, **given, config=index)
             except RuntimeError as error:
                 wrong[title] = str(error).splitlines()[0][:300]
                 continue
-            actual, expected = actual.cpu(), expected_gemm(a, b, dtype, given)
-            if given["activation"] in TRANSCENDENTAL:  # torch's own are other approximations, an ulp or two away
-                far = (actual.double() - expected.double()).abs().max().item()
-                good = far <= (1 if byte else 1e-2 * max(1.0, expected.double().abs().max().item()))
-            else:
-                good = torch.equal(actual, expected)
-            if not good:
+            actual, expected = actual.cpu(), int8_gemm.expected(given, dtype)
+            if not torch.equal(actual, expected):
                 far = (actual.double() - expected.double()).abs()
                 wrong[title] = f"{int((far > 0).sum())} of {far.numel()} elements differ, by {far.max():.3g}"
     errors = check_gemm_errors()
