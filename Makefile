@@ -10,6 +10,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TESTS ?= tests
 SANITIZED_TESTS ?= tests/ops
 HOOK ?= int8
+SOURCES := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/emulator/*.h' 'tests/emulator/*.cpp'
 CXX ?= c++
 
 RUN := $(abspath $(VENV))/bin/python
@@ -68,12 +69,12 @@ lint: $(VENV)/.lint  ## ruff, mypy, clang-format
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	git ls-files -z 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs -0 $(VENV)/bin/clang-format --dry-run -Werror
+	git ls-files -z $(SOURCES) | xargs -0 $(VENV)/bin/clang-format --dry-run -Werror
 
 format: $(VENV)/.lint  ## rewrite the sources as lint wants them
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	git ls-files -z 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs -0 $(VENV)/bin/clang-format -i
+	git ls-files -z $(SOURCES) | xargs -0 $(VENV)/bin/clang-format -i
 
 build: $(VENV)/.installed  ## .venv with pykernels installed in it (editable)
 
@@ -101,14 +102,15 @@ $(VENV)/.bench: $(VENV)/.packages
 	@touch $@
 
 # The build folder lives in the environment it is configured for.
-$(VENV)/.installed: $(VENV)/.packages CMakeLists.txt cmake/cuda.cmake $(shell find csrc -type f)
+$(VENV)/.installed: $(VENV)/.packages CMakeLists.txt cmake/cuda.cmake $(shell find csrc tests/emulator -name '*.*' ! -name '*.so')
 	$(PIP) --no-build-isolation --no-deps --config-settings=build-dir=$(abspath $(VENV))/build \
 	  --config-settings=cmake.define.PYKERNELS_CUDA_TESTS=ON -e .
 	@touch $@
 
 # In-place developer build with any interpreter: libraries land in pykernels/, run with PYTHONPATH=.
 dev:
-	cmake -S . -B $(BUILD) -G Ninja -DPython_EXECUTABLE=$(PYTHON) -DCMAKE_EXPORT_COMPILE_COMMANDS=ON $(CMAKE_ARGS) > /dev/null
+	cmake -S . -B $(BUILD) -G Ninja -DPython_EXECUTABLE=$(PYTHON) -DCMAKE_EXPORT_COMPILE_COMMANDS=ON \
+	  -DPYKERNELS_CUDA_TESTS=ON $(CMAKE_ARGS) > /dev/null
 	cmake --build $(BUILD) -j$(JOBS)
 	cmake --install $(BUILD) --prefix $(PREFIX) > /dev/null
 

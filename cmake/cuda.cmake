@@ -125,3 +125,32 @@ target_link_options(pykernels_cuda PRIVATE -Wl,--gc-sections -Wl,--as-needed
 set_target_properties(pykernels_cuda PROPERTIES
   PREFIX "" SUFFIX ".so" BUILD_RPATH "" SKIP_BUILD_RPATH ON LINKER_LANGUAGE CXX
   LINK_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/exports.map)
+
+# The same objects on the emulator instead of the CUDA runtime, for the tests to load: not installed, but left where they look.
+if(PYKERNELS_CUDA_TESTS)
+  add_library(pykernels_cuda_emulated MODULE
+    csrc/cuda/conv/config.cpp
+    csrc/cuda/gemm/config.cpp
+    tests/emulator/assemble.cpp
+    tests/emulator/convert.cpp
+    tests/emulator/copy.cpp
+    tests/emulator/entry.cpp
+    tests/emulator/machine.cpp
+    tests/emulator/memory.cpp
+    tests/emulator/ptx.cpp
+    tests/emulator/runtime.cpp
+    tests/emulator/scalar.cpp
+    tests/emulator/synchronize.cpp
+    tests/emulator/tensor_core.cpp
+    tests/emulator/tensor_map.cpp
+    $<TARGET_OBJECTS:kernels_sm80>
+    $<TARGET_OBJECTS:kernels_sm90>)
+  target_include_directories(pykernels_cuda_emulated PRIVATE tests)
+  target_include_directories(pykernels_cuda_emulated SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+  target_link_libraries(pykernels_cuda_emulated PRIVATE pykernels_flags)
+  # integers wrap as the device's do, and registers hold what was last put there
+  target_compile_options(pykernels_cuda_emulated PRIVATE -fwrapv -fno-strict-aliasing)
+  target_link_options(pykernels_cuda_emulated PRIVATE -Wl,--no-undefined)
+  set_target_properties(pykernels_cuda_emulated PROPERTIES
+    PREFIX "" SUFFIX ".so" LINKER_LANGUAGE CXX LIBRARY_OUTPUT_DIRECTORY ${CMAKE_SOURCE_DIR}/tests/emulator)
+endif()

@@ -1,0 +1,177 @@
+"""The CUDA library's kernels on the emulated device: tests/emulator, built with -DPYKERNELS_CUDA_TESTS=ON.
+
+The host's code is the library's own, the kernels are the PTX that its objects hold.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import pathlib
+import subprocess
+import tempfile
+from typing import Any
+
+import torch
+
+LIBRARY = pathlib.Path(__file__).parent / "emulator" / "pykernels_cuda_emulated.so"
+ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid", "gelu", "tanh")  # activation.h
+FAMILIES = {"int8_gemm": "gemm", "int8_conv": "conv"}  # private ops and their folders in csrc/cuda
+
+_Int, _Float, _Pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+
+
+def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items()), "__doc__": "That of a C++ header."})
+
+
+Finish = _struct(
+    "Finish",
+    activation=_Int,
+    residual=_Int,
+    inverse=_Float,
+    zero_point=_Int,
+    low=_Int,
+    high=_Int,
+    residual_scale=_Float,
+    residual_zero_point=_Int,
+    residual_low=_Int,
+    bfloat16=ctypes.c_bool,
+)
+Epilogue = _struct(
+    "Epilogue",
+    d=_Pointer,
+    residual=_Pointer,
+    row_scale=_Pointer,
+    row_zero=_Pointer,
+    row_scale_value=_Float,
+    row_zero_value=_Int,
+    column_scale=_Pointer,
+    column_sum=_Pointer,
+    bias=_Pointer,
+    finish=Finish,
+)
+Gemm = _struct("Gemm", m=_Int, n=_Int, k=_Int, a=_Pointer, b=_Pointer, epilogue=Epilogue, stream=_Pointer)
+Conv = _struct(
+    "Conv",
+    **dict.fromkeys(["images", "height", "width", "channels", "out_channels"], _Int),
+    **dict.fromkeys(["kernel", "stride", "dilation", "before", "after"], _Int * 2),
+    out_height=_Int,
+    out_width=_Int,
+    x=_Pointer,
+    w=_Pointer,
+    epilogue=Epilogue,
+    stream=_Pointer,
+)
+
+
+def ptx(library: pathlib.Path) -> list[str]:
+    """Of every object in a library."""
+    import triton
+
+    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([tool, "-xptx", "all", library], cwd=folder, check=True, capture_output=True)
+        return [path.read_text() for path in sorted(pathlib.Path(folder).glob("*.ptx"))]
+
+
+class Emulator:
+    """The device. It does copies and wgmma as late as the hardware might, or, when `kind`, at once."""
+
+    def __init__(self, library: pathlib.Path = LIBRARY) -> None:
+        self._library = ctypes.CDLL(str(library))
+        for name in ("emulator_load", "emulator_launch", "gemm_run", "gemm_name", "conv_run", "conv_name"):
+            getattr(self._library, name).restype = ctypes.c_char_p
+        self._library.emulator_allow.argtypes = [_Pointer, ctypes.c_size_t, _Int]
+        self.configurations = {op: self._configurations(family) for op, family in FAMILIES.items()}
+
+    def _configurations(self, family: str) -> dict[str, tuple[int, int]]:
+        """Index and needed compute capability (times 10) of each, by name."""
+        count, name, arch = (getattr(self._library, f"{family}_{what}") for what in ("configs", "name", "arch"))
+        return {name(index).decode(): (index, arch(index)) for index in range(count())}
+
+    def load(self, text: str) -> None:
+        """Add a PTX module; the first of two kernels of one name is run."""
+        if complaint := self._library.emulator_load(text.encode()):
+            raise ValueError(complaint.decode())
+
+    def unload(self) -> None:
+        """Forget all modules."""
+        self._library.emulator_unload()
+
+    def launch(
+        self, kernel: str, grid: int, threads: int, *arguments: Any, cluster: int = 1, shared: int = 0, arch: int = 90
+    ) -> None:
+        """Run a kernel by its name on tensors, integers (32 bits) and floats; RuntimeError says what went wrong."""
+        self._library.emulator_forbid()
+        values: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                self._library.emulator_allow(argument.data_ptr(), argument.numel() * argument.element_size(), 1)
+                values.append(ctypes.c_void_p(argument.data_ptr()))
+            else:
+                values.append((ctypes.c_float if isinstance(argument, float) else ctypes.c_int)(argument))
+        pointers = (_Pointer * max(1, len(values)))(*(ctypes.addressof(value) for value in values))
+        sizes = (ctypes.c_uint32 * 9)(grid, 1, 1, threads, 1, 1, cluster, 1, 1)
+        self._library.emulator_device(arch, 4)
+        if complaint := self._library.emulator_launch(kernel.encode(), sizes, shared, pointers):
+            raise RuntimeError(complaint.decode())
+
+    def kind(self, kind: bool) -> None:
+        self._library.emulator_kind(int(kind))
+
+    def _memory(self, tensor: torch.Tensor | None, writable: bool = False) -> int | None:
+        """Its address, of which the kernel may read, or write, what the tensor covers."""
+        if tensor is None:
+            return None
+        self._library.emulator_allow(tensor.data_ptr(), tensor.numel() * tensor.element_size(), int(writable))
+        return tensor.data_ptr()
+
+    def _epilogue(self, given: dict[str, Any]) -> Any:
+        e, out, r = Epilogue(), given["out"], given["residual"]
+        e.d, e.residual = self._memory(out, True), self._memory(r)
+        e.row_scale, e.row_zero = self._memory(given.get("row_scale")), self._memory(given.get("row_zero_point"))
+        e.row_scale_value, e.row_zero_value = given["x_scale"], given["x_zero_point"]
+        for name in ("column_scale", "column_sum", "bias"):
+            setattr(e, name, self._memory(given[name]))
+        f = e.finish
+        f.activation = ACTIVATIONS.index(given["activation"])
+        f.residual = 0 if r is None else ("before", "after").index(given["residual_order"]) + 1
+        f.bfloat16 = out.dtype == torch.bfloat16
+        if not out.is_floating_point():
+            f.inverse = (1.0 / torch.tensor(given["out_scale"])).item()
+            f.zero_point = given["out_zero_point"]
+            f.low = 0 if out.dtype == torch.uint8 else -128
+            f.high = f.low + 255
+            f.residual_scale, f.residual_zero_point = given["residual_scale"], given["residual_zero_point"]
+            f.residual_low = 0 if r is None or r.dtype == torch.uint8 else -128
+        return e
+
+    def run(self, op: str, config: str, given: dict[str, Any], multiprocessors: int = 4) -> None:
+        """A private op of the library on CPU tensors, without its checks; RuntimeError says what went wrong."""
+        self._library.emulator_forbid()
+        out = given["out"]
+        if op == "int8_gemm":
+            (m, k), n = given["a"].shape, given["b"].shape[0]
+            problem = Gemm(m, n, k, self._memory(given["a"]), self._memory(given["b"]), self._epilogue(given))
+        else:
+            (images, c, h, w), (left, right, top, bottom) = given["x"].shape, given["padding"]
+            problem = Conv(
+                images, h, w, c, out.shape[1], given["kernel_size"], given["stride"], given["dilation"], (top, left),
+                (bottom, right), *out.shape[2:], self._memory(given["x"]), self._memory(given["w"]),
+                self._epilogue(given),
+            )  # fmt: skip
+        index, arch = self.configurations[op][config]
+        self._library.emulator_device(arch, multiprocessors)
+        run = getattr(self._library, f"{FAMILIES[op]}_run")
+        if complaint := run(index, {1: 0, 2: 1, 4: 2}[out.element_size()], ctypes.byref(problem)):
+            raise RuntimeError(complaint.decode())
+
+
+@functools.cache
+def emulator() -> Emulator:
+    """With the PTX of the library's own objects."""
+    made = Emulator()
+    for text in ptx(LIBRARY):
+        made.load(text)
+    return made
