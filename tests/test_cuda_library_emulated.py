@@ -1,6 +1,6 @@
 """The CUDA library's ops on an emulated device: its host code, its kernels' PTX, the oracle's bits. Needs no GPU.
 
-What is waited for happens as late as it may (tests/emulator/machine.h), so that these tests look at waits, too. The last
+What is waited for happens as late as it may (tests/emulator/machine.h): these tests look at waits, too. The last
 of them take waits out, one kind at a time, and see that it is noticed.
 """
 
@@ -19,7 +19,7 @@ from library_calls import Case, Conv, Gemm
 pytestmark = pytest.mark.skipif(
     not LIBRARY.exists(), reason="no nvcc, no CUTLASS headers, or configured without PYKERNELS_CUDA_TESTS"
 )
-CONFIGURATIONS = Emulator().configurations if LIBRARY.exists() else dict.fromkeys(emulated.FAMILIES, {})
+CONFIGURATIONS = Emulator().configurations if LIBRARY.exists() else {op: {} for op in emulated.FAMILIES}
 GEMM, CONV = (list(CONFIGURATIONS[op]) for op in ("int8_gemm", "int8_conv"))
 UNSWAPPED = [config for config in GEMM if not config.endswith("swapped")]
 # Smaller than every tile; no multiple of any; several tiles for each of four multiprocessors, and turns of the ring.
