@@ -61,8 +61,8 @@ void int8_gemm(const Tensor& a, const Tensor& b, const Tensor& out, const Tensor
   PK_CHECK(k <= INT_MAX / (255 * 128), kOp, ": a sums ", k, " products, which s32 may not hold");
   const ScalarType dtype = out.scalar_type();
   const bool byte = is_byte(dtype);
-  PK_CHECK(byte || is_real(dtype) || dtype == ScalarType::Half, kOp,
-           ": out must be uint8, int8, float32, bfloat16 or float16, not ", dtype_name(dtype));
+  PK_CHECK(byte || is_real(dtype), kOp, ": out must be uint8, int8, float32, bfloat16 or float16, not ",
+           dtype_name(dtype));
   const int64_t width = element_size(dtype);
   PK_CHECK(n * width % 16 == 0 && n % 4 == 0, kOp, ": b must have rows for whole 16 bytes of ", dtype_name(dtype),
            ", not ", n);
