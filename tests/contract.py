@@ -97,7 +97,7 @@ def samples() -> list[Sample]:
     add("int8_mm", lambda n: {"a": bytes_(torch.randn(n, 4, 12)), "b": q_matrix.t()}, batched=["a"])
     add("linear_pack", lambda n: {"weight": matrix, "bias": row}, batched=[])
     add("int8_linear_pack", lambda n: {"weight": q_matrix, "weight_scale": _scales(5), "bias": row}, batched=[])
-    for label, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+    for label, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
         packed = ops.linear_pack(matrix.to(dtype), row)
         add("linear", lambda n, p=packed, d=dtype: {"x": torch.randn(n, 3, 12).to(d), "packed": p}, label,
             out_features=5, activation="gelu")  # fmt: skip
@@ -106,6 +106,7 @@ def samples() -> list[Sample]:
         batched=["x", "residual"], out_features=5, residual_order="after")  # fmt: skip
     q_packed = ops.int8_linear_pack(q_matrix, _scales(5), row)
     add("int8_linear", lambda n, p=q_packed: {"x": torch.randn(n, 3, 12), "packed": p}, "dynamic", out_features=5)
+    add("int8_linear", lambda n, p=q_packed: {"x": torch.randn(n, 12).half(), "packed": p}, "float16", out_features=5)
     add("int8_linear", lambda n, p=q_packed: {"x": bytes_(torch.randn(n, 12)), "packed": p}, "8 bit in and out",
         out_features=5, **QUANT, **OUT, activation="relu")  # fmt: skip
 
@@ -129,6 +130,16 @@ def samples() -> list[Sample]:
         "residual, float out", batched=["x", "residual"], out_channels=16, **GEOMETRY, **QUANT, out_dtype=torch.float32,
         residual_scale=0.02, residual_zero_point=128)  # fmt: skip
 
+    half_packed = ops.conv2d_pack(weight.half(), bias)
+    add("conv2d", lambda n: {"x": images(n).half(), "packed": half_packed}, "float16", out_channels=16, **GEOMETRY)
+    add("qconv2d",
+        lambda n: {"x": bytes_(images(n)), "packed": q_conv_packed, "residual": images(n, 16, 5, 6).half()},
+        "float16", batched=["x", "residual"], out_channels=16, **GEOMETRY, **QUANT, out_dtype=torch.half)  # fmt: skip
+    add("conv_bn_act",
+        lambda n: {"x": images(n).half(), "weight": weight.half(), "bias": bias, **statistics, "gamma": bias,
+                   "beta": bias},
+        "float16", eps=1e-5, **geometry)  # fmt: skip
+
     # pool
     for label, layout in layouts(weight):
 
@@ -147,6 +158,9 @@ def samples() -> list[Sample]:
         add("qavg_pool2d", make_bytes, label, count_include_pad=True, divisor_override=5, **POOL, **QUANT, **OUT)
         add("qadaptive_avg_pool2d", make_bytes, label, output_size=[1, 1], **QUANT, out_scale=None, out_zero_point=0,
             out_dtype=torch.float32)  # fmt: skip
+    for name in ("max_pool2d_with_indices", "adaptive_avg_pool2d"):
+        rest = {"dilation": [1, 1], **POOL} if name.startswith("max") else {"output_size": [3, 2]}
+        add(name, lambda n: {"x": images(n).half()}, "float16", **rest)
 
     # quantize
     q8 = {"dtype": torch.uint8}
@@ -180,7 +194,11 @@ def samples() -> list[Sample]:
             lambda n, f=layout: {"x": f(bytes_(images(n))), "table": torch.arange(256).to(torch.uint8)},
             label,
         )
+    add("quantize_per_tensor", lambda n: {"x": images(n).half()}, "float16", scale=0.03, zero_point=128, **q8)
+    add("dequantize_per_tensor", lambda n: {"x": bytes_(images(n))}, "float16", scale=0.03, zero_point=128,
+        dtype=torch.float16)  # fmt: skip
     add("quantize_per_token", lambda n: {"x": torch.randn(n, 5, 12)}, **q8)
+    add("quantize_per_token", lambda n: {"x": torch.randn(n, 5, 12).half()}, "float16", **q8)
     add("dequantize_per_token",
         lambda n: {"x": bytes_(torch.randn(n, 12)), "scale": torch.rand(n, 1) + 0.1,
                    "zero_point": torch.full((n, 1), 9, dtype=torch.int32)},

@@ -53,7 +53,7 @@ def test_int8_mm(m: int, k: int, n: int, signed: bool, seed: int) -> None:
     k=st.integers(1, 150),
     n=st.integers(1, 70),
     activation=st.sampled_from(ACTIVATIONS),
-    out=st.sampled_from([torch.uint8, torch.int8, torch.float32, torch.bfloat16]),
+    out=st.sampled_from([torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float16]),
     zero_point=st.integers(0, 255),
     seed=st.integers(0, 99),
 )

@@ -6,10 +6,10 @@
 //   bias     float   [groups][round_up(n, 16)]
 //   sum      int32_t [groups][round_up(n, 16)]   sum over taps and k of the weights (0 for floats)
 //
-// A block of 64 bytes holds 16 output channels times one 4-byte word of K: 4 s8, 2 bf16 or 1 fp32; words = ceil(k /
-// that). For a convolution taps = kh*kw and k = input channels of the group; for a linear taps = 1. Depthwise weights
-// have no reduction over channels: there one "group" holds 16 channels of columns and the taps run along the words.
-// Everything beyond n, k is zero.
+// A block of 64 bytes holds 16 output channels times one 4-byte word of K: 4 s8, 2 bf16 or fp16, or 1 fp32; words =
+// ceil(k / that). For a convolution taps = kh*kw and k = input channels of the group; for a linear taps = 1. Depthwise
+// weights have no reduction over channels: there one "group" holds 16 channels of columns and the taps run along the
+// words. Everything beyond n, k is zero.
 #pragma once
 
 #include <cstdint>
@@ -17,10 +17,10 @@
 
 namespace pykernels {
 
-enum class Element : int32_t { s8, bf16, f32 };
-inline int64_t element_bytes(Element e) { return e == Element::s8 ? 1 : e == Element::bf16 ? 2 : 4; }
+enum class Element : int32_t { s8, bf16, f32, f16 };
+inline int64_t element_bytes(Element e) { return e == Element::s8 ? 1 : e == Element::f32 ? 4 : 2; }
 inline const char* element_name(Element e) {
-  return e == Element::s8 ? "int8" : e == Element::bf16 ? "bfloat16" : "float32";
+  return e == Element::s8 ? "int8" : e == Element::bf16 ? "bfloat16" : e == Element::f16 ? "float16" : "float32";
 }
 
 enum class PackKind : int32_t { dot, depthwise };  // 2 and 3 are the CUDA device's: pykernels/_packed.py

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "common/activation.h"
+#include "common/real.h"
 
 #define PK_CHECK(condition, ...) STD_TORCH_CHECK(condition, "pykernels: ", __VA_ARGS__)
 
@@ -38,7 +39,12 @@ inline const char* dtype_name(ScalarType t) {
 }
 
 inline bool is_byte(ScalarType t) { return t == ScalarType::Byte || t == ScalarType::Char; }
-inline bool is_real(ScalarType t) { return t == ScalarType::Float || t == ScalarType::BFloat16; }
+inline bool is_real(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half;
+}
+inline Real real_of(ScalarType t) {
+  return t == ScalarType::Float ? Real::fp32 : t == ScalarType::Half ? Real::fp16 : Real::bf16;
+}
 
 inline int64_t element_size(ScalarType t) {
   switch (t) {
@@ -63,7 +69,8 @@ inline void check_cpu(const char* op, const char* name, const Tensor& t) {
 
 inline void check_real(const char* op, const char* name, const Tensor& t) {
   check_cpu(op, name, t);
-  PK_CHECK(is_real(t.scalar_type()), op, ": ", name, " must be float32 or bfloat16, not ", dtype_name(t.scalar_type()));
+  PK_CHECK(is_real(t.scalar_type()), op, ": ", name, " must be float32, bfloat16 or float16, not ",
+           dtype_name(t.scalar_type()));
 }
 
 inline void check_byte(const char* op, const char* name, const Tensor& t) {

@@ -1,4 +1,4 @@
-"""Convolutions over packed weights in fp32, bf16 and int8 (inference); `conv_bn_relu` on plain tensors (with gradient).
+"""Convolutions over packed weights, floats and int8, for inference; `conv_bn_relu` on plain tensors, with gradient.
 
 ``x`` is [N, C, H, W] in any layout; channels_last is used as it is, another layout is converted once. Results are
 channels_last. ``padding`` is one number, (height, width), or (left, right, top, bottom). Bad arguments raise
@@ -38,7 +38,7 @@ def conv_bn_relu(
     packs the weights at every call: `pykernels.nn.ConvBNReLU` does so once.
 
     Args:
-        x: [N, C, H, W], float32 or bfloat16, any layout.
+        x: [N, C, H, W], float32, bfloat16 or float16, any layout.
         weight: [O, C / groups, kh, kw]; bias: [O] or None.
         running_mean, running_var: [O]; gamma, beta: [O] or None for 1 and 0.
         padding: one number, (height, width), or (left, right, top, bottom).
@@ -72,7 +72,7 @@ def conv_bn_relu(
 
 
 def conv2d_pack(weight: torch.Tensor, bias: torch.Tensor | None = None, groups: int = 1) -> torch.Tensor:
-    """Pack ``weight`` [O, C / groups, kh, kw] (float32 or bfloat16, batch norm folded already) and ``bias`` [O]."""
+    """Pack float ``weight`` [O, C / groups, kh, kw] (batch norm folded already) and ``bias`` [O]."""
     packed: torch.Tensor = torch.ops.pykernels.conv2d_pack(weight, bias, groups)
     return packed
 
@@ -90,7 +90,7 @@ def conv2d(
     residual: torch.Tensor | None = None,
     residual_order: str = "before",
 ) -> torch.Tensor:
-    """act(conv2d(x, weight) + bias [+ residual]) with fp32 sums; x float32 or bfloat16, as the weights were.
+    """act(conv2d(x, weight) + bias [+ residual]) with fp32 sums; x of the weights' dtype.
 
     Args:
         packed: what `conv2d_pack` returned for weights of this `out_channels`, `kernel_size` and `groups`.
@@ -173,8 +173,8 @@ def qconv2d(
     Args:
         x: uint8 or int8, standing for (x - x_zero_point) * x_scale; padding counts as the real number 0.
         packed: what `qconv2d_pack` returned for weights of this `out_channels`, `kernel_size` and `groups`.
-        out_dtype: uint8 or int8 with `out_scale` and `out_zero_point`; or float32 or bfloat16 without.
-        residual: of the result's shape: float32, bfloat16, or 8 bit with `residual_scale` and `residual_zero_point`.
+        out_dtype: uint8 or int8 with `out_scale` and `out_zero_point`; or a float dtype without.
+        residual: of the result's shape: a float, or 8 bit with `residual_scale` and `residual_zero_point`.
     """
     y: torch.Tensor = torch.ops.pykernels.qconv2d(
         x,

@@ -1,4 +1,4 @@
-"""Linear layers on packed weights, in fp32, bf16 and int8.
+"""Linear layers on packed weights, in fp32, bf16, fp16 and int8.
 
 Weights are packed once (`linear_pack`, `int8_linear_pack`) into a uint8 tensor that holds them in the order the
 kernels read, with scales, bias and zero-point compensation; its bytes are the same on every isa, so it can be saved
@@ -31,7 +31,7 @@ def int8_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def linear_pack(weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Pack ``weight`` [N, K] (float32 or bfloat16) and ``bias`` [N] for `linear`."""
+    """Pack ``weight`` [N, K] (float32, bfloat16 or float16) and ``bias`` [N] for `linear`."""
     packed: torch.Tensor = torch.ops.pykernels.linear_pack(weight, bias)
     return packed
 
@@ -47,10 +47,10 @@ def linear(
     """``activation(x @ weight.T + bias)``, with fp32 sums.
 
     Args:
-        x: [..., K], float32 or bfloat16, as the weights were.
+        x: [..., K], float32, bfloat16 or float16, as the weights were.
         packed: what `linear_pack` returned; `out_features`: its N.
         activation: none, relu, relu6, hardswish, hardsigmoid, silu, sigmoid, gelu (erf) or tanh.
-        residual: [..., N], float32 or bfloat16, added before or after the activation as `residual_order` says.
+        residual: [..., N], of any of these dtypes, added before or after the activation as `residual_order` says.
 
     Returns:
         [..., N] of x's dtype.
@@ -81,10 +81,10 @@ def int8_linear(
     """A linear layer on int8 weights: exact s32 sums, requantized in the same pass.
 
     Args:
-        x: [..., K]. uint8 or int8 with `x_scale` and `x_zero_point`; or float32 or bfloat16, then quantized here, per
-            token by each row's own range when `x_scale` is None, else per tensor.
+        x: [..., K]. uint8 or int8 with `x_scale` and `x_zero_point`; or float32, bfloat16 or float16, then
+            quantized here, per token by each row's own range when `x_scale` is None, else per tensor.
         packed: what `int8_linear_pack` returned; `out_features`: its N.
-        out_dtype: float32, bfloat16, uint8 or int8; by default x's for a float x, else float32.
+        out_dtype: float32, bfloat16, float16, uint8 or int8; by default x's for a float x, else float32.
         out_scale, out_zero_point: for an 8-bit `out_dtype`, and only then.
         activation: as for `linear`, applied in fp32 before the result is requantized.
 

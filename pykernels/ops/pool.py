@@ -1,6 +1,6 @@
 """Pooling over [N, C, H, W] or [C, H, W] tensors: the meaning, the defaults and the argument names of torch's pools.
 
-``x`` is float32, bfloat16, uint8 or int8 for maxima, float32 or bfloat16 for averages; the ``q`` functions average
+``x`` is float32, bfloat16, float16, uint8 or int8 for maxima, a float for averages; the ``q`` functions average
 affine quantized uint8 or int8 tensors, ``(q - zero_point) * scale``. The output has the layout of ``x``, channels_last
 or contiguous (which wins where the strides fit both). Inputs whose channels, or whose columns, lie next to each other
 are read in place, slices too; others are copied first. Only N may be 0.
@@ -160,7 +160,7 @@ def qavg_pool2d(
 ) -> torch.Tensor:
     """:func:`avg_pool2d` of affine quantized bytes, the sum exact in 32 bits; padding counts as the real number 0.
 
-    ``float(sum of (q - x_zero_point)) * (x_scale / divisor)`` in ``out_dtype`` float32 or bfloat16, or quantized to
+    ``float(sum of (q - x_zero_point)) * (x_scale / divisor)`` in a float ``out_dtype``, or quantized to
     uint8 or int8 with ``out_scale`` (given then, and only then) and ``out_zero_point``. A window has fewer than 2^23
     elements.
     """

@@ -37,7 +37,7 @@ __all__ = [
 def quantize_per_tensor(
     x: torch.Tensor, scale: float, zero_point: int = 0, dtype: torch.dtype = torch.uint8
 ) -> torch.Tensor:
-    """Real ``x`` (float32 or bfloat16) to ``dtype`` (uint8 or int8) with one scale and zero point."""
+    """Real ``x`` (float32, bfloat16 or float16) to ``dtype`` (uint8 or int8) with one scale and zero point."""
     q: torch.Tensor = torch.ops.pykernels.quantize_per_tensor(x, scale, zero_point, dtype)
     return q
 
@@ -45,7 +45,7 @@ def quantize_per_tensor(
 def dequantize_per_tensor(
     x: torch.Tensor, scale: float, zero_point: int = 0, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Bytes ``x`` (uint8 or int8) to real numbers in ``dtype`` (float32 or bfloat16)."""
+    """Bytes ``x`` (uint8 or int8) to real numbers in ``dtype`` (float32, bfloat16 or float16)."""
     y: torch.Tensor = torch.ops.pykernels.dequantize_per_tensor(x, scale, zero_point, dtype)
     return y
 
@@ -74,7 +74,7 @@ def quantize_per_token(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize every row along the last dimension by its own range: ``q``, ``scale`` and ``zero_point``.
 
-    ``x`` is float32 or bfloat16 of shape [..., K]; ``scale`` (float32) and ``zero_point`` (int32) have shape [..., 1].
+    ``x`` [..., K] is float32, bfloat16 or float16; ``scale`` (float32) and ``zero_point`` (int32) are [..., 1].
 
     - uint8, affine: ``lo = min(0, min x)``, ``hi = max(0, max x)``, ``scale = (hi - lo) / 255``, ``zero_point =
       rint(-lo / scale)``. The real number 0 is exact.

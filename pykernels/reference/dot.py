@@ -44,7 +44,7 @@ def linear(
     residual: torch.Tensor | None = None,
     residual_order: str = "before",
 ) -> torch.Tensor:
-    """fp32 or bf16 with fp32 sums; `weight` [N, K] is not packed."""
+    """fp32, bf16 or fp16 with fp32 sums; `weight` [N, K] is not packed."""
     y = x.float() @ weight.float().t()
     return _finish(y, bias, activation, None if residual is None else residual.float(), residual_order).to(x.dtype)
 
@@ -89,7 +89,7 @@ def conv2d(
     residual: torch.Tensor | None = None,
     residual_order: str = "before",
 ) -> torch.Tensor:
-    """fp32 or bf16 with fp32 sums; padding is (left, right, top, bottom)."""
+    """fp32, bf16 or fp16 with fp32 sums; padding is (left, right, top, bottom)."""
     y = F.conv2d(F.pad(x.float(), padding), weight.float(), None, stride, 0, dilation, groups)
     b = None if bias is None else bias.view(1, -1, 1, 1)
     return _finish(y, b, activation, None if residual is None else residual.float(), residual_order).to(x.dtype)

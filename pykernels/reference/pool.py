@@ -16,7 +16,7 @@ def max_pool2d_with_indices(
     dilation: list[int],
     ceil_mode: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 holds every bfloat16 and every byte, so the detour over it is exact."""
+    """fp32 holds every bfloat16, float16 and byte, so the detour over it is exact."""
     y, indices = F.max_pool2d(x.float(), kernel_size, stride, padding, dilation, ceil_mode, return_indices=True)
     return y.to(x.dtype), indices
 

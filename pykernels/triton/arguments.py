@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from pykernels._dtypes import REALS
 from pykernels.triton.tiles import check
 
 BYTES = (torch.uint8, torch.int8)
-REALS = (torch.float32, torch.bfloat16)
-FLOATS = (*REALS, torch.float16)  # of the ops whose float weights go through cuBLAS and cuDNN
 # What a kernel calls a dtype.
 KINDS = {
     torch.uint8: "uint8",
@@ -34,11 +33,7 @@ def check_device(op: str, argument: str, t: torch.Tensor, like: torch.Tensor) ->
 
 
 def check_real_dtype(op: str, argument: str, dtype: torch.dtype) -> None:
-    check(dtype in REALS, op, f"{argument} must be float32 or bfloat16, not {name(dtype)}")
-
-
-def check_float_dtype(op: str, argument: str, dtype: torch.dtype) -> None:
-    check(dtype in FLOATS, op, f"{argument} must be float32, bfloat16 or float16, not {name(dtype)}")
+    check(dtype in REALS, op, f"{argument} must be float32, bfloat16 or float16, not {name(dtype)}")
 
 
 def check_byte_dtype(op: str, argument: str, dtype: torch.dtype) -> None:

@@ -18,17 +18,17 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from pykernels._dtypes import REALS
 from pykernels.triton import library, tiles
 from pykernels.triton.arguments import (
     BYTES,
-    REALS,
     as_bits,
     ceil_div,
     check_activation,
     check_byte_dtype,
     check_device,
     check_dim,
-    check_float_dtype,
+    check_real_dtype,
     check_scale,
     check_zero_point,
     is_channels_last,
@@ -214,7 +214,7 @@ def qconv2d(
     check_residual_shape(op, residual, x, s.out, residual_order)
     if residual is not None:
         good = residual.dtype in (*BYTES, *REALS)
-        words = f"residual must be float32, bfloat16, uint8 or int8, not {name(residual.dtype)}"
+        words = f"residual must be float32, bfloat16, float16, uint8 or int8, not {name(residual.dtype)}"
         check(good, op, words)
         if residual.dtype in BYTES:
             check_scale(op, "residual_scale", residual_scale)
@@ -307,9 +307,9 @@ def conv2d(
     residual: torch.Tensor | None = None,
     residual_order: str = "before",
 ) -> torch.Tensor:
-    """See `pykernels.ops.conv.conv2d`; here x may be float16, too, and `torch.backends.cudnn.allow_tf32` holds."""
+    """See `pykernels.ops.conv.conv2d`; `torch.backends.cudnn.allow_tf32` holds."""
     op = "conv2d"
-    check_float_dtype(op, "x", x.dtype)
+    check_real_dtype(op, "x", x.dtype)
     s = conv_shape(op, x, out_channels, kernel_size, stride, padding, dilation, groups)
     weights = checked_packed(op, packed, x, s.layout(x.dtype))
     return _float_conv(op, x, _float_weight(weights), weights.biases, s, activation, residual, residual_order)
@@ -317,7 +317,7 @@ def conv2d(
 
 def _channel_vector(op: str, argument: str, t: torch.Tensor, x: torch.Tensor, channels: int) -> torch.Tensor:
     check_device(op, argument, t, x)
-    check_float_dtype(op, argument, t.dtype)
+    check_real_dtype(op, argument, t.dtype)
     check(t.shape == (channels,), op, f"{argument} must have shape [{channels}], not {list(t.shape)}")
     return t.float()
 
@@ -339,9 +339,9 @@ def conv_bn_act(
     residual: torch.Tensor | None = None,
     residual_order: str = "before",
 ) -> torch.Tensor:
-    """See `pykernels.ops.conv.conv_bn_relu`; here x and weight may be float16, too."""
+    """See `pykernels.ops.conv.conv_bn_relu`."""
     op = "conv_bn_act"
-    check_float_dtype(op, "x", x.dtype)
+    check_real_dtype(op, "x", x.dtype)
     check_device(op, "weight", weight, x)
     words = f"weight must have x's dtype {name(x.dtype)}, not {name(weight.dtype)}"
     check(weight.dtype == x.dtype, op, words)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from pykernels.triton import tiles
-from pykernels.triton.arguments import KINDS, as_bits, ceil_div, check_device, check_float_dtype
+from pykernels.triton.arguments import KINDS, as_bits, ceil_div, check_device, check_real_dtype
 from pykernels.triton.epilogue import OPTIONS, finish
 from pykernels.triton.reals import load_real
 from pykernels.triton.tiles import check
@@ -62,7 +62,7 @@ def check_residual(op: str, residual: torch.Tensor | None, x: torch.Tensor, shap
     """Checks a float residual for an output of this shape; whether it is added after the activation."""
     check_residual_shape(op, residual, x, shape, order)
     if residual is not None:
-        check_float_dtype(op, "residual", residual.dtype)
+        check_real_dtype(op, "residual", residual.dtype)
     return order == "after"
 
 

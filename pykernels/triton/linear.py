@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from pykernels._dtypes import REALS
 from pykernels.triton.arguments import (
     BYTES,
-    REALS,
     check_activation,
     check_byte_dtype,
     check_device,
     check_dim,
-    check_float_dtype,
+    check_real_dtype,
     check_scale,
     check_zero_point,
     name,
@@ -27,7 +27,9 @@ __all__ = ["check_out", "int8_linear", "int8_mm", "linear"]
 
 def check_out(op: str, dtype: torch.dtype, scale: float | None, zero_point: int) -> None:
     """An output's dtype, and the scale that 8-bit ones must have and others must not."""
-    check(dtype in (*BYTES, *REALS), op, f"out_dtype must be float32, bfloat16, uint8 or int8, not {name(dtype)}")
+    check(
+        dtype in (*BYTES, *REALS), op, f"out_dtype must be float32, bfloat16, float16, uint8 or int8, not {name(dtype)}"
+    )
     if dtype not in BYTES:
         check(scale is None, op, f"out_scale makes no sense for out_dtype {name(dtype)}")
         return
@@ -67,12 +69,12 @@ def linear(
     residual: torch.Tensor | None = None,
     residual_order: str = "before",
 ) -> torch.Tensor:
-    """See `pykernels.ops.linear.linear`; here x may be float16, too.
+    """See `pykernels.ops.linear.linear`.
 
     cuBLAS multiplies, and adds the bias and applies relu in the same pass; what else there is to do is a second one.
     """
     op = "linear"
-    check_float_dtype(op, "x", x.dtype)
+    check_real_dtype(op, "x", x.dtype)
     check(x.dim() >= 1, op, "x must have at least 1 dimension")
     k, shape = x.shape[-1], (*x.shape[:-1], out_features)
     weights = checked_packed(op, packed, x, cuda_layout(x.dtype, 1, out_features, k))
@@ -105,7 +107,7 @@ def int8_linear(
     op = "int8_linear"
     floating = x.dtype in REALS
     good = floating or x.dtype in BYTES
-    check(good, op, f"x must be float32, bfloat16, uint8 or int8, not {name(x.dtype)}")
+    check(good, op, f"x must be float32, bfloat16, float16, uint8 or int8, not {name(x.dtype)}")
     check(x.dim() >= 1, op, "x must have at least 1 dimension")
     check(floating or x_scale is not None, op, f"x_scale is required for {name(x.dtype)} x")
     layout = cuda_layout(torch.int8, 1, out_features, x.shape[-1])

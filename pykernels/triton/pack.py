@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from pykernels._packed import Layout
-from pykernels.triton.arguments import check_device, check_dim, check_float_dtype, check_scale, name
+from pykernels.triton.arguments import check_device, check_dim, check_real_dtype, check_scale, name
 from pykernels.triton.tiles import check
 
 __all__ = [
@@ -100,7 +100,7 @@ def _checked_bias(op: str, bias: torch.Tensor | None, weight: torch.Tensor) -> t
     if bias is None:
         return None
     check_device(op, "bias", bias, weight)
-    check_float_dtype(op, "bias", bias.dtype)
+    check_real_dtype(op, "bias", bias.dtype)
     good = bias.shape == weight.shape[:1]
     check(good, op, f"bias must have shape [{weight.shape[0]}], not {list(bias.shape)}")
     return bias.float()
@@ -148,7 +148,7 @@ def _check_weight(op: str, weight: torch.Tensor, int8: bool, dim: int, groups: i
     if int8:
         check(weight.dtype == torch.int8, op, f"weight must be int8, not {name(weight.dtype)}")
     else:
-        check_float_dtype(op, "weight", weight.dtype)
+        check_real_dtype(op, "weight", weight.dtype)
     check_dim(op, "weight", weight, dim)
     if dim == 4:
         check(weight.numel() > 0, op, f"weight must not be empty, but has shape {list(weight.shape)}")
@@ -162,7 +162,7 @@ def check_groups(op: str, weight: torch.Tensor, groups: int) -> None:
 
 
 def linear_pack(weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """See `pykernels.ops.linear.linear_pack`; here the weight may be float16, too."""
+    """See `pykernels.ops.linear.linear_pack`."""
     op = "linear_pack"
     _check_weight(op, weight, False, 2, 1)
     return _pack(op, weight, None, _checked_bias(op, bias, weight), 1)
@@ -179,7 +179,7 @@ def int8_linear_pack(
 
 
 def conv2d_pack(weight: torch.Tensor, bias: torch.Tensor | None = None, groups: int = 1) -> torch.Tensor:
-    """See `pykernels.ops.conv.conv2d_pack`; here the weight may be float16, too."""
+    """See `pykernels.ops.conv.conv2d_pack`."""
     op = "conv2d_pack"
     _check_weight(op, weight, False, 4, groups)
     return _pack(op, weight, None, _checked_bias(op, bias, weight), groups)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 BYTES = [torch.uint8, torch.int8]
-REALS = [torch.float32, torch.bfloat16]
+REALS = [torch.float32, torch.bfloat16, torch.float16]
 LOW = {torch.uint8: 0, torch.int8: -128}
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).flatmap(

@@ -15,7 +15,11 @@ from pykernels.ops import conv
 ops = torch.ops.pykernels
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.bfloat16: {"rtol": 1.6e-2, "atol": 2e-2}}
+CLOSE = {
+    torch.float32: {"rtol": 1e-4, "atol": 1e-4},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 2e-2},
+    torch.float16: {"rtol": 2e-3, "atol": 2e-3},
+}
 
 
 class Conv(NamedTuple):
@@ -187,8 +191,8 @@ def test_threads_share_a_depthwise_convolution(isa: str, size: tuple[int, ...], 
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("residual", [torch.uint8, torch.int8, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("out", [torch.uint8, torch.int8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", [torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out", [torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["3x3", "depthwise, odd channels"])
 def test_quantized_residuals_and_outputs(
     isa: str, name: str, out: torch.dtype, residual: torch.dtype, order: str
@@ -208,7 +212,7 @@ def test_quantized_residuals_and_outputs(
 @pytest.mark.parametrize("out", [48, 21])
 def test_threads_share_a_padded_convolution(isa: str, size: tuple[int, int], padding: tuple, out: int) -> None:
     c = Conv(20, out, (3, 3), padding=padding)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in CLOSE:
         x, (w, b) = torch.randn(2, 20, *size).to(dtype), weights(c, dtype)
         r = torch.randn_like(reference.conv2d(x, w, b, *c.geometry))
         arguments = ("relu6", r, "before")
@@ -254,10 +258,11 @@ def test_an_empty_batch(isa: str) -> None:
 
 def test_nan_reaches_only_the_pixels_that_see_it(isa: str) -> None:
     c = Conv(3, 4, (1, 1))
-    x = torch.randn(1, 3, 4, 5).bfloat16()
-    x[0, 1, 2, 3] = torch.nan
-    y = run(x, *weights(c, torch.bfloat16), c)
-    assert y[0, :, 2, 3].isnan().all() and y.isnan().sum() == 4
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.randn(1, 3, 4, 5).to(dtype)
+        x[0, 1, 2, 3] = torch.nan
+        y = run(x, *weights(c, dtype), c)
+        assert y[0, :, 2, 3].isnan().all() and y.isnan().sum() == 4
 
 
 class TestBadArguments:
@@ -285,7 +290,7 @@ class TestBadArguments:
         call("x must have 4 dimensions", -1, None, x[0])
         call("x has 8 channels", -1, None, x[:, :8])
         call("smaller than kernel_size", -1, None, x[:, :, :2])
-        call("x must be float32 or bfloat16, not float16", -1, None, x.half())
+        call("x must be float32, bfloat16 or float16, not float64", -1, None, x.double())
         with pytest.raises(RuntimeError, match="packed holds convolution weights"):
             ops.linear(torch.randn(1, 16), packed, 32)
 

@@ -12,7 +12,11 @@ from pykernels import _host, reference
 ops = torch.ops.pykernels
 
 SIZES = st.one_of(st.integers(1, 40), st.sampled_from([64, 100, 129]))
-CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2}}
+CLOSE = {
+    torch.float32: {"rtol": 1e-4, "atol": 1e-4},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2},
+    torch.float16: {"rtol": 2e-3, "atol": 1e-3},
+}
 EXACT_ACTIVATIONS = ["none", "relu", "relu6", "hardswish", "hardsigmoid"]
 CURVED_ACTIVATIONS = ["silu", "sigmoid", "gelu", "tanh"]
 
@@ -85,7 +89,7 @@ class TestLinear:
 
     def test_bad_arguments_are_named(self) -> None:
         x, packed = torch.randn(2, 8), ops.linear_pack(torch.randn(4, 8))
-        with pytest.raises(RuntimeError, match="x must be float32 or bfloat16, not float64"):
+        with pytest.raises(RuntimeError, match="x must be float32, bfloat16 or float16, not float64"):
             ops.linear(x.double(), packed, 4)
         with pytest.raises(RuntimeError, match="x has 7 features"):
             ops.linear(x[:, :7], packed, 4)
@@ -93,6 +97,8 @@ class TestLinear:
             ops.linear(x, packed, 5)
         with pytest.raises(RuntimeError, match="packed holds float32 weights, but x needs bfloat16"):
             ops.linear(x.bfloat16(), packed, 4)
+        with pytest.raises(RuntimeError, match="packed holds float16 weights, but x needs bfloat16"):
+            ops.linear(x.bfloat16(), ops.linear_pack(torch.randn(4, 8).half()), 4)
         with pytest.raises(RuntimeError, match="activation must be one of"):
             ops.linear(x, packed, 4, "swish")
         with pytest.raises(RuntimeError, match="residual_order must be"):
@@ -147,8 +153,8 @@ class TestInt8Linear:
         y = ops.int8_linear(x, ops.int8_linear_pack(w, scale, b), n, 0.02, 5, 0.3, 7, dtype)
         assert torch.equal(y, reference.int8_linear(x, w, scale, b, 0.02, 5, 0.3, 7, dtype))
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("out", [None, torch.float32, torch.bfloat16, torch.uint8, torch.int8])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("out", [None, torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int8])
     @pytest.mark.parametrize("x_scale", [None, 0.02])
     def test_float_input_dynamic_and_static(self, isa: str, dtype: torch.dtype, out, x_scale: float | None) -> None:
         x, (w, scale, b) = torch.randn(2, 7, 37, dtype=dtype), int8_weights(19, 37)
@@ -193,7 +199,7 @@ class TestInt8Linear:
         with pytest.raises(RuntimeError, match="out_scale makes no sense for out_dtype float32"):
             ops.int8_linear(x, packed, 4, 0.1, 0, 0.1)
         with pytest.raises(RuntimeError, match="out_dtype must be"):
-            ops.int8_linear(x, packed, 4, 0.1, 0, None, 0, torch.float16)
+            ops.int8_linear(x, packed, 4, 0.1, 0, None, 0, torch.float64)
         with pytest.raises(RuntimeError, match="weight must be int8"):
             ops.int8_linear_pack(w.float(), scale, b)
         with pytest.raises(RuntimeError, match="weight_scale must be a positive number"):

@@ -15,7 +15,7 @@ from pykernels import reference
 from pykernels.ops import pool
 
 ops = torch.ops.pykernels
-FLOATS = [torch.float32, torch.bfloat16]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 BYTES = [torch.uint8, torch.int8]
 every_isa = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -314,8 +314,11 @@ QUANTIZED = torch.zeros(1, 2, 8, 8, dtype=torch.uint8)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: pool.max_pool2d(IMAGE.double(), 2), "x must be float32, bfloat16, uint8 or int8, not float64"),
-        (lambda: pool.avg_pool2d(QUANTIZED, 2), "avg_pool2d: x must be float32 or bfloat16, not uint8"),
+        (
+            lambda: pool.max_pool2d(IMAGE.double(), 2),
+            "x must be float32, bfloat16, float16, uint8 or int8, not float64",
+        ),
+        (lambda: pool.avg_pool2d(QUANTIZED, 2), "avg_pool2d: x must be float32, bfloat16 or float16, not uint8"),
         (lambda: pool.max_pool2d(IMAGE[0, 0], 2), "x must have 4 dimensions"),
         (lambda: pool.max_pool2d(IMAGE[:, :0], 2), "x may be empty in its batch dimension only"),
         (lambda: pool.max_pool2d(IMAGE, 0), "kernel_size must be at least 1"),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 LOW = {torch.uint8: 0, torch.int8: -128}
-FP32, BF16, U8, S8 = torch.float32, torch.bfloat16, torch.uint8, torch.int8
+FP32, BF16, FP16, U8, S8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int8
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "contiguous": lambda x: x,
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),

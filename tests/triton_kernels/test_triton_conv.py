@@ -80,14 +80,19 @@ def test_every_kind_is_exact(interpret: Interpreter, name: str, dtype: torch.dty
         assert torch.equal(y, reference.qconv2d(x, w, scale, b, *c.geometry, *arguments))
 
 
-@pytest.mark.parametrize("residual", [torch.uint8, torch.int8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", [torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["a whole tap a tile", "1x1", "depthwise, odd channels", "grouped"])
 def test_residuals_and_outputs(interpret: Interpreter, name: str, residual: torch.dtype) -> None:
     c = CONVS[name]
     x, (w, scale, b) = integers((1, c.channels, 9, 9), torch.uint8), int8_weights(c)
     shape = reference.qconv2d(x, w, scale, b, *c.geometry, 0.02, 3, None, 0, torch.float32).shape
     r = torch.randn(shape).to(residual) if residual.is_floating_point else integers(shape, residual)
-    for out, order in ((torch.uint8, "before"), (torch.int8, "after"), (torch.float32, "after")):
+    for out, order in (
+        (torch.uint8, "before"),
+        (torch.int8, "after"),
+        (torch.float32, "after"),
+        (torch.half, "before"),
+    ):
         requantized = (0.3, 7) if out in (torch.uint8, torch.int8) else (None, 0)
         arguments = (0.02, 3, *requantized, out, "relu", r, 0.05, 4, order)
         y = run(interpret, x, w, scale, b, c, *arguments)
@@ -99,7 +104,7 @@ def test_residuals_and_outputs(interpret: Interpreter, name: str, residual: torc
 def test_activations_make_the_cpu_s_bits(interpret: Interpreter, name: str, activation: str) -> None:
     c = CONVS[name]
     x, (w, scale, b) = integers((1, c.channels, 6, 7), torch.uint8), int8_weights(c)
-    for out, out_scale in ((torch.uint8, 0.02), (torch.bfloat16, None)):
+    for out, out_scale in ((torch.uint8, 0.02), (torch.bfloat16, None), (torch.float16, None)):
         arguments = (0.001, 128, out_scale, 0, out, activation)
         packed = ops.qconv2d_pack(w, scale, b, c.groups)
         expected = ops.qconv2d(x, packed, c.out, list(c.kernel), *c.geometry, *arguments)
@@ -203,7 +208,7 @@ class TestFloats:
             conv.conv2d(x, packed, *geometry, *rest)
         assert calls[2:] == ["ours"] * 4
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("given", [True, False])
     def test_conv_bn_act(self, interpret: Interpreter, dtype: torch.dtype, given: bool) -> None:
         c = Conv(6, 4, (3, 3), (2, 1), (1, 0, 2, 1), groups=2)

@@ -97,8 +97,8 @@ class TestInt8Linear:
         y, oracle, _ = both(interpret, m, k, n, integers((m, k), torch.uint8), *arguments, machine=machine)
         assert torch.equal(y, oracle)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("out", [None, torch.float32, torch.bfloat16, torch.uint8, torch.int8])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("out", [None, torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int8])
     @pytest.mark.parametrize("x_scale", [None, 0.02])
     def test_float_input_dynamic_and_static(self, interpret: Interpreter, dtype, out, x_scale: float | None) -> None:
         eight_bit = out in (torch.uint8, torch.int8)
@@ -129,7 +129,7 @@ class TestInt8Linear:
     def test_bad_arguments_are_named(self) -> None:
         x, (w, scale, b) = integers((2, 8), torch.uint8), int8_weights(4, 8)
         packed = pack.int8_linear_pack(w, scale, b)
-        with pytest.raises(RuntimeError, match="x must be float32, bfloat16, uint8 or int8, not int32"):
+        with pytest.raises(RuntimeError, match="x must be float32, bfloat16, float16, uint8 or int8, not int32"):
             linear.int8_linear(x.int(), packed, 4)
         with pytest.raises(RuntimeError, match="x_scale is required for uint8 x"):
             linear.int8_linear(x, packed, 4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cubin import accesses, check, compiled
-from inputs import BF16, FP32, S8, U8, codes, same
+from inputs import BF16, FP16, FP32, S8, U8, codes, same
 from interpreter import Interpreter, max_pool_numbered_in_64_bits
 from launchers import Launchers, refuses_as_the_cpu_does
 
@@ -20,7 +20,7 @@ from pykernels.triton import pool as kernels
 from pykernels.triton.planes import TILE, tile_shape
 
 ops = torch.ops.pykernels
-DTYPES = [FP32, BF16, U8, S8]
+DTYPES = [FP32, BF16, FP16, U8, S8]
 SLICE = (slice(None), slice(1, -1), slice(1, None), slice(2, None))
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
@@ -97,7 +97,7 @@ def test_adaptive_max_pool(launchers: Launchers, size, shape, layout, dtype) -> 
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_nan_and_infinities_are_pooled_as_torch_does(launchers: Launchers, dtype: torch.dtype, layout: str) -> None:
     numbers = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf, -torch.inf, -torch.inf, -0.0, 0.0, 1.0])
     x = numbers[torch.randint(len(numbers), (2, 19, 13, 11))].to(dtype)
@@ -121,7 +121,8 @@ def test_outputs_numbered_in_64_bits(interpret: Interpreter, layout: str) -> Non
 
 
 AFFINE = [
-    (0.0173, 0, None, 0, FP32), (0.5, 3, 0.0173, 3, U8), (3.7e-3, -7, 0.02, -5, S8), (1.0, 100, None, 0, BF16)
+    (0.0173, 0, None, 0, FP32), (0.5, 3, 0.0173, 3, U8), (3.7e-3, -7, 0.02, -5, S8), (1.0, 100, None, 0, BF16),
+    (0.02, 5, None, 0, FP16)
 ]  # fmt: skip
 
 
@@ -133,7 +134,7 @@ def test_average_pool(
     """Windows of a few taps, and of so many that each has a program of its own."""
     x = values(shape, dtype, layout)
     arguments = (kernel, stride, padding, ceil, padded, divisor)
-    if dtype in (FP32, BF16):
+    if dtype.is_floating_point:
         y = ops.avg_pool2d(x, *arguments)
         close(y, reference.avg_pool2d(x, *arguments))
         assert launchers.calls == {"avg_pool2d": 1}
@@ -150,7 +151,7 @@ def test_average_pool(
 @pytest.mark.parametrize(("size", "shape", "layout", "dtype"), spread(ADAPTIVE + ADAPTIVE[:2]))
 def test_adaptive_average_pool(launchers: Launchers, size, shape, layout, dtype) -> None:
     x = values(shape, dtype, layout)
-    if dtype in (FP32, BF16):
+    if dtype.is_floating_point:
         y = ops.adaptive_avg_pool2d(x, size)
         close(y, reference.adaptive_avg_pool2d(x, size))
     else:
@@ -189,8 +190,11 @@ LARGE = torch.zeros(1, 1, 1, 1, dtype=U8).expand(1, 1, 2900, 2900)
 @pytest.mark.parametrize(
     ("message", "call"),
     [
-        ("x must be float32, bfloat16, uint8 or int8, not float64", lambda: pool.max_pool2d(IMAGE.double(), 2)),
-        ("avg_pool2d: x must be float32 or bfloat16, not uint8", lambda: pool.avg_pool2d(QUANTIZED, 2)),
+        (
+            "x must be float32, bfloat16, float16, uint8 or int8, not float64",
+            lambda: pool.max_pool2d(IMAGE.double(), 2),
+        ),
+        ("avg_pool2d: x must be float32, bfloat16 or float16, not uint8", lambda: pool.avg_pool2d(QUANTIZED, 2)),
         ("x must have 4 dimensions", lambda: pool.max_pool2d(IMAGE[0, 0], 2)),
         ("x may be empty in its batch dimension only", lambda: pool.max_pool2d(IMAGE[:, :0], 2)),
         ("kernel_size must be at least 1", lambda: pool.max_pool2d(IMAGE, 0)),

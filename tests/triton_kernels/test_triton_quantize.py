@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cubin import accesses, check, compiled
-from inputs import BF16, FP32, LAYOUTS, LOW, S8, U8, numbers, same
+from inputs import BF16, FP16, FP32, LAYOUTS, LOW, S8, U8, numbers, same
 from launchers import Launchers, refuses_as_the_cpu_does
 
 from pykernels import reference
@@ -17,7 +17,7 @@ from pykernels.triton import quantize
 from pykernels.triton.planes import TILE, tile_shape
 
 SPREAD = [  # every layout, both kinds of numbers and of bytes
-    pytest.param(layout, (FP32, BF16)[i % 2], (U8, S8)[i // 2 % 2], id=f"{layout}-{i}")
+    pytest.param(layout, (FP32, BF16, FP16)[i % 3], (U8, S8)[i // 2 % 2], id=f"{layout}-{i}")
     for i, layout in enumerate([*LAYOUTS, "contiguous", "channels_last"])
 ]
 SHAPE = (2, 19, 5, 16)
@@ -64,7 +64,7 @@ def test_per_token(launchers: Launchers, layout: str, real: torch.dtype, dtype: 
 @pytest.mark.parametrize("length", [1, 300, 2049, quantize.LONGEST, quantize.LONGEST + 77])
 def test_tokens_of_every_length(launchers: Launchers, length: int, dtype: torch.dtype) -> None:
     """Rows that share a tile, that fill one, and that are read twice."""
-    x = numbers((3, length), BF16)
+    x = numbers((3, length), (BF16, FP16)[length % 2])
     for got, right in zip(ops.quantize_per_token(x, dtype), reference.quantize_per_token(x, dtype), strict=True):
         same(got, right)
     assert launchers.calls["quantize_per_token"] == 1
@@ -122,15 +122,15 @@ TOKEN = (Q, torch.ones(2, 6, 5, 1), torch.zeros(2, 6, 5, 1, dtype=torch.int32))
         ("scale must be a positive number that fp32 holds, not 1e-300", lambda: ops.quantize_per_tensor(X, 1e-300)),
         ("scale must be a positive number that fp32 holds, not nan", lambda: ops.dequantize_per_tensor(Q, torch.nan)),
         ("scale must be a positive number that fp32 holds, not 1e-40", lambda: ops.dequantize_per_tensor(Q, 1e-40)),
-        ("x must be float32 or bfloat16, not float64", lambda: ops.quantize_per_tensor(X.double(), 0.1)),
-        ("x must be float32 or bfloat16, not float16", lambda: ops.quantize_per_token(X.half())),
-        ("x must be float32 or bfloat16, not int64", lambda: ops.quantize_per_block(X.long(), 4)),
-        ("x must be float32 or bfloat16, not uint8", lambda: ops.quantize_per_channel(Q, S6, Z6, 1)),
+        ("x must be float32, bfloat16 or float16, not float64", lambda: ops.quantize_per_tensor(X.double(), 0.1)),
+        ("x must be float32, bfloat16 or float16, not int32", lambda: ops.quantize_per_token(X.int())),
+        ("x must be float32, bfloat16 or float16, not int64", lambda: ops.quantize_per_block(X.long(), 4)),
+        ("x must be float32, bfloat16 or float16, not uint8", lambda: ops.quantize_per_channel(Q, S6, Z6, 1)),
         ("x must be uint8 or int8, not float32", lambda: ops.dequantize_per_tensor(X, 0.1)),
         ("x must be uint8 or int8, not int32", lambda: ops.dequantize_per_channel(Q.int(), S6, Z6, 1)),
         ("x must be int8, not uint8", lambda: ops.dequantize_per_block(Q, torch.rand(14), 32)),
         ("dtype must be uint8 or int8, not float32", lambda: ops.quantize_per_token(X, FP32)),
-        ("dtype must be float32 or bfloat16, not float16", lambda: ops.dequantize_per_tensor(Q, 0.1, 0, torch.half)),
+        ("dtype must be float32, bfloat16 or float16, not uint8", lambda: ops.dequantize_per_tensor(Q, 0.1, 0, U8)),
         ("scale must be float32 or float64, not float16", lambda: ops.quantize_per_channel(X, S6.half(), Z6, 1)),
         ("zero_point must be int32 or int64, not float32", lambda: ops.quantize_per_channel(X, S6, Z6.float(), 1)),
         ("scale must be float32, not float64", lambda: ops.dequantize_per_token(Q, TOKEN[1].double(), TOKEN[2])),
@@ -154,7 +154,7 @@ def test_bad_arguments_are_named_as_on_the_cpu(launchers: Launchers, message: st
 TYPES = {
     "scale": "*fp32", "zero_point": "*i32", "n": "i64", "cols": "i32", "channels": "i32", "inverse": "fp32",
 }  # fmt: skip
-REALS = {"fp32": "*fp32", "bf16": "*u16"}
+REALS = {"fp32": "*fp32", "bf16": "*u16", "fp16": "*fp16"}
 ROWS = {"COLUMNS": False, **tile_shape(256)}
 KERNELS = [
     ("_quantize", {"TILE": TILE}, {"ld 16", "st 16"}),
@@ -170,7 +170,7 @@ KERNELS = [
 @pytest.mark.parametrize(
     ("name", "constants", "wide", "arch", "real"),
     [
-        pytest.param(*kernel, (90, 80)[i % 2], ("fp32", "bf16")[i // 2 % 2], id=f"{kernel[0]}-{i}")
+        pytest.param(*kernel, (90, 80)[i % 2], ("fp32", "bf16", "fp16")[i % 3], id=f"{kernel[0]}-{i}")
         for i, kernel in enumerate(KERNELS)
     ],
 )

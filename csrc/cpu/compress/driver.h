@@ -105,7 +105,7 @@ void encode(const Coding& coding, const Elements& x, const Residual& residual, c
   require(residual.data == nullptr || residual.count == x.count, coding.op,
           "residual must have as many elements as x, ", x.count, ", not ", residual.count);
   const int64_t records = checked_records(coding, segments, x.name, x.count, {payload});
-  const int64_t size = x.type == Real::fp32 ? 4 : 2;
+  const int64_t size = real_bytes(x.type);
   const auto kernel = compress_kernels().encode;
   parallel_runs(parallel, coding, segments, records, [&](const Records& r, int64_t byte) {
     kernel(r, static_cast<const uint8_t*>(x.data) + size * r.first, x.type,
@@ -117,7 +117,7 @@ template <class Parallel>
 void decode(const Coding& coding, const Bytes& payloads, const Elements& out, const Segments& segments, double factor,
             const Parallel& parallel) {
   const int64_t records = checked_records(coding, segments, out.name, out.count, {payloads});
-  const int64_t size = out.type == Real::fp32 ? 4 : 2;
+  const int64_t size = real_bytes(out.type);
   const bool stream = records * coding.block * size > kStreamed;
   const auto kernel = compress_kernels().decode;
   parallel_runs(parallel, coding, segments, records, [&](const Records& r, int64_t byte) {

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "common/real.h"
 #include "cpu/isa/isa.h"
 
 namespace pykernels {
@@ -16,8 +17,6 @@ enum class Codec : int { int8, int4, int2, onebit, fp8, bf16, fp16, fp32 };
 inline constexpr int kCodecs = 8;
 inline constexpr int kCodeBits[kCodecs] = {8, 4, 2, 1, 8, 16, 16, 32};
 inline constexpr int64_t kMaxBlock = 32768;
-
-enum class Real : int { fp32, bf16, fp16 };
 
 // A run of consecutive records of one segment.
 struct Records {

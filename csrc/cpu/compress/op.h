@@ -9,13 +9,9 @@ namespace pykernels {
 using Optional = std::optional<Tensor>;
 
 inline Elements elements_of(const char* op, const char* name, const Tensor& t) {
-  check_cpu(op, name, t);
+  check_real(op, name, t);
   PK_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
-  const ScalarType dtype = t.scalar_type();
-  PK_CHECK(is_real(dtype) || dtype == ScalarType::Half, op, ": ", name, " must be float32, bfloat16 or float16, not ",
-           dtype_name(dtype));
-  const Real type = dtype == ScalarType::Float ? Real::fp32 : dtype == ScalarType::Half ? Real::fp16 : Real::bf16;
-  return {name, t.data_ptr(), type, t.numel()};
+  return {name, t.data_ptr(), real_of(t.scalar_type()), t.numel()};
 }
 
 // A residual or a velocity.

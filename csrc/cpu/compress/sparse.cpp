@@ -23,23 +23,6 @@ PK_INLINE void each_vector(int64_t n, const F& f) {
   if (i < n) f(i, lanes_left(n - i));
 }
 
-template <class F>
-PK_INLINE auto with_type(const void* x, Real type, const F& f) {
-  switch (type) {
-    case Real::bf16: return f(static_cast<const bfloat16*>(x));
-    case Real::fp16: return f(static_cast<const float16*>(x));
-    default: return f(static_cast<const float*>(x));
-  }
-}
-template <class F>
-PK_INLINE auto with_type(void* x, Real type, const F& f) {
-  switch (type) {
-    case Real::bf16: return f(static_cast<bfloat16*>(x));
-    case Real::fp16: return f(static_cast<float16*>(x));
-    default: return f(static_cast<float*>(x));
-  }
-}
-
 template <bool kVelocity, class X>
 PK_INLINE int64_t update_run(const Gradient& g, const X* x, int64_t first, int64_t n, int32_t above,
                              uint32_t* positions, float* values, uint8_t* unstored, bool* stored) {
@@ -80,7 +63,7 @@ PK_INLINE int64_t update_run(const Gradient& g, const X* x, int64_t first, int64
 
 int64_t update_kernel(const Gradient& g, int64_t first, int64_t n, int32_t above, uint32_t* positions, float* values,
                       uint8_t* unstored, bool* stored) {
-  return with_type(g.x, g.type, [&](const auto* x) {
+  return with_real(g.x, g.type, [&](const auto* x) {
     return g.velocity == nullptr ? update_run<false>(g, x, first, n, above, positions, values, unstored, stored)
                                  : update_run<true>(g, x, first, n, above, positions, values, unstored, stored);
   });
@@ -113,7 +96,7 @@ PK_INLINE void gather_run(const Gradient& g, const X* x, const uint32_t* positio
 }
 
 void gather_kernel(const Gradient& g, const uint32_t* positions, int64_t n, float* v) {
-  with_type(g.x, g.type, [&](const auto* x) { gather_run(g, x, positions, n, v); });
+  with_real(g.x, g.type, [&](const auto* x) { gather_run(g, x, positions, n, v); });
 }
 
 void clear_kernel(const Gradient& g, const uint32_t* positions, const float* values, int64_t n) {
@@ -209,11 +192,11 @@ PK_INLINE void add_run(const uint32_t* positions, const float* values, int64_t n
 }
 
 void add_kernel(const uint32_t* positions, const float* values, int64_t n, float factor, void* out, Real type) {
-  with_type(out, type, [&](auto* to) { add_run(positions, values, n, factor, to); });
+  with_real(out, type, [&](auto* to) { add_run(positions, values, n, factor, to); });
 }
 
 void scale_kernel(const float* values, int64_t n, float factor, void* out, Real type) {
-  with_type(out, type, [&](auto* to) {
+  with_real(out, type, [&](auto* to) {
     each_real(to, n, [&](int64_t i, int lanes) PK_LAMBDA { return mul(load(values + i, lanes), set1(factor)); });
   });
 }

@@ -185,7 +185,7 @@ void randomk_decode(const Tensor& values, const Tensor& out, const Tensor& segme
   check_drawn(op, values, runs, k);
   const float* const from = pointer<float>(values);
   uint8_t* const to = static_cast<uint8_t*>(elements.data);
-  const int64_t size = elements.type == Real::fp32 ? 4 : 2;
+  const int64_t size = real_bytes(elements.type);
   const auto kernel = sparse_kernels().scale;
   parallel_drawn(runs, k, seed, [&](const Run& run, const uint32_t* positions, int64_t n, int64_t first) {
     alignas(64) uint8_t scaled[4 * kRun];

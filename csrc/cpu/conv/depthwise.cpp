@@ -13,11 +13,11 @@ PK_INLINE void mac_taps(DotS8, DotS8::Acc* c, const uint8_t* const* tap, int64_t
   for (int j = 0; j < 16; ++j)
     for (int k = 0; k < 4; ++k) c->v[j] += int32_t{tap[k][at + j]} * static_cast<int8_t>(b[4 * j + k]);
 }
-PK_INLINE void mac_taps(DotBF16, DotBF16::Acc* c, const uint8_t* const* tap, int64_t at, const uint8_t* b) {
-  const auto* w = reinterpret_cast<const bfloat16*>(b);
+template <class Dot, class Half = typename Dot::Half>
+PK_INLINE void mac_taps(Dot, typename Dot::Acc* c, const uint8_t* const* tap, int64_t at, const uint8_t* b) {
+  const auto* w = reinterpret_cast<const Half*>(b);
   for (int j = 0; j < 16; ++j)
-    for (int k = 0; k < 2; ++k)
-      c->v[j] += load(reinterpret_cast<const bfloat16*>(tap[k] + at) + j) * load(w + 2 * j + k);
+    for (int k = 0; k < 2; ++k) c->v[j] += load(reinterpret_cast<const Half*>(tap[k] + at) + j) * load(w + 2 * j + k);
 }
 PK_INLINE void mac_taps(DotF32, DotF32::Acc* c, const uint8_t* const* tap, int64_t at, const uint8_t* b) {
   for (int j = 0; j < 16; ++j) c->v[j] += float_at(tap[0] + at + 4 * j) * float_at(b + 4 * j);
@@ -51,11 +51,12 @@ PK_INLINE void mac_taps(DotS8, DotS8::Acc* c, const uint8_t* const* tap, int64_t
   PK_FOR (i, 2) DotS8::mac(c[i], DotS8::words(join(q[2 * i], q[2 * i + 1])), DotS8::weight(b, i));
 #endif
 }
-PK_INLINE void mac_taps(DotBF16, DotBF16::Acc* c, const uint8_t* const* tap, int64_t at, const uint8_t* b) {
+template <class Dot, class Half = typename Dot::Half>
+PK_INLINE void mac_taps(Dot, typename Dot::Acc* c, const uint8_t* const* tap, int64_t at, const uint8_t* b) {
   PK_FOR (q, kPanelRegisters) {
-    const DotBF16::Pair x = {load(reinterpret_cast<const bfloat16*>(tap[0] + at) + q * kLanes, kLanes),
-                             load(reinterpret_cast<const bfloat16*>(tap[1] + at) + q * kLanes, kLanes)};
-    DotBF16::mac(c[q], x, DotBF16::weight(b, q));
+    const typename Dot::Pair x = {load(reinterpret_cast<const Half*>(tap[0] + at) + q * kLanes, kLanes),
+                                  load(reinterpret_cast<const Half*>(tap[1] + at) + q * kLanes, kLanes)};
+    Dot::mac(c[q], x, Dot::weight(b, q));
   }
 }
 PK_INLINE void mac_taps(DotF32, DotF32::Acc* c, const uint8_t* const* tap, int64_t at, const uint8_t* b) {
@@ -71,6 +72,8 @@ template <>
 constexpr int taps_per_word<DotS8> = 4;
 template <>
 constexpr int taps_per_word<DotBF16> = 2;
+template <>
+constexpr int taps_per_word<DotF16> = 2;
 
 // A panel's sums of one pixel to c; those of fp32 with their bias and clamp.
 template <class Dot>
@@ -78,7 +81,7 @@ PK_INLINE void finish(Dot, const DepthwiseArgs&, const typename Dot::Acc* acc, u
   Dot::finish(acc, c);
 }
 #if defined(PYKERNELS_ISA_SCALAR)
-PK_INLINE void finish(DotF32, const DepthwiseArgs& g, const Float16* acc, uint8_t* c) {
+PK_INLINE void finish(DotF32, const DepthwiseArgs& g, const Real16* acc, uint8_t* c) {
   for (int j = 0; j < 16; ++j)
     store(reinterpret_cast<float*>(c) + j, min(g.high, max(g.low, acc->v[j] + (g.bias ? g.bias[j] : -0.0f))));
 }
@@ -230,6 +233,7 @@ void depthwise_f32(const DepthwiseArgs& g) {
 
 }  // namespace
 
-extern const DepthwiseKernels depthwise_kernels = {&depthwise_s8, &depthwise<DotBF16>, &depthwise_f32};
+extern const DepthwiseKernels depthwise_kernels = {&depthwise_s8, &depthwise<DotBF16>, &depthwise<DotF16>,
+                                                   &depthwise_f32};
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

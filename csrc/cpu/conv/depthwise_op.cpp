@@ -201,7 +201,10 @@ void run_depthwise(const ConvShape& s, const Tensor& input, uint8_t zero_point, 
   d.s = s;
   d.x = static_cast<const uint8_t*>(x.const_data_ptr());
   d.weights = &weights;
-  d.kernel = element == Element::s8 ? k.s8 : element == Element::bf16 ? k.bf16 : k.f32;
+  d.kernel = element == Element::s8     ? k.s8
+             : element == Element::bf16 ? k.bf16
+             : element == Element::f16  ? k.f16
+                                        : k.f32;
   d.epilogue = element == Element::s8 ? epilogue_kernels().s32 : epilogue_kernels().f32;
   d.e = &e;
   d.zero_point = zero_point;

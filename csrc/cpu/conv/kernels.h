@@ -8,7 +8,7 @@ namespace pykernels {
 
 // sum[x][j] = sum over t < taps of tap[t][at + x * x_stride][channel j] * weight[t][j],  x < pixels, j < 16
 // c[x][j] = min(high, max(low, sum[x][j] + bias[j])) for fp32, else sum[x][j]
-// tap[t] + at: u8, bf16 or fp32 at the first of the 16 channels, all of which must be readable. Weights are one
+// tap[t] + at: u8, bf16, fp16 or fp32 at the first of the 16 channels, all of which must be readable. Weights are one
 // depthwise panel of common/packed.h (words of taps). c is [pixels][ldc], s32 or fp32. There are round_up(taps, 4)
 // pointers: those beyond taps meet zero weights and only have to be readable.
 struct DepthwiseArgs {
@@ -26,6 +26,7 @@ struct DepthwiseArgs {
 struct DepthwiseKernels {
   void (*s8)(const DepthwiseArgs&);
   void (*bf16)(const DepthwiseArgs&);
+  void (*f16)(const DepthwiseArgs&);
   void (*f32)(const DepthwiseArgs&);
 };
 PYKERNELS_TABLE(DepthwiseKernels, depthwise_kernels)

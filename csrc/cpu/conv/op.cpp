@@ -1,4 +1,4 @@
-// Convolutions over packed weights: conv2d (fp32, bf16), qconv2d (8 bit), conv_bn_act (plain tensors).
+// Convolutions over packed weights: conv2d (fp32, bf16, fp16), qconv2d (8 bit), conv_bn_act (plain tensors).
 #include "cpu/tile/op.h"
 
 #include <algorithm>
@@ -75,12 +75,7 @@ void run_conv(const ConvShape& s, const Tensor& x, const PackedView& weights, Ep
   e.out_stride = s.o;
   if (s.n == 0) return;
   if (weights.h.kind == PackKind::depthwise) return run_depthwise(s, x, zero_point, weights, e);
-  const DotKernels& k = dot_kernels();
-  run_dot(s, prepare_input(s, x), weights,
-          weights.h.element == Element::s8     ? k.s8
-          : weights.h.element == Element::bf16 ? k.bf16
-                                               : k.f32,
-          e, zero_point);
+  run_dot(s, prepare_input(s, x), weights, dot_kernel(weights.h.element), e, zero_point);
 }
 
 // The residual as channels_last memory of the output's shape.

@@ -1,6 +1,7 @@
-// How a run of elements is cut into vectors, once per isa.
+// How a run of elements is cut into vectors, and how a dtype known at run time becomes a type; once per isa.
 #pragma once
 
+#include "common/real.h"
 #include "cpu/isa/vec.h"
 
 namespace pykernels::PYKERNELS_ISA_NS {
@@ -24,6 +25,24 @@ PK_INLINE void each_real(X* x, int64_t n, const F& f) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(x + i, f(i, kLanes));
   if (i < n) store(x + i, f(i, lanes_left(n - i)), lanes_left(n - i));
+}
+
+// f(const float*), f(const bfloat16*) or f(const float16*).
+template <class F>
+PK_INLINE auto with_real(const void* x, Real type, const F& f) {
+  switch (type) {
+    case Real::bf16: return f(static_cast<const bfloat16*>(x));
+    case Real::fp16: return f(static_cast<const float16*>(x));
+    default: return f(static_cast<const float*>(x));
+  }
+}
+template <class F>
+PK_INLINE auto with_real(void* x, Real type, const F& f) {
+  switch (type) {
+    case Real::bf16: return f(static_cast<bfloat16*>(x));
+    case Real::fp16: return f(static_cast<float16*>(x));
+    default: return f(static_cast<float*>(x));
+  }
 }
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

@@ -45,11 +45,10 @@ int64_t rows_of(const Tensor& x) {
 }
 
 // is_signed: the rows hold int8, shifted to uint8 (value + 128: the sign bit flipped) on the way.
-void run_linear(const Rows& a, int64_t rows, bool is_signed, const PackedView& weights, const DotKernel& dot,
-                const Epilogue& e) {
+void run_linear(const Rows& a, int64_t rows, bool is_signed, const PackedView& weights, const Epilogue& e) {
   if (rows == 0 || weights.h.n == 0) return;
   TileProblem p{};
-  p.dot = &dot;
+  p.dot = &dot_kernel(weights.h.element);
   p.epilogue = weights.h.element == Element::s8 ? epilogue_kernels().s32 : epilogue_kernels().f32;
   p.x = a.data;
   p.pixel = p.group_stride = a.stride;
@@ -88,7 +87,7 @@ Tensor int8_mm(const Tensor& a, const Tensor& b) {
   e.x_zero_point = flip ? 128 : 0;
   e.out = out.mutable_data_ptr();
   e.out_dtype = Dtype::s32;
-  run_linear(word_rows(a, rows, k), rows, flip, weights, dot_kernels().s8, e);
+  run_linear(word_rows(a, rows, k), rows, flip, weights, e);
   return out;
 }
 
@@ -117,8 +116,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, std::
   if (residual) {
     PK_CHECK(shape_of(*residual) == shape_of(out), op, ": residual must have the output's shape ", shape_of(out),
              ", not ", shape_of(*residual));
-    PK_CHECK(is_real(residual->scalar_type()), op, ": residual must be float32 or bfloat16, not ",
-             dtype_name(residual->scalar_type()));
+    check_real(op, "residual", *residual);
     dense = to_contiguous(*residual);
     set_residual(op, e, *dense, residual_order, 1.0, 0);
   } else {
@@ -126,8 +124,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, std::
   }
   e.out = out.mutable_data_ptr();
   e.out_dtype = dtype_of(t);
-  const DotKernel& dot = t == ScalarType::Float ? dot_kernels().f32 : dot_kernels().bf16;
-  run_linear(word_rows(x, rows, k * element_size(t)), rows, false, weights, dot, e);
+  run_linear(word_rows(x, rows, k * element_size(t)), rows, false, weights, e);
   return out;
 }
 
@@ -149,7 +146,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& packed, int64_t out_features, 
   const char* op = "int8_linear";
   check_cpu(op, "x", x);
   const ScalarType t = x.scalar_type();
-  PK_CHECK(is_real(t) || is_byte(t), op, ": x must be float32, bfloat16, uint8 or int8, not ", dtype_name(t));
+  PK_CHECK(is_real(t) || is_byte(t), op, ": x must be float32, bfloat16, float16, uint8 or int8, not ", dtype_name(t));
   PK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension");
   PK_CHECK(is_real(t) || x_scale.has_value(), op, ": x_scale is required for ", dtype_name(t), " x");
   const int64_t k = x.size(x.dim() - 1), rows = rows_of(x);
@@ -189,9 +186,9 @@ Tensor int8_linear(const Tensor& x, const Tensor& packed, int64_t out_features, 
         const void* row = from + r * k * element_size(t);
         uint8_t* to = q + r * a.stride;
         if (x_scale)
-          kernels.quantize(row, t == ScalarType::BFloat16, k, {to, false, inverse, static_cast<int32_t>(x_zero_point)});
+          kernels.quantize(row, real_of(t), k, {to, false, inverse, static_cast<int32_t>(x_zero_point)});
         else
-          kernels.quantize_row(row, t == ScalarType::BFloat16, k, to, scales + r, zero_points + r);
+          kernels.quantize_row(row, real_of(t), k, to, scales + r, zero_points + r);
         std::memset(to + k, 0, a.stride - k);
       }
     });
@@ -200,7 +197,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& packed, int64_t out_features, 
   }
   Tensor out = empty(leading(x, out_features), out_type);
   e.out = out.mutable_data_ptr();
-  run_linear(a, rows, flip, weights, dot_kernels().s8, e);
+  run_linear(a, rows, flip, weights, e);
   return out;
 }
 

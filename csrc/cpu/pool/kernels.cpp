@@ -95,6 +95,7 @@ struct SumByte {
     switch (p.y_type) {
       case kPoolF32: return store(static_cast<float*>(p.y) + at, f, n);
       case kPoolBf16: return store(static_cast<bfloat16*>(p.y) + at, f, n);
+      case kPoolF16: return store(static_cast<float16*>(p.y) + at, f, n);
       case kPoolU8: {
         uint8_t* y = static_cast<uint8_t*>(p.y) + at;
         return store_i32(y, requantize(requantizer(p.y_inverse, p.y_zero_point, y), f), n);
@@ -228,6 +229,7 @@ PK_INLINE float real(bfloat16 x) {
   std::memcpy(&f, &bits, 4);
   return f;
 }
+PK_INLINE float real(float16 x) { return sum_lanes(load(&x, 1)); }  // the other lanes hold 0
 
 // Averages of whole planes: a plane is a run of memory. Element i belongs to sum i % 16 whatever the width of a vector.
 // Planes are summed side by side, since each adds to its sums one step after another.
@@ -282,13 +284,16 @@ void average_contiguous(const Pool& p, int64_t begin, int64_t end, void* scratch
     contiguous<R>(p, begin, end, scratch);
 }
 
-// The maximum with its place, in fp32 (which holds every bf16 and byte): a lane takes v when it is greater or NaN.
+// The maximum with its place, in fp32 (which holds every bf16, fp16 and byte): a lane takes v when it is greater or
+// NaN.
 PK_INLINE f32 read_real(const float* x, int n) { return load(x, n); }
 PK_INLINE f32 read_real(const bfloat16* x, int n) { return load(x, n); }
+PK_INLINE f32 read_real(const float16* x, int n) { return load(x, n); }
 PK_INLINE f32 read_real(const uint8_t* x, int n) { return to_f32(load_i32(x, n)); }
 PK_INLINE f32 read_real(const int8_t* x, int n) { return to_f32(load_i32(x, n)); }
 PK_INLINE void write_real(float* y, f32 v, int n) { store(y, v, n); }
 PK_INLINE void write_real(bfloat16* y, f32 v, int n) { store(y, v, n); }
+PK_INLINE void write_real(float16* y, f32 v, int n) { store(y, v, n); }
 PK_INLINE void write_real(uint8_t* y, f32 v, int n) { store_i32(y, to_i32(v), n); }
 PK_INLINE void write_real(int8_t* y, f32 v, int n) { store_i32(y, to_i32(v), n); }
 
@@ -379,18 +384,18 @@ void max_indices_contiguous(const Pool& p, int64_t begin, int64_t end, void*) {
 }  // namespace
 
 const PoolKernels pool_kernels = {
-    {channels_last<MaxFloat<float>>, channels_last<MaxFloat<bfloat16>>, channels_last<MaxByte<false>>,
-     channels_last<MaxByte<true>>},
-    {max_indices_channels_last<float>, max_indices_channels_last<bfloat16>, max_indices_channels_last<uint8_t>,
-     max_indices_channels_last<int8_t>},
-    {contiguous<MaxFloat<float>>, contiguous<MaxFloat<bfloat16>>, contiguous<MaxByte<false>>,
-     contiguous<MaxByte<true>>},
-    {max_indices_contiguous<float>, max_indices_contiguous<bfloat16>, max_indices_contiguous<uint8_t>,
-     max_indices_contiguous<int8_t>},
-    {channels_last<SumFloat<float>>, channels_last<SumFloat<bfloat16>>, channels_last<SumByte<uint8_t>>,
-     channels_last<SumByte<int8_t>>},
-    {average_contiguous<SumFloat<float>>, average_contiguous<SumFloat<bfloat16>>, average_contiguous<SumByte<uint8_t>>,
-     average_contiguous<SumByte<int8_t>>},
+    {channels_last<MaxFloat<float>>, channels_last<MaxFloat<bfloat16>>, channels_last<MaxFloat<float16>>,
+     channels_last<MaxByte<false>>, channels_last<MaxByte<true>>},
+    {max_indices_channels_last<float>, max_indices_channels_last<bfloat16>, max_indices_channels_last<float16>,
+     max_indices_channels_last<uint8_t>, max_indices_channels_last<int8_t>},
+    {contiguous<MaxFloat<float>>, contiguous<MaxFloat<bfloat16>>, contiguous<MaxFloat<float16>>,
+     contiguous<MaxByte<false>>, contiguous<MaxByte<true>>},
+    {max_indices_contiguous<float>, max_indices_contiguous<bfloat16>, max_indices_contiguous<float16>,
+     max_indices_contiguous<uint8_t>, max_indices_contiguous<int8_t>},
+    {channels_last<SumFloat<float>>, channels_last<SumFloat<bfloat16>>, channels_last<SumFloat<float16>>,
+     channels_last<SumByte<uint8_t>>, channels_last<SumByte<int8_t>>},
+    {average_contiguous<SumFloat<float>>, average_contiguous<SumFloat<bfloat16>>, average_contiguous<SumFloat<float16>>,
+     average_contiguous<SumByte<uint8_t>>, average_contiguous<SumByte<int8_t>>},
 };
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

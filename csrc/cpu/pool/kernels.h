@@ -23,7 +23,7 @@ struct Window {
   float extent;
 };
 
-enum PoolType : int { kPoolF32, kPoolBf16, kPoolU8, kPoolS8, kPoolTypes };
+enum PoolType : int { kPoolF32, kPoolBf16, kPoolF16, kPoolU8, kPoolS8, kPoolTypes };
 
 struct Pool {
   const void* x;

@@ -49,8 +49,8 @@ PK_INLINE void quantize_run(const X* x, int64_t n, Q* q, const Requantize& r) {
   each_byte(q, n, [&](int64_t i, int lanes) PK_LAMBDA { return requantize(r, load(x + i, lanes)); });
 }
 
-void quantize_row_kernel(const void* x, bool bf16, int64_t n, uint8_t* q, float* scale, int32_t* zero_point) {
-  with_real(x, bf16, [&](const auto* p) {
+void quantize_row_kernel(const void* x, Real type, int64_t n, uint8_t* q, float* scale, int32_t* zero_point) {
+  with_real(x, type, [&](const auto* p) {
     float lo, hi;
     range(p, n, &lo, &hi);
     float s = (hi - lo) / 255.0f;
@@ -65,8 +65,8 @@ void quantize_row_kernel(const void* x, bool bf16, int64_t n, uint8_t* q, float*
   });
 }
 
-void quantize_row_s8_kernel(const void* x, bool bf16, int64_t n, int8_t* q, float* scale) {
-  with_real(x, bf16, [&](const auto* p) {
+void quantize_row_s8_kernel(const void* x, Real type, int64_t n, int8_t* q, float* scale) {
+  with_real(x, type, [&](const auto* p) {
     float lo, hi;
     range(p, n, &lo, &hi);
     const float s = (-lo > hi ? -lo : hi) / 127.0f;
@@ -75,26 +75,26 @@ void quantize_row_s8_kernel(const void* x, bool bf16, int64_t n, int8_t* q, floa
   });
 }
 
-void quantize_kernel(const void* x, bool bf16, int64_t n, const QuantizedOutput& out) {
-  with_real(x, bf16, [&](const auto* p) {
+void quantize_kernel(const void* x, Real type, int64_t n, const QuantizedOutput& out) {
+  with_real(x, type, [&](const auto* p) {
     with_bytes(out.data, out.s8,
                [&](auto* q) { quantize_run(p, n, q, requantizer(out.inverse_scale, out.zero_point, q)); });
   });
 }
 
-void dequantize_kernel(const QuantizedInput& in, int64_t n, void* x, bool bf16) {
+void dequantize_kernel(const QuantizedInput& in, int64_t n, void* x, Real type) {
   with_bytes(in.data, in.s8, [&](const auto* q) {
-    with_real(x, bf16, [&](auto* p) {
+    with_real(x, type, [&](auto* p) {
       const auto a = reader(q, in);
       each_real(p, n, [&](int64_t i, int lanes) PK_LAMBDA { return read(a, i, lanes); });
     });
   });
 }
 
-void quantize_channels_kernel(const void* x, bool bf16, int64_t rows, int64_t n, const ChannelParameters& channels,
+void quantize_channels_kernel(const void* x, Real type, int64_t rows, int64_t n, const ChannelParameters& channels,
                               const QuantizedOutput& out) {
   const i32 low = set1_i32(out.s8 ? -128 : 0), high = set1_i32(out.s8 ? 127 : 255);
-  with_real(x, bf16, [&](const auto* p) {
+  with_real(x, type, [&](const auto* p) {
     with_bytes(out.data, out.s8, [&](auto* q) {
       for (int64_t r = 0; r < rows; ++r)
         each_byte(q + r * n, n, [&](int64_t i, int lanes) PK_LAMBDA {
@@ -108,9 +108,9 @@ void quantize_channels_kernel(const void* x, bool bf16, int64_t rows, int64_t n,
 }
 
 void dequantize_channels_kernel(const QuantizedInput& in, int64_t rows, int64_t n, const ChannelParameters& channels,
-                                void* x, bool bf16) {
+                                void* x, Real type) {
   with_bytes(in.data, in.s8, [&](const auto* q) {
-    with_real(x, bf16, [&](auto* p) {
+    with_real(x, type, [&](auto* p) {
       for (int64_t r = 0; r < rows; ++r)
         each_real(p + r * n, n, [&](int64_t i, int lanes) PK_LAMBDA {
           return dequantize(load_i32(q + r * n + i, lanes), load_i32(channels.zero_point + i, lanes),

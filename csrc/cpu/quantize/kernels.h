@@ -1,8 +1,9 @@
 // The table of the quantize family. Every kernel works on dense runs of elements: no strides, no alignment asked, any
-// n >= 0. `bf16` says that real values are stored as bf16, else fp32; `s8` that bytes are signed, else unsigned.
+// n >= 0. `type` says how real values are stored; `s8` that bytes are signed, else unsigned.
 #pragma once
 
 #include "common/activation.h"
+#include "common/real.h"
 #include "cpu/isa/isa.h"
 
 namespace pykernels {
@@ -41,18 +42,18 @@ struct QuantizeKernels {
   // too small for a normal fp32 scale counts as zero (scale 1); an infinite one yields scale infinity and q = zero
   // point, so that what is dequantized from the row is NaN. u8 affine: lo = min(0, min x), hi = max(0, max x), scale =
   // (hi - lo)/255, zero_point = rint(-lo/scale)
-  void (*quantize_row)(const void* x, bool bf16, int64_t n, uint8_t* q, float* scale, int32_t* zero_point);
+  void (*quantize_row)(const void* x, Real type, int64_t n, uint8_t* q, float* scale, int32_t* zero_point);
   // s8 symmetric: scale = max|x|/127, q in [-127, 127]
-  void (*quantize_row_s8)(const void* x, bool bf16, int64_t n, int8_t* q, float* scale);
+  void (*quantize_row_s8)(const void* x, Real type, int64_t n, int8_t* q, float* scale);
 
   // n elements with one scale and zero point.
-  void (*quantize)(const void* x, bool bf16, int64_t n, const QuantizedOutput& q);
-  void (*dequantize)(const QuantizedInput& q, int64_t n, void* x, bool bf16);
+  void (*quantize)(const void* x, Real type, int64_t n, const QuantizedOutput& q);
+  void (*dequantize)(const QuantizedInput& q, int64_t n, void* x, Real type);
   // [rows, n] elements with the channels last; scale and zero point of `q` are not used.
-  void (*quantize_channels)(const void* x, bool bf16, int64_t rows, int64_t n, const ChannelParameters&,
+  void (*quantize_channels)(const void* x, Real type, int64_t rows, int64_t n, const ChannelParameters&,
                             const QuantizedOutput& q);
   void (*dequantize_channels)(const QuantizedInput& q, int64_t rows, int64_t n, const ChannelParameters&, void* x,
-                              bool bf16);
+                              Real type);
 
   // q(activation(real(a) + real(b))), q(real(a) * real(b)), q(real(a)); every step rounded to fp32.
   void (*add)(const QuantizedInput& a, const QuantizedInput& b, Operand, int64_t rows, int64_t n, Activation,

@@ -7,21 +7,7 @@
 
 namespace pykernels::PYKERNELS_ISA_NS {
 
-// f(const float*) or f(const bfloat16*); const uint8_t* or const int8_t*.
-template <class F>
-PK_INLINE void with_real(const void* x, bool bf16, const F& f) {
-  if (bf16)
-    f(static_cast<const bfloat16*>(x));
-  else
-    f(static_cast<const float*>(x));
-}
-template <class F>
-PK_INLINE void with_real(void* x, bool bf16, const F& f) {
-  if (bf16)
-    f(static_cast<bfloat16*>(x));
-  else
-    f(static_cast<float*>(x));
-}
+// f(const uint8_t*) or f(const int8_t*).
 template <class F>
 PK_INLINE void with_bytes(const void* q, bool s8, const F& f) {
   if (s8)

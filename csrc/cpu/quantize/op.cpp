@@ -9,10 +9,10 @@ namespace {
 // Real values by element index, whatever their dtype.
 struct Reals {
   uint8_t* data;
-  bool bf16;
-  void* at(int64_t i) const { return data + i * (bf16 ? 2 : 4); }
+  Real type;
+  void* at(int64_t i) const { return data + i * real_bytes(type); }
 };
-Reals reals(const Tensor& t) { return {static_cast<uint8_t*>(t.data_ptr()), t.scalar_type() == ScalarType::BFloat16}; }
+Reals reals(const Tensor& t) { return {static_cast<uint8_t*>(t.data_ptr()), real_of(t.scalar_type())}; }
 
 Tensor quantize_per_tensor(const Tensor& x, double scale, int64_t zero_point, ScalarType dtype) {
   const char* op = "quantize_per_tensor";
@@ -26,7 +26,7 @@ Tensor quantize_per_tensor(const Tensor& x, double scale, int64_t zero_point, Sc
   const QuantizedOutput out = quantized_output(q, scale, zero_point);
   const auto kernel = quantize_kernels().quantize;
   parallel_steps(x.numel(), 1, [&](int64_t begin, int64_t end) {
-    kernel(from_x.at(begin), from_x.bf16, end - begin, from(out, begin));
+    kernel(from_x.at(begin), from_x.type, end - begin, from(out, begin));
   });
   return q;
 }
@@ -43,7 +43,7 @@ Tensor dequantize_per_tensor(const Tensor& x, double scale, int64_t zero_point, 
   const Reals to_y = reals(y);
   const auto kernel = quantize_kernels().dequantize;
   parallel_steps(x.numel(), 1,
-                 [&](int64_t begin, int64_t end) { kernel(from(in, begin), end - begin, to_y.at(begin), to_y.bf16); });
+                 [&](int64_t begin, int64_t end) { kernel(from(in, begin), end - begin, to_y.at(begin), to_y.type); });
   return y;
 }
 
@@ -113,14 +113,14 @@ Tensor quantize_per_channel(const Tensor& x, const Tensor& scale, const Tensor& 
     const int64_t n = channels.size();
     const ChannelParameters parameters{channels.inverse_scale.data(), channels.zero_point.data()};
     parallel_steps(x.numel() / n, n, [&](int64_t begin, int64_t end) {
-      kernels.quantize_channels(from_x.at(begin * n), from_x.bf16, end - begin, n, parameters, from(out, begin * n));
+      kernels.quantize_channels(from_x.at(begin * n), from_x.type, end - begin, n, parameters, from(out, begin * n));
     });
   } else {
     channels.each_run(x.numel(), [&](int64_t channel, int64_t begin, int64_t end) {
       QuantizedOutput run = from(out, begin);
       run.inverse_scale = channels.inverse_scale[channel];
       run.zero_point = channels.zero_point[channel];
-      kernels.quantize(from_x.at(begin), from_x.bf16, end - begin, run);
+      kernels.quantize(from_x.at(begin), from_x.type, end - begin, run);
     });
   }
   return q;
@@ -142,14 +142,14 @@ Tensor dequantize_per_channel(const Tensor& x, const Tensor& scale, const Tensor
     const int64_t n = channels.size();
     const ChannelParameters parameters{channels.scale.data(), channels.zero_point.data()};
     parallel_steps(x.numel() / n, n, [&](int64_t begin, int64_t end) {
-      kernels.dequantize_channels(from(in, begin * n), end - begin, n, parameters, to_y.at(begin * n), to_y.bf16);
+      kernels.dequantize_channels(from(in, begin * n), end - begin, n, parameters, to_y.at(begin * n), to_y.type);
     });
   } else {
     channels.each_run(x.numel(), [&](int64_t channel, int64_t begin, int64_t end) {
       QuantizedInput run = from(in, begin);
       run.scale = channels.scale[channel];
       run.zero_point = channels.zero_point[channel];
-      kernels.dequantize(run, end - begin, to_y.at(begin), to_y.bf16);
+      kernels.dequantize(run, end - begin, to_y.at(begin), to_y.type);
     });
   }
   return y;
@@ -184,10 +184,10 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x, ScalarTyp
   parallel_steps(scale.numel(), n, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       if (dtype == ScalarType::Byte) {
-        kernels.quantize_row(from_x.at(row * n), from_x.bf16, n, static_cast<uint8_t*>(bytes) + row * n, scales + row,
+        kernels.quantize_row(from_x.at(row * n), from_x.type, n, static_cast<uint8_t*>(bytes) + row * n, scales + row,
                              zero_points + row);
       } else {
-        kernels.quantize_row_s8(from_x.at(row * n), from_x.bf16, n, static_cast<int8_t*>(bytes) + row * n,
+        kernels.quantize_row_s8(from_x.at(row * n), from_x.type, n, static_cast<int8_t*>(bytes) + row * n,
                                 scales + row);
         zero_points[row] = 0;
       }
@@ -226,7 +226,7 @@ Tensor dequantize_per_token(const Tensor& x, const Tensor& scale, const Tensor& 
       QuantizedInput run = from(in, row * n);
       run.scale = scales[row];
       run.zero_point = zero_points[row];
-      kernel(run, n, to_y.at(row * n), to_y.bf16);
+      kernel(run, n, to_y.at(row * n), to_y.type);
     }
   });
   return back_in_layout_of(x, y);
@@ -250,7 +250,7 @@ std::tuple<Tensor, Tensor> quantize_per_block(const Tensor& x, int64_t block_siz
   parallel_steps(count, block_size, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * block_size;
-      kernel(from_x.at(first), from_x.bf16, std::min(block_size, n - first), bytes + first, scales + block);
+      kernel(from_x.at(first), from_x.type, std::min(block_size, n - first), bytes + first, scales + block);
     }
   });
   return {back_in_layout_of(x, q), scale};
@@ -277,7 +277,7 @@ Tensor dequantize_per_block(const Tensor& x, const Tensor& scale, int64_t block_
       const int64_t first = block * block_size;
       QuantizedInput run = from(in, first);
       run.scale = scales[block];
-      kernel(run, std::min(block_size, n - first), to_y.at(first), to_y.bf16);
+      kernel(run, std::min(block_size, n - first), to_y.at(first), to_y.type);
     }
   });
   return back_in_layout_of(x, y);

@@ -5,6 +5,7 @@
 //
 // GCC 12 spills the whole tile in every step unless the loops over registers are unrolled early (PK_FOR); pinned by an
 // asm instead, small tiles copy each accumulator twice a step. tests/test_disassembly.py looks.
+#include "cpu/isa/loops.h"
 #include "cpu/tile/element.h"
 #include "cpu/tile/kernels.h"
 
@@ -114,6 +115,19 @@ void stage(const uint8_t* from, int64_t words, uint8_t flip, uint8_t* to) {
   }
 }
 
+#if !defined(PYKERNELS_ISA_SCALAR)
+// The two fp16 of a word become two fp32; floats have no bits to flip.
+template <>
+void stage<DotF16>(const uint8_t* from, int64_t words, uint8_t, uint8_t* to) {
+  const auto* x = reinterpret_cast<const float16*>(from);
+  each_real(reinterpret_cast<float*>(to), 2 * words, [&](int64_t i, int n) PK_LAMBDA { return load(x + i, n); });
+}
+
+constexpr Dtype out_dtype(const float*) { return Dtype::f32; }
+constexpr Dtype out_dtype(const bfloat16*) { return Dtype::bf16; }
+constexpr Dtype out_dtype(const float16*) { return Dtype::f16; }
+#endif
+
 template <class Dot>
 constexpr int panels_for(int rows) {
   const int fit = Dot::kBudget / (rows * Dot::kRegisters);
@@ -137,7 +151,7 @@ constexpr DotKernel kernel() {
   k.word_bytes = Dot::kWordBytes;
 #if !defined(PYKERNELS_ISA_SCALAR)
   k.finishes = kFinishes<Dot>;
-  if constexpr (kFinishes<Dot>) k.out = sizeof(typename Dot::Out) == 4 ? Dtype::f32 : Dtype::bf16;
+  if constexpr (kFinishes<Dot>) k.out = out_dtype(static_cast<const typename Dot::Out*>(nullptr));
 #endif
   k.stage = &stage<Dot>;
   for (int r = 1; r <= Dot::kRows; ++r) k.max_panels[r] = panels_for<Dot>(r);
@@ -147,6 +161,6 @@ constexpr DotKernel kernel() {
 
 }  // namespace
 
-extern const DotKernels dot_kernels = {kernel<DotS8>(), kernel<DotBF16>(), kernel<DotF32>()};
+extern const DotKernels dot_kernels = {kernel<DotS8>(), kernel<DotBF16>(), kernel<DotF16>(), kernel<DotF32>()};
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

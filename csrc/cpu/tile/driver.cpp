@@ -159,7 +159,10 @@ void locate_staged(const TileProblem& p, const TilePlan& plan, int64_t first, in
       t.rows = at.last - at.first;
       t.row = line * p.columns + at.first;
       t.run = true;
-      for (int64_t r = 0; r < t.rows; ++r) t.pixel[r] = patch + (at.first - x + r) * step;
+      for (int64_t r = 0; r < t.rows; ++r) {
+        t.pixel[r] = patch + (at.first - x + r) * step;
+        t.place[r] = (t.row + r) * p.e.out_stride;
+      }
       t.dot = {t.pixel, 0, 0, plan.taps.data(), static_cast<int64_t>(plan.taps.size()), plan.words};
     }
   }

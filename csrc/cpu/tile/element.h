@@ -1,4 +1,5 @@
-// What a dot product of 4-byte words is on each isa, for s8, bf16 and fp32 weights. For sources compiled once per isa.
+// What a dot product of 4-byte words is on each isa, for s8, bf16, fp16 and fp32 weights. For sources compiled once per
+// isa.
 #pragma once
 
 #include "cpu/isa/vec.h"
@@ -26,6 +27,7 @@ PK_INLINE float float_at(const uint8_t* p) {
 //   kRows        rows of the largest tile                    kWordBytes   of A as the driver lays it out (kernels.h)
 //   word(p)      the word at p for every column              weight(b, q)   register q of the block at b
 //   words(v)     a register of words, one for every column (s8 on vector isas)
+//   Half         the 16-bit float of which a word holds two
 //   mac(c, x, w) adds the product                            finish(c, out)  writes the 16 sums of a row and panel
 //   Out          what tiles of floats on vector isas write of themselves (Finish of kernels.h)
 #if defined(PYKERNELS_ISA_SCALAR)
@@ -47,12 +49,12 @@ struct DotS8 {
   }
   PK_INLINE void finish(const Acc* c, void* out) { std::memcpy(out, c->v, 64); }
 };
-struct Float16 {
+struct Real16 {
   float v[16];
 };
 struct DotF32 {
   static constexpr int kRegisters = 1, kBudget = 2, kRows = 2, kWordBytes = 4;
-  using Acc = Float16;
+  using Acc = Real16;
   using Word = float;
   using Weight = const uint8_t*;
   PK_INLINE Acc zero() { return {}; }
@@ -63,16 +65,20 @@ struct DotF32 {
   }
   PK_INLINE void finish(const Acc* c, void* out) { std::memcpy(out, c->v, 64); }
 };
-struct DotBF16 : DotF32 {
-  using Word = const bfloat16*;
-  using Weight = const bfloat16*;
-  PK_INLINE Word word(const uint8_t* p) { return reinterpret_cast<const bfloat16*>(p); }
-  PK_INLINE Weight weight(const uint8_t* b, int) { return reinterpret_cast<const bfloat16*>(b); }
+template <class T>
+struct DotHalf : DotF32 {
+  using Half = T;
+  using Word = const T*;
+  using Weight = const T*;
+  PK_INLINE Word word(const uint8_t* p) { return reinterpret_cast<const T*>(p); }
+  PK_INLINE Weight weight(const uint8_t* b, int) { return reinterpret_cast<const T*>(b); }
   PK_INLINE void mac(Acc& c, Word x, Weight w) {
     for (int j = 0; j < 16; ++j)
       for (int k = 0; k < 2; ++k) c.v[j] += load(x + k) * load(w + 2 * j + k);
   }
 };
+struct DotBF16 : DotHalf<bfloat16> {};
+struct DotF16 : DotHalf<float16> {};
 
 #else  // vector isas
 
@@ -100,15 +106,25 @@ struct DotF32 {
   }
 };
 
-// A pair of bf16 in one word becomes two fp32: the low half shifted up, the high half masked.
-struct DotBF16 : DotF32 {
+// The two 16-bit floats of a word, as fp32.
+template <class T>
+struct DotHalf : DotF32 {
   static constexpr int kBudget = DotF32::kBudget * 2 / 3, kRows = DotF32::kRows * 2 / 3;
   struct Pair {
     f32 low, high;
   };
-  using Out = bfloat16;
+  using Half = T;
+  using Out = T;
   using Word = Pair;
   using Weight = Pair;
+  PK_INLINE i32 words_at(const uint8_t* b, int q) {
+    return load_i32(reinterpret_cast<const int32_t*>(b) + q * kLanes, kLanes);
+  }
+  PK_INLINE void mac(Acc& c, Word x, Weight w) { c = fma(x.high, w.high, fma(x.low, w.low, c)); }
+};
+
+// bf16: the low half shifted up, the high half masked.
+struct DotBF16 : DotHalf<bfloat16> {
   PK_INLINE Pair split(i32 v) {
 #if defined(PYKERNELS_ISA_AVX512) || defined(PYKERNELS_ISA_AVX512VNNI)
     return {cast_f32(shift_left<16>(v)), cast_f32(_mm512_and_si512(v, set1_i32(static_cast<int32_t>(0xffff0000))))};
@@ -117,10 +133,23 @@ struct DotBF16 : DotF32 {
 #endif
   }
   PK_INLINE Word word(const uint8_t* p) { return split(set1_i32(word_at(p))); }
-  PK_INLINE Weight weight(const uint8_t* b, int q) {
-    return split(load_i32(reinterpret_cast<const int32_t*>(b) + q * kLanes, kLanes));
+  PK_INLINE Weight weight(const uint8_t* b, int q) { return split(words_at(b, q)); }
+};
+
+// fp16: the driver converts A once a tile, the weights are sorted into low and high halves and converted here.
+struct DotF16 : DotHalf<float16> {
+  static constexpr int kWordBytes = 8;
+  PK_INLINE Pair split(i32 v) {
+#if defined(PYKERNELS_ISA_AVX512) || defined(PYKERNELS_ISA_AVX512VNNI)
+    return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)), _mm512_cvtph_ps(_mm512_cvtepi32_epi16(shift_right<16>(v)))};
+#else
+    const __m256i low = _mm256_and_si256(v, set1_i32(0xffff));
+    const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, shift_right<16>(v)), 0xd8);
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+#endif
   }
-  PK_INLINE void mac(Acc& c, Word x, Weight w) { c = fma(x.high, w.high, fma(x.low, w.low, c)); }
+  PK_INLINE Word word(const uint8_t* p) { return {set1(float_at(p)), set1(float_at(p + 4))}; }
+  PK_INLINE Weight weight(const uint8_t* b, int q) { return split(words_at(b, q)); }
 };
 
 #if defined(PYKERNELS_ISA_AVX512VNNI)

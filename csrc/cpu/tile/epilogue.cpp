@@ -23,6 +23,7 @@ PK_INLINE f32 load_residual(const Epilogue& e, Dtype dtype, int64_t at, int n) {
   switch (dtype) {
     case Dtype::f32: return load(static_cast<const float*>(e.residual) + at, n);
     case Dtype::bf16: return load(static_cast<const bfloat16*>(e.residual) + at, n);
+    case Dtype::f16: return load(static_cast<const float16*>(e.residual) + at, n);
     case Dtype::u8: return dequantize(load_i32(static_cast<const uint8_t*>(e.residual) + at, n), zero_point, scale);
     case Dtype::s8: return dequantize(load_i32(static_cast<const int8_t*>(e.residual) + at, n), zero_point, scale);
     case Dtype::s32: break;  // no residual is s32
@@ -45,6 +46,8 @@ PK_INLINE void store_out(const Epilogue& e, const Requantize& q, int64_t at, con
     PK_FOR (v, kCount) store(static_cast<float*>(e.out) + at + v * kLanes, f[v], n);
   } else if constexpr (kOut == Dtype::bf16) {
     PK_FOR (v, kCount) store(static_cast<bfloat16*>(e.out) + at + v * kLanes, f[v], n);
+  } else if constexpr (kOut == Dtype::f16) {
+    PK_FOR (v, kCount) store(static_cast<float16*>(e.out) + at + v * kLanes, f[v], n);
   } else {
     i32 bytes[kCount];
     PK_FOR (v, kCount) bytes[v] = requantize(q, f[v]);
@@ -142,6 +145,7 @@ void epilogue(const Epilogue& e, const EpilogueArgs& t) {
   switch (e.out_dtype) {
     case Dtype::f32: return choose<kInteger, Dtype::f32>(e, t);
     case Dtype::bf16: return choose<kInteger, Dtype::bf16>(e, t);
+    case Dtype::f16: return choose<kInteger, Dtype::f16>(e, t);
     case Dtype::u8: return choose<kInteger, Dtype::u8>(e, t);
     case Dtype::s8: return choose<kInteger, Dtype::s8>(e, t);
     case Dtype::s32: return run<true, Dtype::s32, Path::clamp>(e, t);

@@ -25,8 +25,8 @@ struct Finish {
 
 // One tile:  sum[r][p * 16 + j] = sum over t < taps, w < words of dot(word w at a[t * a_step + r] + a_offset +
 // tap[t].a, word w of the blocks at panels + p * panel_bytes + tap[t].b, column j) where a word is 4 bytes: 4 u8
-// against 4 s8 (s32 sums), 2 bf16 or 1 fp32 (fp32 sums). On an isa whose word_bytes is 8, A's words are the widened
-// ones that stage() makes. The caller guarantees that every word is readable.
+// against 4 s8 (s32 sums), 2 bf16 or fp16, or 1 fp32 (fp32 sums). On an isa whose word_bytes is 8, A's words are the
+// widened ones that stage() makes. The caller guarantees that every word is readable.
 struct DotArgs {
   const uint8_t* const* a;
   int64_t a_step, a_offset;
@@ -42,7 +42,7 @@ inline constexpr int kMaxRows = 12;
 inline constexpr int kMaxPanels = 8;
 inline constexpr int kMaxTile = 32 * 16;  // accumulators of one tile, any isa
 
-enum class Dtype : int32_t { f32, bf16, u8, s8, s32 };
+enum class Dtype : int32_t { f32, bf16, f16, u8, s8, s32 };
 
 struct DotKernel {
   int max_rows, word_bytes;
@@ -55,7 +55,7 @@ struct DotKernel {
 };
 
 struct DotKernels {
-  DotKernel s8, bf16, f32;
+  DotKernel s8, bf16, f16, f32;
 };
 PYKERNELS_TABLE(DotKernels, dot_kernels)
 

@@ -13,6 +13,7 @@ bool residual_after_activation(const char* op, const std::string& order) {
 Dtype dtype_of(ScalarType t) {
   switch (t) {
     case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
     case ScalarType::Byte: return Dtype::u8;
     case ScalarType::Char: return Dtype::s8;
     case ScalarType::Int: return Dtype::s32;
@@ -21,7 +22,22 @@ Dtype dtype_of(ScalarType t) {
 }
 
 Element element_of(ScalarType t) {
-  return t == ScalarType::Float ? Element::f32 : t == ScalarType::BFloat16 ? Element::bf16 : Element::s8;
+  switch (t) {
+    case ScalarType::Float: return Element::f32;
+    case ScalarType::BFloat16: return Element::bf16;
+    case ScalarType::Half: return Element::f16;
+    default: return Element::s8;
+  }
+}
+
+const DotKernel& dot_kernel(Element element) {
+  const DotKernels& k = dot_kernels();
+  switch (element) {
+    case Element::s8: return k.s8;
+    case Element::bf16: return k.bf16;
+    case Element::f16: return k.f16;
+    default: return k.f32;
+  }
 }
 
 std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& bias, int64_t channels) {
@@ -85,8 +101,8 @@ Epilogue make_epilogue(const char* op, const PackedView& weights, const std::str
 
 void set_out(const char* op, Epilogue& e, ScalarType out_dtype, std::optional<double> out_scale,
              int64_t out_zero_point) {
-  PK_CHECK(is_real(out_dtype) || is_byte(out_dtype), op, ": out_dtype must be float32, bfloat16, uint8 or int8, not ",
-           dtype_name(out_dtype));
+  PK_CHECK(is_real(out_dtype) || is_byte(out_dtype), op,
+           ": out_dtype must be float32, bfloat16, float16, uint8 or int8, not ", dtype_name(out_dtype));
   if (is_byte(out_dtype)) {
     PK_CHECK(out_scale.has_value(), op, ": out_scale is required for out_dtype ", dtype_name(out_dtype));
     check_scale(op, "out_scale", *out_scale);
@@ -103,7 +119,8 @@ void set_residual(const char* op, Epilogue& e, const Tensor& residual, const std
                   int64_t zero_point) {
   check_cpu(op, "residual", residual);
   const ScalarType t = residual.scalar_type();
-  PK_CHECK(is_real(t) || is_byte(t), op, ": residual must be float32, bfloat16, uint8 or int8, not ", dtype_name(t));
+  PK_CHECK(is_real(t) || is_byte(t), op, ": residual must be float32, bfloat16, float16, uint8 or int8, not ",
+           dtype_name(t));
   if (is_byte(t)) {
     check_scale(op, "residual_scale", scale);
     check_zero_point(op, "residual_zero_point", zero_point, t);

@@ -16,6 +16,7 @@ inline constexpr int64_t kMaxReduction = (int64_t{1} << 31) / (255 * 128) - 1;
 bool residual_after_activation(const char* op, const std::string& order);
 Dtype dtype_of(ScalarType t);
 Element element_of(ScalarType t);
+const DotKernel& dot_kernel(Element element);
 
 // weight is contiguous with groups * n output channels first; scale and bias are fp32 vectors of as many, or absent.
 Tensor pack_weights(const char* op, const PackedHeader& header, const Tensor& weight,
