@@ -2,8 +2,9 @@
 
 The rows of the GEMM are the pixels of the result, its depth the taps times the channels of a group: a row of A is
 gathered from the input as the tile is loaded, never stored. Inputs are channels_last; each group's channels are
-zero-padded to a multiple of 16 where they are not one, so that all loads have 16 bytes. Beyond the border stands the
-zero point. Otherwise as gemm.py; 1x1 convolutions without stride and padding are calls of it.
+zero-padded to a multiple of 16 where they are not one, so that all loads have 16 bytes; few channels of one group are
+few_channels.py's. Beyond the border stands the zero point. Otherwise as gemm.py; 1x1 convolutions without stride and
+padding are calls of it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from pykernels.triton.arguments import (
 )
 from pykernels.triton.conv_shape import ConvShape, conv_shape, pixels_of
 from pykernels.triton.depthwise import depthwise
+from pykernels.triton.few_channels import conv_few_channels
 from pykernels.triton.floats import check_residual, check_residual_shape, finish_floats
 from pykernels.triton.gemm import (
     GROUP,
@@ -147,6 +149,19 @@ def _grouped(x: torch.Tensor, s: ConvShape, row: int) -> torch.Tensor:
     return padded
 
 
+def _columns(x: torch.Tensor, run: int, s: ConvShape, zero_point: int) -> tuple[torch.Tensor, ConvShape]:
+    """The same convolution with kernels of one column: its `run` channels are the KW * C numbers of a kernel row.
+
+    For dilated kernels of few channels, whose runs are not neighbours in memory: here they are copied.
+    """
+    (kh, kw), (sh, sw), (dh, dw), (left, right, top, bottom) = s.kernel, s.stride, s.dilation, s.padding
+    wide = F.pad(pixels_of(x).view(s.n, s.h, s.w, s.c), (0, 0, left, right), value=zero_point)
+    taps = wide.unfold(2, dw * (kw - 1) + 1, sw)[..., ::dw].transpose(3, 4).flatten(3)
+    columns = F.pad(taps, (0, run - kw * s.c)).permute(0, 3, 1, 2)
+    shape = replace(s, c=run, w=s.ow, kernel=(kh, 1), stride=(sh, 1), dilation=(dh, 1), padding=(0, 0, top, bottom))
+    return columns, shape
+
+
 @functools.lru_cache(4096)
 def conv_config(arch: int, processors: int, s: ConvShape, row: int) -> Config:
     """As for a GEMM, but no deeper than the channels of a tap, unless these are few.
@@ -235,6 +250,11 @@ def qconv2d(
         depthwise(x, weights, s, out, epilogue)
     elif s.pointwise:
         gemm(rows16(pixels_of(x)), weights.rows, out, epilogue)
+    elif weights.layout.runs and s.dilation[1] == 1:
+        conv_few_channels(x, weights, s, out, epilogue)
+    elif weights.layout.runs:
+        columns, s = _columns(x, weights.layout.row, s, x_zero_point)
+        _implicit_gemm(columns, weights, s, out, epilogue)
     else:
         _implicit_gemm(x, weights, s, out, epilogue)
     return out

@@ -46,9 +46,9 @@ class Packed:
 
     @property
     def rows(self) -> torch.Tensor:
-        """The weights as [O, kh * kw * K padded]; not of depthwise ones."""
+        """The weights as [O, kh * kw * K padded], or [O, kh * kw K padded] of runs; not of depthwise ones."""
         at = self.layout
-        o, row = at.groups * at.n, at.kh * at.kw * at.row
+        o, row = at.groups * at.n, at.rows * at.row
         return self.weight[: o * row].view(o, row)
 
 
@@ -135,6 +135,9 @@ def _pack(
     dense = weight.reshape(o, k, taps)
     if layout.depthwise and scale is not None:
         parts.weight[: taps * row].view(taps, row)[:, :o] = dense[:, 0].t()
+    elif layout.runs:
+        runs = dense.transpose(1, 2).reshape(o, kh, kw * k)
+        parts.rows.view(o, kh, row)[..., : kw * k] = runs
     else:
         parts.rows.view(o, taps, row)[..., :k] = dense.transpose(1, 2)
     parts.scales.fill_(1.0) if scale is None else parts.scales.copy_(scale)

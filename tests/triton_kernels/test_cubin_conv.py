@@ -10,7 +10,7 @@ import pytest
 import torch
 from cubin import accesses, check, compiled, resources
 
-from pykernels.triton import conv, depthwise, gemm
+from pykernels.triton import conv, depthwise, few_channels, gemm
 from pykernels.triton.conv_shape import ConvShape, conv_shape
 
 TYPES = {
@@ -18,14 +18,15 @@ TYPES = {
     "w": "*i8",
     **dict.fromkeys(["sums"], "*i32"),
     **dict.fromkeys(["scales", "biases"], "*fp32"),
-    **dict.fromkeys(["M", "N", "K", "C", "ROW", "PIXEL", "OC", *conv.SIZES, *depthwise.SIZES, *gemm.NUMBERS], "i32"),
+    **dict.fromkeys(["M", "N", "K", "C", "ROW", "PIXEL", "OC", *gemm.NUMBERS], "i32"),
+    **dict.fromkeys([*conv.SIZES, *depthwise.SIZES, *few_channels.SIZES], "i32"),
     **dict.fromkeys(["x_scale", "residual_scale", "inverse"], "fp32"),
 }
 ALIGNED = {"N", "K", "C", "ROW", "PIXEL", "OC"}
 PROCESSORS = {80: 108, 90: 132}
 # Of ResNet-50, batches of 32 and 1: images, channels, size, output channels, kernel, stride.
 SIZES = {
-    "first layer": (32, 3, 224, 64, 7, 2),
+    "thin": (32, 16, 112, 64, 3, 1),
     "large": (32, 128, 56, 128, 3, 1),
     "wide": (32, 256, 14, 256, 3, 1),
     "one image": (1, 512, 7, 512, 3, 1),
@@ -56,8 +57,8 @@ def build(arch: int, size: str, epilogue: dict[str, Any], fill: bool) -> tuple[A
 @pytest.mark.parametrize(
     ("arch", "size", "residual", "fill"),
     [
-        (80, "first layer", None, False),
-        (90, "first layer", None, True),
+        (80, "thin", None, False),
+        (90, "thin", None, True),
         (80, "large", "uint8", False),
         (90, "large", "uint8", False),
         (80, "wide", None, True),
@@ -77,6 +78,25 @@ def test_implicit_gemm(arch: int, size: str, residual: str | None, fill: bool, t
     assert "cp.async.cg.shared.global" in ptx and "cp.async.ca" not in ptx
     assert "st 16" in accesses(kernel)
     registers = -(-resources(kernel, tmp_path)["REG"] // 8) * 8
+    assert registers * 32 * c.warps * c.resident <= 65536, registers
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("size", [(3, 64, 7), (3, 32, 3), (9, 96, 11)], ids=["7x7", "3x3", "11x11"])
+def test_few_channels(arch: int, size: tuple[int, int, int], tmp_path: pathlib.Path) -> None:
+    channels, out, kernel = size
+    s = shape_of(32, channels, 224, out, kernel, 2)
+    run = s.layout(torch.int8).row
+    c = few_channels.few_config(arch, s.o, kernel, run)
+    shape = {"GROUP": gemm.GROUP, "BM": c.bm, "BN": c.bn, "BK": c.bk, "RUN": run}
+    constants = {"FLIP": True, "WORDS": True, **shape, **plain()}
+    built = compiled(few_channels._conv_few, arch, TYPES, constants, c.options, ALIGNED - {"C"})
+    check(built, tmp_path, 255)
+    code = built.asm["sass"]
+    # The words of a thread go to shared memory 16 bytes at a time, and their bytes are nowhere looked at one by one.
+    assert "STS.128" in code and "STS.U8" not in code
+    assert {"ld 4", "st 16"} <= accesses(built) and not {"ld 1", "st 1"} & accesses(built)
+    registers = -(-resources(built, tmp_path)["REG"] // 8) * 8
     assert registers * 32 * c.warps * c.resident <= 65536, registers
 
 
