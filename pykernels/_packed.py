@@ -5,7 +5,7 @@ On the CPU the layout is that of csrc/common/packed.h. On a CUDA device, in one 
     header   128 bytes: the CPU's struct, with a kind of its own
     weights  dot        [groups][N][kh * kw][K], K zero-padded to a multiple of 16 bytes
              runs       [N][kh][kw * K], each run zero-padded to a power of two: int8 of one group, where that is less
-             depthwise  int8: [kh * kw][C], C zero-padded to a multiple of 16; floats: [C][kh * kw]
+             depthwise  int8: [kh][ceil(kw / 4)][C][4 of kw], zero-padded, C to a multiple of 16; floats: [C][kh * kw]
     sums     s32  [groups * N]: of the weights of an output channel (0 for floats)
     scales   fp32 [groups * N]: of the weights (1 for floats)
     biases   fp32 [groups * N] (-0 without a bias: x + -0 is x, whatever x)
@@ -79,18 +79,20 @@ class Layout:
 
     @cached_property
     def rows(self) -> int:
-        """CUDA: what of an output channel's weights is padded by itself, kernel rows or taps."""
+        """CUDA: what of a channel is padded by itself: kernel rows, taps, or fours of taps (depthwise int8)."""
+        if self.depthwise and not self.dtype.is_floating_point:
+            return self.kh * ((self.kw + 3) // 4)
         return self.kh if self.runs else self.kh * self.kw
 
     @cached_property
     def row(self) -> int:
-        """CUDA: elements from one tap's weights to the next's, of runs from one kernel row's."""
+        """CUDA: elements from one of `rows` to the next."""
         if self.runs:
             return _run(self.kw * self.k)
-        if self.depthwise and self.dtype.is_floating_point:
-            return 1
+        if self.depthwise:
+            return 1 if self.dtype.is_floating_point else 4 * _round_up(self.groups, 16)
         unit = 16 // self.dtype.itemsize
-        return max(unit, _round_up(self.groups if self.depthwise else self.k, unit))
+        return max(unit, _round_up(self.k, unit))
 
     @cached_property
     def words(self) -> int:
@@ -197,7 +199,8 @@ def unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, tor
     taps, o = at.kh * at.kw, at.groups * at.n
     raw = packed[at.weights_at : at.weights_at + at.weight_bytes].view(at.dtype)
     if at.cuda and at.depthwise and not at.dtype.is_floating_point:
-        weight = raw[: taps * at.row].view(taps, at.row)[:, :o].t()
+        quads = raw[: at.rows * at.row].view(at.kh, -1, at.row // 4, 4).permute(2, 0, 1, 3)
+        weight = quads.reshape(at.row // 4, at.kh, -1)[:o, :, : at.kw]
     elif at.cuda and at.runs:
         runs = raw[: o * at.kh * at.row].view(o, at.kh, at.row)[..., : at.kw * at.k]
         weight = runs.reshape(o, taps, at.k).transpose(1, 2)

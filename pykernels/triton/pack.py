@@ -9,6 +9,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from pykernels._packed import Layout
 from pykernels.triton.arguments import check_device, check_dim, check_float_dtype, check_scale, name
@@ -134,7 +135,8 @@ def _pack(
     taps, row = kh * kw, layout.row
     dense = weight.reshape(o, k, taps)
     if layout.depthwise and scale is not None:
-        parts.weight[: taps * row].view(taps, row)[:, :o] = dense[:, 0].t()
+        quads = F.pad(dense.view(o, kh, kw), (0, -kw % 4)).view(o, kh, -1, 4).permute(1, 2, 0, 3)
+        parts.weight[: layout.rows * row].view(kh, -1, row // 4, 4)[:, :, :o] = quads
     elif layout.runs:
         runs = dense.transpose(1, 2).reshape(o, kh, kw * k)
         parts.rows.view(o, kh, row)[..., : kw * k] = runs

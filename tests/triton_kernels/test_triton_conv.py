@@ -50,6 +50,7 @@ CONVS = {
     "depthwise": Conv(32, 32, (3, 3), padding=(1, 1, 1, 1), groups=32),
     "depthwise, odd channels": Conv(21, 21, (5, 5), (2, 2), (2, 2, 2, 2), groups=21),
     "depthwise, dilated": Conv(40, 40, (3, 3), dilation=(2, 2), padding=(2, 1, 0, 3), groups=40),
+    "depthwise, a row": Conv(19, 19, (1, 9), padding=(4, 4, 0, 0), groups=19),
     "depthwise with multiplier": Conv(6, 12, (3, 3), padding=(1, 1, 1, 1), groups=6),
 }
 

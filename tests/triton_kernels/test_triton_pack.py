@@ -65,14 +65,14 @@ def test_the_layout_is_as_documented(name: str) -> None:
     assert has_bias and layout.cuda and layout.weights_at == 128
     o, k, kh, kw = weight.shape
     raw = packed[128 : 128 + layout.weight_bytes].view(torch.int8)
-    row = {"runs": 32, "runs of one channel": 16}.get(name) or -(-(o if layout.depthwise else k) // 16) * 16
-    rows = kh * kw if layout.depthwise else o * kh if layout.runs else o * kh * kw
+    row = {"runs": 32, "runs of one channel": 16, "depthwise": 4 * 32}.get(name) or -(-k // 16) * 16
+    rows = kh if layout.depthwise else o * kh if layout.runs else o * kh * kw
     if layout.runs:
         expected = torch.zeros(o, kh, row, dtype=torch.int8)
         expected[..., : kw * k] = weight.permute(0, 2, 3, 1).reshape(o, kh, kw * k)
     elif layout.depthwise:
-        expected = torch.zeros(rows, row, dtype=torch.int8)
-        expected[:, :o] = weight.reshape(o, -1).t()
+        expected = torch.zeros(kh, row // 4, 4, dtype=torch.int8)
+        expected[:, :o, :kw] = weight[:, 0].transpose(0, 1)
     else:
         expected = torch.zeros(o, kh * kw, row, dtype=torch.int8)
         expected[..., :k] = weight.permute(0, 2, 3, 1).reshape(o, kh * kw, k)
