@@ -1,8 +1,13 @@
-"""Which configuration of the CUDA library's kernels runs a shape: tables of pykernels/tuned, one file an architecture.
+"""Which configuration runs a shape: tables of pykernels/tuned, one file an architecture.
 
 A table is written on a GPU by `python -m benchmarks.gpu.tune`. Its `int8_gemm` maps widths, "NxK", to rows of the
-largest M and the name of a configuration, or "triton", in ascending order; the last has no largest M. A shape takes the
-width nearest to its own and the first row that holds its M.
+largest M and the name of a configuration of the CUDA library, or "triton", in ascending order; the last has no largest
+M. A shape takes the width nearest to its own and the first row that holds its M.
+
+`triton` has the same of Triton's kernels: `gemm`, and `conv` whose M, N and K are those of its implicit GEMM. A row's
+second part is a tile as numbers: rows, columns and depth, warps, stages, programs a multiprocessor, parts of K. A shape
+whose N and K are not near any that was measured has no tile here, and takes that of gemm.by_formula. `candidates` are
+what the tuner tries, without the parts of K.
 """
 
 from __future__ import annotations
@@ -19,13 +24,27 @@ import torch
 
 from pykernels import _load
 
-__all__ = ["architecture", "configurations", "disabled", "int8_gemm", "table"]
+__all__ = ["architecture", "configurations", "disabled", "forced", "int8_gemm", "table", "tile"]
 
 FOLDER = pathlib.Path(__file__).parent / "tuned"
 TRITON = "triton"
 # The library's op refuses longer sums, which s32 may not hold: csrc/cuda/gemm/op.cpp.
 MAX_K = (2**31 - 1) // (255 * 128)
+NEAR = 2.0  # the most that N and K may differ together, in powers of two, from those a tile was measured for
 _disabled = False
+_forced: tuple[int, ...] | None = None
+
+
+@contextlib.contextmanager
+def forced(tile: tuple[int, ...]) -> Iterator[None]:
+    """Give every shape to Triton's kernels and this tile meanwhile, in all threads: for measurements."""
+    global _forced
+    before, _forced = _forced, tile
+    try:
+        with disabled():
+            yield
+    finally:
+        _forced = before
 
 
 @contextlib.contextmanager
@@ -97,3 +116,18 @@ def int8_gemm(
     if residual is not None and residual != out_dtype and (residual.itemsize, out_dtype.itemsize) != (1, 1):
         return None
     return _index(m, n, k, residual is not None, capability)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tile(kind: str, m: int, n: int, k: int, arch: int) -> tuple[int, ...] | None:
+    name = architecture(divmod(arch, 10))
+    rules = {} if name is None else table(name)["triton"][kind]
+    width = min(rules, key=lambda width: _distance(width, n, k), default=None)
+    if width is None or _distance(width, n, k) > NEAR:
+        return None
+    return next(tuple(found) for most, found in rules[width] if most is None or m <= most)
+
+
+def tile(kind: str, m: int, n: int, k: int, arch: int) -> tuple[int, ...] | None:
+    """The tile measured for Triton's `kind` of kernel, "gemm" or "conv", on compute capability `arch` / 10, or None."""
+    return _forced or _tile(kind, m, n, k, arch)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from pykernels import _tuned
 from pykernels.triton import tiles
 from pykernels.triton.arguments import (
     BYTES,
@@ -44,9 +45,10 @@ from pykernels.triton.gemm import (
     Config,
     Epilogue,
     add_parts,
-    config,
+    by_formula,
     gemm,
     machine,
+    measured,
     place_tile,
     rows16,
     store_tile,
@@ -162,13 +164,22 @@ def _columns(x: torch.Tensor, run: int, s: ConvShape, zero_point: int) -> tuple[
     return columns, shape
 
 
-@functools.lru_cache(4096)
 def conv_config(arch: int, processors: int, s: ConvShape, row: int) -> Config:
+    """As for a GEMM: measured, for one group, or by formula."""
+    found = None
+    if s.groups == 1:
+        found = _tuned.tile("conv", s.n * s.oh * s.ow, s.o, s.kernel[0] * s.kernel[1] * row, arch)
+    return conv_by_formula(arch, processors, s, row) if found is None else measured(found)
+
+
+@functools.lru_cache(4096)
+def conv_by_formula(arch: int, processors: int, s: ConvShape, row: int) -> Config:
     """As for a GEMM, but no deeper than the channels of a tap, unless these are few.
 
     Beside the addresses of its tiles a program of 8 warps leaves no registers for a second one.
     """
-    found = config(arch, processors, s.n * s.oh * s.ow, s.o // s.groups, s.kernel[0] * s.kernel[1] * row, s.groups)
+    n, k = s.o // s.groups, s.kernel[0] * s.kernel[1] * row
+    found = by_formula(arch, processors, s.n * s.oh * s.ow, n, k, s.groups)
     deep = min(found.bk, 128 if row % 128 == 0 else 64)
     return replace(found, bk=deep, resident=1 if found.warps == 8 else found.resident)
 

@@ -116,7 +116,7 @@ def test_programs_that_share_a_tile(interpret: Interpreter) -> None:
     x, (w, scale, b) = integers((1, 256, 5, 5), torch.uint8), int8_weights(c)
     for machine in ((80, 32), (90, 32)):
         shape = conv_shape.conv_shape("qconv2d", x, c.out, c.kernel, *c.geometry)
-        assert conv.conv_config(*machine, shape, 256).split > 1
+        assert conv.conv_by_formula(*machine, shape, 256).split > 1
         arguments = (0.02, 7, 0.3, 5)
         y = run(interpret, x, w, scale, b, c, *arguments, machine=machine)
         assert torch.equal(y, reference.qconv2d(x, w, scale, b, *c.geometry, *arguments))
