@@ -4,7 +4,8 @@ On the CPU the layout is that of csrc/common/packed.h. On a CUDA device, in one 
 
     header   128 bytes: the CPU's struct, with a kind of its own
     weights  dot        [groups][N][kh * kw][K], K zero-padded to a multiple of 16 bytes
-             depthwise  int8: [kh * kw][C], C zero-padded to a multiple of 16; floats: [C][kh * kw]
+             runs       [N][kh][kw * K], each run zero-padded to a power of two: int8 of one group, where that is less
+             depthwise  int8: [kh][ceil(kw / 4)][C][4 of kw], zero-padded, C to a multiple of 16; floats: [C][kh * kw]
     sums     s32  [groups * N]: of the weights of an output channel (0 for floats)
     scales   fp32 [groups * N]: of the weights (1 for floats)
     biases   fp32 [groups * N] (-0 without a bias: x + -0 is x, whatever x)
@@ -29,6 +30,7 @@ MAGIC = b"PKPACK01"
 VERSION = 1
 HEADER = struct.Struct("<8s4i12qQ")
 DOT, DEPTHWISE, CUDA_DOT, CUDA_DEPTHWISE = range(4)
+MAX_RUN = 128  # bytes
 ELEMENTS = (torch.int8, torch.bfloat16, torch.float32, torch.float16)  # a header says which by its number
 
 
@@ -39,6 +41,11 @@ def depthwise(groups: int, n: int, k: int) -> bool:
 
 def _round_up(n: int, to: int) -> int:
     return (n + to - 1) // to * to
+
+
+def _run(n: int) -> int:
+    """The bytes that a run of n takes: a power of two, at least 16."""
+    return max(16, 1 << max(0, n - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -65,12 +72,27 @@ class Layout:
         return depthwise(self.groups, self.n, self.k)
 
     @cached_property
+    def runs(self) -> bool:
+        """CUDA: whether the weights of a kernel row are padded together, and not each tap's: those of few channels."""
+        run = _run(self.kw * self.k)
+        return self.dtype == torch.int8 and self.groups == 1 and run < 16 * self.kw and run <= MAX_RUN
+
+    @cached_property
+    def rows(self) -> int:
+        """CUDA: what of a channel is padded by itself: kernel rows, taps, or fours of taps (depthwise int8)."""
+        if self.depthwise and not self.dtype.is_floating_point:
+            return self.kh * ((self.kw + 3) // 4)
+        return self.kh if self.runs else self.kh * self.kw
+
+    @cached_property
     def row(self) -> int:
-        """CUDA: elements from one tap's weights to the next's."""
-        if self.depthwise and self.dtype.is_floating_point:
-            return 1
+        """CUDA: elements from one of `rows` to the next."""
+        if self.runs:
+            return _run(self.kw * self.k)
+        if self.depthwise:
+            return 1 if self.dtype.is_floating_point else 4 * _round_up(self.groups, 16)
         unit = 16 // self.dtype.itemsize
-        return max(unit, _round_up(self.groups if self.depthwise else self.k, unit))
+        return max(unit, _round_up(self.k, unit))
 
     @cached_property
     def words(self) -> int:
@@ -93,8 +115,8 @@ class Layout:
     def weight_bytes(self) -> int:
         if not self.cuda:
             return self.channels * self.words * 4
-        rows = 1 if self.depthwise and not self.dtype.is_floating_point else self.groups * self.n
-        return _round_up(rows * self.kh * self.kw * self.row * self.dtype.itemsize, 64)
+        each = 1 if self.depthwise and not self.dtype.is_floating_point else self.groups * self.n
+        return _round_up(each * self.rows * self.row * self.dtype.itemsize, 64)
 
     @cached_property
     def sums_at(self) -> int:
@@ -177,7 +199,11 @@ def unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, tor
     taps, o = at.kh * at.kw, at.groups * at.n
     raw = packed[at.weights_at : at.weights_at + at.weight_bytes].view(at.dtype)
     if at.cuda and at.depthwise and not at.dtype.is_floating_point:
-        weight = raw[: taps * at.row].view(taps, at.row)[:, :o].t()
+        quads = raw[: at.rows * at.row].view(at.kh, -1, at.row // 4, 4).permute(2, 0, 1, 3)
+        weight = quads.reshape(at.row // 4, at.kh, -1)[:o, :, : at.kw]
+    elif at.cuda and at.runs:
+        runs = raw[: o * at.kh * at.row].view(o, at.kh, at.row)[..., : at.kw * at.k]
+        weight = runs.reshape(o, taps, at.k).transpose(1, 2)
     elif at.cuda:
         weight = raw[: o * taps * at.row].view(o, taps, at.row)[..., : at.k].transpose(1, 2)
     else:  # [panels][taps][words of a tap][16 channels][elements of a word]

@@ -1,9 +1,14 @@
-"""Which configuration of the CUDA library's kernels runs a shape: tables of pykernels/tuned, one file an architecture.
+"""Which configuration runs a shape: tables of pykernels/tuned, one file an architecture.
 
-A table is written on a GPU by `python -m benchmarks.gpu.tune`. For each op of the library, `int8_gemm` and `int8_conv`,
-it maps widths, "NxK", to rows of the largest M and the name of a configuration, or "triton", in ascending order; the
-last has no largest M. A shape takes the width nearest to its own and the first row that holds its M. Of a convolution M
-are the pixels of the output, N its channels and K the taps times the channels of the input.
+A table is written on a GPU by `python -m benchmarks.gpu.tune`. For each op of the CUDA library, `int8_gemm` and
+`int8_conv`, it maps widths, "NxK", to rows of the largest M and the name of a configuration, or "triton", in ascending
+order; the last has no largest M. A shape takes the width nearest to its own and the first row that holds its M. Of a
+convolution M are the pixels of the output, N its channels and K the taps times the channels of the input.
+
+`triton` has the same of Triton's kernels: `gemm`, and `conv`, whose channels are padded. A row's second part is a tile
+as numbers: rows, columns and depth, warps, stages, programs a multiprocessor, parts of K. A shape whose N and K are not
+near any that was measured has no tile here, and takes that of gemm.by_formula. `candidates` are what the tuner tries,
+without the parts of K.
 """
 
 from __future__ import annotations
@@ -20,13 +25,27 @@ import torch
 
 from pykernels import _load
 
-__all__ = ["architecture", "configurations", "disabled", "int8_conv", "int8_gemm", "runs", "table"]
+__all__ = ["architecture", "configurations", "disabled", "forced", "int8_conv", "int8_gemm", "runs", "table", "tile"]
 
 FOLDER = pathlib.Path(__file__).parent / "tuned"
 TRITON = "triton"
 # The library's ops refuse longer sums, which s32 may not hold: csrc/cuda/gemm/op.cpp.
 MAX_K = (2**31 - 1) // (255 * 128)
+NEAR = 2.0  # the most that N and K may differ together, in powers of two, from those a tile was measured for
 _disabled = False
+_forced: tuple[int, ...] | None = None
+
+
+@contextlib.contextmanager
+def forced(tile: tuple[int, ...]) -> Iterator[None]:
+    """Give every shape to Triton's kernels and this tile meanwhile, in all threads: for measurements."""
+    global _forced
+    before, _forced = _forced, tile
+    try:
+        with disabled():
+            yield
+    finally:
+        _forced = before
 
 
 @contextlib.contextmanager
@@ -131,3 +150,18 @@ def int8_conv(
     if channels % 16:
         return None
     return _chosen("int8_conv", m, n, taps * channels, out_dtype, residual, capability)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tile(kind: str, m: int, n: int, k: int, arch: int) -> tuple[int, ...] | None:
+    name = architecture(divmod(arch, 10))
+    rules = {} if name is None else table(name)["triton"][kind]
+    width = min(rules, key=lambda width: _distance(width, n, k), default=None)
+    if width is None or _distance(width, n, k) > NEAR:
+        return None
+    return next(tuple(found) for most, found in rules[width] if most is None or m <= most)
+
+
+def tile(kind: str, m: int, n: int, k: int, arch: int) -> tuple[int, ...] | None:
+    """The tile measured for Triton's `kind` of kernel, "gemm" or "conv", on compute capability `arch` / 10, or None."""
+    return _forced or _tile(kind, m, n, k, arch)

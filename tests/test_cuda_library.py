@@ -137,6 +137,26 @@ print(torch.equal(y, reference.qconv2d(x, w, scale, bias, *geometry[1:], *rest))
     assert equal == "True"
 
 
+def test_the_tuner_calls_every_configuration_with_its_arguments() -> None:
+    pytest.importorskip("triton")
+    code = """
+from benchmarks.gpu import tune
+from pykernels.triton.conv_shape import conv_shape
+x = torch.empty(1, 32, 6, 5, device="meta", dtype=torch.uint8)
+s = conv_shape("qconv2d", x, 48, [3, 3], [2, 2], [1] * 4, [1, 1], 1)
+for calls in (tune.library_gemm(5, 32, 48, (9, 0), "cpu"), tune.library_conv(s, (9, 0), "cpu")):
+    for name, call in calls.items():
+        print(name)
+        call()
+print(tune.library_gemm(5, 32, 48, (8, 9), "cpu").keys())
+"""
+    *lines, older = loaded(STAND_IN + code).splitlines()
+    assert lines[::2] == lines[1::2]  # what was called is what the stand-in was told
+    configurations = loaded(f"print(*(getattr(lib, f'_cuda_{{op}}_configs')() for op in {OPS}), sep='')")
+    assert lines[::2] == [line.split(",")[0] for line in configurations.splitlines()]
+    assert "sm80" in older and "sm90" not in older
+
+
 # ---- machine code ----------------------------------------------------------------------------------------------------
 def cuobjdump(*options: str) -> Iterator[str]:
     """The lines of its answer: the disassembly has millions."""

@@ -1,8 +1,9 @@
-"""Which configuration of the CUDA library a shape is given: the tables, without a GPU."""
+"""Which configuration a shape is given, of the CUDA library and of Triton's kernels: the tables, without a GPU."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -122,3 +123,57 @@ def test_what_is_made_for_9_0_runs_there_alone(needed: int, capability: tuple[in
 def test_nothing_is_chosen_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_load, "CUDA_ERROR", "not there")
     assert _tuned.int8_gemm(64, 64, 64, torch.uint8, None, (9, 0)) is None
+
+
+class TestTiles:
+    ROWS = ([16, [16, 64, 256, 4, 3, 2, 4]], [None, [128, 256, 128, 8, 4, 1, 1]])
+
+    @pytest.fixture(autouse=True)
+    def rules(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        rules = {"1024x512": self.ROWS, "64x64": [[None, [64, 64, 128, 4, 4, 3, 1]]]}
+        monkeypatch.setattr(_tuned, "table", lambda name: {"triton": {"gemm": rules, "conv": {}}})
+        _tuned._tile.cache_clear()
+        yield
+        _tuned._tile.cache_clear()
+
+    def test_a_shape_takes_that_of_the_nearest_width_and_of_its_rows(self) -> None:
+        few, many = (tuple(tile) for _, tile in self.ROWS)
+        assert _tuned.tile("gemm", 16, 1024, 512, 90) == few
+        assert _tuned.tile("gemm", 17, 1024, 512, 80) == many
+        assert _tuned.tile("gemm", 17, 2048, 256, 90) == many
+        assert _tuned.tile("gemm", 17, 100, 64, 90) == (64, 64, 128, 4, 4, 3, 1)
+
+    @pytest.mark.parametrize(
+        ("kind", "n", "k", "arch"),
+        [("gemm", 4096, 4096, 90), ("gemm", 1024, 64, 90), ("conv", 1024, 512, 90), ("gemm", 1024, 512, 120)],
+    )
+    def test_what_is_near_to_nothing_measured_has_none(self, kind: str, n: int, k: int, arch: int) -> None:
+        assert _tuned.tile(kind, 16, n, k, arch) is None
+
+    def test_one_may_be_forced(self) -> None:
+        tile = (64, 128, 64, 4, 4, 2, 1)
+        with _tuned.forced(tile):
+            assert _tuned.tile("conv", 5, 4096, 4096, 90) == tile
+            assert _tuned._disabled
+        assert _tuned.tile("conv", 5, 4096, 4096, 90) is None and not _tuned._disabled
+
+    def test_launchers_take_it_and_the_formula_s_where_there_is_none(self) -> None:
+        from pykernels.triton import gemm
+
+        assert gemm.config(90, 132, 16, 1024, 512) == gemm.Config(16, 64, 256, 4, 3, 2, 4)
+        assert gemm.config(90, 132, 16, 8192, 8192) == gemm.by_formula(90, 132, 16, 8192, 8192)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_tiles_of_tables_are_what_the_kernels_can_run(name: str) -> None:
+    """Powers of two, and operands that fit shared memory: of sm80's other devices, 8.6, too."""
+    triton = _tuned.table(name)["triton"]
+    room = 227 if name == "sm90" else 99
+    measured = [tile for kind in ("gemm", "conv") for rows in triton[kind].values() for _, tile in rows]
+    for bm, bn, bk, warps, stages, resident, split in [*measured, *([*c, 1] for c in triton["candidates"])]:
+        assert all(number & (number - 1) == 0 for number in (bm, bn, bk, warps, split))
+        assert bm >= 16 and bn >= 16 and bk >= 32 and stages * (bm + bn) * bk <= room * 1024 and resident >= 1
+    for kind in ("gemm", "conv"):
+        for rows in triton[kind].values():
+            most = [m for m, _ in rows]
+            assert most[-1] is None and most[:-1] == sorted(set(most[:-1]))

@@ -21,7 +21,7 @@ import itertools
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -47,22 +47,34 @@ def in_turn(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
     return lambda: next(turn)()
 
 
+def at_first_call(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+    """What `make` returns, which is asked for late: `compare` tells of what cannot be made, and goes on."""
+    made: list[Callable[[], Any]] = []
+
+    def call() -> Any:
+        if not made:
+            made.append(make())
+        return made[0]()
+
+    return call
+
+
 def half_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return F.linear(x, weight, bias).relu_()
 
 
-def gemm(rounds: int) -> list[Row]:
+def gemm(rounds: int, shapes: Iterable[tuple[int, int, int]] = GEMMS, device: str = "cuda") -> list[Row]:
     rows: list[Row] = []
 
     @torch.compile(dynamic=True)
     def epilogue(acc: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return (torch.relu(acc.float() * scale + bias) * 0.2).round().add(3.0).clamp(0, 255).to(torch.uint8)
 
-    for m, n, k in GEMMS:
-        a = torch.randint(0, 256, (m, k), dtype=torch.uint8, device="cuda")
+    for m, n, k in shapes:
+        a = torch.randint(0, 256, (m, k), dtype=torch.uint8, device=device)
         copies = REPEAT if m <= FEW else 1
-        weights = [torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda") for _ in range(copies)]
-        scale, bias = torch.rand(n, device="cuda") * 1e-3 + 1e-4, torch.randn(n, device="cuda")
+        weights = [torch.randint(-128, 128, (n, k), dtype=torch.int8, device=device) for _ in range(copies)]
+        scale, bias = torch.rand(n, device=device) * 1e-3 + 1e-4, torch.randn(n, device=device)
         signed, x, h = a.view(torch.int8), a.half(), bias.half()
         padded = F.pad(signed, (0, 0, 0, max(0, 17 - m)))  # torch._int_mm asks for more than 16 rows
         quantized = (0.02, 131, 5.0, 3, torch.uint8, "relu")
@@ -76,7 +88,10 @@ def gemm(rounds: int) -> list[Row]:
             ),
             "cuBLAS fp16 and ReLU": lambda b, x=x, h=h: functools.partial(half_linear, x, b.half(), h),
         }
-        times = compare({name: in_turn([make(b) for b in weights]) for name, make in rivals.items()}, rounds)
+        calls = {
+            name: in_turn([at_first_call(functools.partial(make, b)) for b in weights]) for name, make in rivals.items()
+        }
+        times = compare(calls, rounds)
         ours = times["pykernels int8"]
         known = isinstance(ours, float)
         speed = {"TOP/s": round(2e-12 * m * n * k / ours, 1) if known else None,
@@ -85,18 +100,26 @@ def gemm(rounds: int) -> list[Row]:
     return rows
 
 
-def conv(rounds: int) -> list[Row]:
+def layers(network: str) -> list[dict[str, Any]]:
+    """Of a file of shapes."""
+    shapes = json.loads((pathlib.Path(bench.__file__).parent / "shapes" / f"{network}.json").read_text())
+    found: list[dict[str, Any]] = shapes["layers"]
+    return found
+
+
+def conv(
+    rounds: int, batches: Iterable[int] = (32, 128), shapes: list[dict[str, Any]] | None = None, device: str = "cuda"
+) -> list[Row]:
     rows: list[Row] = []
-    shapes = json.loads((pathlib.Path(bench.__file__).parent / "shapes" / "resnet50.json").read_text())
-    for batch in (32, 128):
-        for layer in shapes["layers"]:
+    for batch in batches:
+        for layer in layers("resnet50") if shapes is None else shapes:
             i, o, size, kernel, stride, pad = (
                 layer[key] for key in ("in", "out", "size", "kernel", "stride", "padding")
             )
-            x = torch.randint(0, 256, (batch, i, size, size), dtype=torch.uint8, device="cuda")
+            x = torch.randint(0, 256, (batch, i, size, size), dtype=torch.uint8, device=device)
             x = x.contiguous(memory_format=torch.channels_last)
-            w = torch.randint(-128, 128, (o, i, kernel, kernel), dtype=torch.int8, device="cuda")
-            scale, bias = torch.rand(o, device="cuda") * 1e-3 + 1e-4, torch.randn(o, device="cuda")
+            w = torch.randint(-128, 128, (o, i, kernel, kernel), dtype=torch.int8, device=device)
+            scale, bias = torch.rand(o, device=device) * 1e-3 + 1e-4, torch.randn(o, device=device)
             packed = ops.qconv2d_pack(w, scale, bias)
             half = [t.half() for t in (x, w.contiguous(memory_format=torch.channels_last), bias)]
             geometry = [[kernel] * 2, [stride] * 2, [pad] * 4, [1, 1], 1]
@@ -137,18 +160,18 @@ def network(rounds: int) -> list[Row]:
     return rows
 
 
-def memory(rounds: int) -> list[Row]:
+def memory(rounds: int, batch: int = 128, device: str = "cuda") -> list[Row]:
     rows: list[Row] = []
 
     def add(op: str, moved: int, call: Callable[[], Any]) -> None:
-        source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
+        source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         rows.append({"op": op, "MB": round(moved / 1e6),
                      "times": compare({"pykernels": call, "copy": lambda: target.copy_(source)}, rounds)})  # fmt: skip
 
-    x = torch.randn(128, 64, 112, 112, device="cuda").contiguous(memory_format=torch.channels_last)
+    x = torch.randn(batch, 64, 112, 112, device=device).contiguous(memory_format=torch.channels_last)
     n = x.numel()
-    for name, t, size in (("fp32", x, 4), ("fp16", x.half(), 2), ("uint8", x.mul(30).clamp(0, 255).byte(), 1)):
+    for name, t, size in (("fp32", x, 4), ("bf16", x.bfloat16(), 2), ("uint8", x.mul(30).clamp(0, 255).byte(), 1)):
         add(
             f"max_pool2d 3x3/2 {name}",
             n * size * 5 // 4,
@@ -159,7 +182,7 @@ def memory(rounds: int) -> list[Row]:
     add("quantize_per_tensor", 5 * n, lambda: ops.quantize_per_tensor(x, 0.03, 128, torch.uint8))
     add("dequantize_per_tensor", 5 * n, lambda: ops.dequantize_per_tensor(q, 0.03, 128, torch.float32))
     add("qadd", 3 * n, lambda: ops.qadd(q, q, 0.1, 3, 0.2, 120, 0.1, 3, torch.uint8, "relu"))
-    rows_of = torch.randn(16384, 4096, device="cuda")
+    rows_of = torch.randn(128 * batch, 4096, device=device)
     add("quantize_per_token", 5 * rows_of.numel(), lambda: ops.quantize_per_token(rows_of, torch.uint8))
     return rows
 

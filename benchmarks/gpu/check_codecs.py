@@ -99,14 +99,14 @@ def check_sparse() -> bool:
     return good
 
 
-def measure(n: int, rounds: int) -> list[dict[str, Any]]:
+def measure(n: int, rounds: int, device: str = "cuda") -> list[dict[str, Any]]:
     """Each codec's ops on `n` fp32 elements beside a copy of as many bytes as they must read and write."""
     rows: list[dict[str, Any]] = []
     ops = torch.ops.pykernels
-    x, residual, out = torch.randn(n, device="cuda"), torch.zeros(n, device="cuda"), torch.zeros(n, device="cuda")
+    x, residual, out = torch.randn(n, device=device), torch.zeros(n, device=device), torch.zeros(n, device=device)
 
     def add(codec: str, op: str, moved: int, call: Callable[[], Any]) -> None:
-        source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
+        source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         ours, copy = best([call, lambda: target.copy_(source)], rounds)
         rows.append({"codec": codec, "op": op, "MB": round(moved / 1e6), "times": {"pykernels": ours, "copy": copy}})
@@ -115,8 +115,8 @@ def measure(n: int, rounds: int) -> list[dict[str, Any]]:
         block = 1024 if codec == "onebit" else 256
         size = -(-n // block) * record_bytes(codec, block)
         how = (torch.tensor([[0, n, 0]]), codec, block)
-        shards = torch.zeros(RANKS, size, dtype=torch.uint8, device="cuda")
-        payload = torch.zeros(size, dtype=torch.uint8, device="cuda")
+        shards = torch.zeros(RANKS, size, dtype=torch.uint8, device=device)
+        payload = torch.zeros(size, dtype=torch.uint8, device=device)
         for shard in shards:
             ops.compress_encode(x, None, shard, *how)
         add(codec, "encode, error feedback", 12 * n + size,
@@ -125,7 +125,7 @@ def measure(n: int, rounds: int) -> list[dict[str, Any]]:
         add(codec, f"reduce {RANKS} ranks", 8 * n + (RANKS + 1) * size,
             lambda how=how, s=shards, p=payload: ops.compress_reduce(s, residual, p, *how, 1 / RANKS))  # fmt: skip
     segments, k = torch.tensor([[0, n, 0]]), n // 100
-    entries = torch.zeros(8 * k, dtype=torch.uint8, device="cuda")
+    entries = torch.zeros(8 * k, dtype=torch.uint8, device=device)
     add("top-k 1 %", "encode, error feedback", 12 * n + 8 * k,
         lambda: ops.sparse_encode(x, residual, None, entries, segments, k))  # fmt: skip
     add("top-k 1 %", "torch.topk(x.abs(), k)", 12 * n + 8 * k, lambda: torch.topk(x.abs(), k))

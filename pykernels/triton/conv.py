@@ -2,9 +2,9 @@
 
 The rows of the GEMM are the pixels of the result, its depth the taps times the channels of a group: a row of A is
 gathered from the input as the tile is loaded, never stored. Inputs are channels_last; each group's channels are
-zero-padded to a multiple of 16 where they are not one, so that all loads have 16 bytes. Beyond the border stands the
-zero point. Otherwise as gemm.py; 1x1 convolutions without stride and padding are calls of it. Where the CUDA library is
-loaded and its table says so, its kernels run instead (library.py).
+zero-padded to a multiple of 16 where they are not one, so that all loads have 16 bytes; few channels of one group are
+few_channels.py's. Beyond the border stands the zero point. Otherwise as gemm.py; 1x1 convolutions without stride and
+padding are calls of it. Where the CUDA library is loaded and its table says so, its kernels run instead (library.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from pykernels import _tuned
 from pykernels._dtypes import REALS
 from pykernels.triton import library, tiles
 from pykernels.triton.arguments import (
@@ -36,6 +37,7 @@ from pykernels.triton.arguments import (
 )
 from pykernels.triton.conv_shape import ConvShape, conv_shape, pixels_of
 from pykernels.triton.depthwise import depthwise
+from pykernels.triton.few_channels import conv_few_channels
 from pykernels.triton.floats import check_residual, check_residual_shape, finish_floats
 from pykernels.triton.gemm import (
     GROUP,
@@ -43,9 +45,10 @@ from pykernels.triton.gemm import (
     Config,
     Epilogue,
     add_parts,
-    config,
+    by_formula,
     gemm,
     machine,
+    measured,
     place_tile,
     rows16,
     store_tile,
@@ -148,13 +151,35 @@ def _grouped(x: torch.Tensor, s: ConvShape, row: int) -> torch.Tensor:
     return padded
 
 
-@functools.lru_cache(4096)
+def _columns(x: torch.Tensor, run: int, s: ConvShape, zero_point: int) -> tuple[torch.Tensor, ConvShape]:
+    """The same convolution with kernels of one column: its `run` channels are the KW * C numbers of a kernel row.
+
+    For dilated kernels of few channels, whose runs are not neighbours in memory: here they are copied.
+    """
+    (kh, kw), (sh, sw), (dh, dw), (left, right, top, bottom) = s.kernel, s.stride, s.dilation, s.padding
+    wide = F.pad(pixels_of(x).view(s.n, s.h, s.w, s.c), (0, 0, left, right), value=zero_point)
+    taps = wide.unfold(2, dw * (kw - 1) + 1, sw)[..., ::dw].transpose(3, 4).flatten(3)
+    columns = F.pad(taps, (0, run - kw * s.c)).permute(0, 3, 1, 2)
+    shape = replace(s, c=run, w=s.ow, kernel=(kh, 1), stride=(sh, 1), dilation=(dh, 1), padding=(0, 0, top, bottom))
+    return columns, shape
+
+
 def conv_config(arch: int, processors: int, s: ConvShape, row: int) -> Config:
+    """As for a GEMM: measured, for one group, or by formula."""
+    found = None
+    if s.groups == 1:
+        found = _tuned.tile("conv", s.n * s.oh * s.ow, s.o, s.kernel[0] * s.kernel[1] * row, arch)
+    return conv_by_formula(arch, processors, s, row) if found is None else measured(found)
+
+
+@functools.lru_cache(4096)
+def conv_by_formula(arch: int, processors: int, s: ConvShape, row: int) -> Config:
     """As for a GEMM, but no deeper than the channels of a tap, unless these are few.
 
     Beside the addresses of its tiles a program of 8 warps leaves no registers for a second one.
     """
-    found = config(arch, processors, s.n * s.oh * s.ow, s.o // s.groups, s.kernel[0] * s.kernel[1] * row, s.groups)
+    n, k = s.o // s.groups, s.kernel[0] * s.kernel[1] * row
+    found = by_formula(arch, processors, s.n * s.oh * s.ow, n, k, s.groups)
     deep = min(found.bk, 128 if row % 128 == 0 else 64)
     return replace(found, bk=deep, resident=1 if found.warps == 8 else found.resident)
 
@@ -236,6 +261,11 @@ def qconv2d(
         depthwise(x, weights, s, out, epilogue)
     elif s.pointwise:
         gemm(rows16(pixels_of(x)), weights.rows, out, epilogue)
+    elif weights.layout.runs and s.dilation[1] == 1:
+        conv_few_channels(x, weights, s, out, epilogue)
+    elif weights.layout.runs:
+        columns, s = _columns(x, weights.layout.row, s, x_zero_point)
+        _implicit_gemm(columns, weights, s, out, epilogue)
     else:
         dense = x if is_channels_last(x) else x.contiguous(memory_format=torch.channels_last)
         if not library.int8_conv(dense, s, out, epilogue, machine(x.device)[0]):

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pykernels import _tuned
 from pykernels.triton import library, tiles
 from pykernels.triton.arguments import KINDS, as_bits, ceil_div, inverse, single
 from pykernels.triton.epilogue import OPTIONS, finish_sums
@@ -32,11 +33,14 @@ __all__ = [
     "Config",
     "Epilogue",
     "add_parts",
+    "by_formula",
     "config",
     "gemm",
     "machine",
+    "measured",
     "place_tile",
     "rows16",
+    "split_of",
     "store_tile",
 ]
 
@@ -215,8 +219,28 @@ def machine(device: torch.device) -> tuple[int, int]:
     return 10 * facts.major + facts.minor, facts.multi_processor_count
 
 
+def split_of(tile: Config, processors: int, m: int, n: int, k: int, groups: int = 1) -> int:
+    """How many programs divide a tile's K: as many as the multiprocessors ask for, each part at least four steps."""
+    count, steps, split = groups * ceil_div(m, tile.bm) * ceil_div(n, tile.bn), ceil_div(k, tile.bk), 1
+    while split < 8 and split * count <= processors and steps >= 8 * split:
+        split *= 2
+    return split
+
+
 @functools.lru_cache(4096)
-def config(arch: int, processors: int, m: int, n: int, k: int, groups: int = 1) -> Config:
+def measured(tile: tuple[int, ...]) -> Config:
+    """Of a row of pykernels/tuned."""
+    return Config(*tile)
+
+
+def config(arch: int, processors: int, m: int, n: int, k: int) -> Config:
+    """The one that the architecture's table gives, or by formula where it has measured nothing like this."""
+    found = _tuned.tile("gemm", m, n, k, arch)
+    return by_formula(arch, processors, m, n, k) if found is None else measured(found)
+
+
+@functools.lru_cache(4096)
+def by_formula(arch: int, processors: int, m: int, n: int, k: int, groups: int = 1) -> Config:
     """The largest tile of which `groups` products [m, k] x [k, n] have enough for every multiprocessor.
 
     A byte that comes in is used in BM or BN multiply-adds: small tiles wait for the L2 cache, large ones leave
@@ -239,10 +263,7 @@ def config(arch: int, processors: int, m: int, n: int, k: int, groups: int = 1) 
         fit = [c for c in candidates if c.bn <= max(narrow, triton.next_power_of_2(n))]
         enough = [c for c in fit if groups * ceil_div(m, c.bm) * ceil_div(n, c.bn) >= processors]
         found = (enough or fit[-1:])[0]
-    count, steps, split = groups * ceil_div(m, found.bm) * ceil_div(n, found.bn), ceil_div(k, found.bk), 1
-    while split < 8 and split * count <= processors and steps >= 8 * split:  # each part at least four steps
-        split *= 2
-    return replace(found, split=split)
+    return replace(found, split=split_of(found, processors, m, n, k, groups))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from pykernels._packed import Layout
 from pykernels.triton.arguments import check_device, check_dim, check_real_dtype, check_scale, name
@@ -46,9 +47,9 @@ class Packed:
 
     @property
     def rows(self) -> torch.Tensor:
-        """The weights as [O, kh * kw * K padded]; not of depthwise ones."""
+        """The weights as [O, kh * kw * K padded], or [O, kh * kw K padded] of runs; not of depthwise ones."""
         at = self.layout
-        o, row = at.groups * at.n, at.kh * at.kw * at.row
+        o, row = at.groups * at.n, at.rows * at.row
         return self.weight[: o * row].view(o, row)
 
 
@@ -134,7 +135,11 @@ def _pack(
     taps, row = kh * kw, layout.row
     dense = weight.reshape(o, k, taps)
     if layout.depthwise and scale is not None:
-        parts.weight[: taps * row].view(taps, row)[:, :o] = dense[:, 0].t()
+        quads = F.pad(dense.view(o, kh, kw), (0, -kw % 4)).view(o, kh, -1, 4).permute(1, 2, 0, 3)
+        parts.weight[: layout.rows * row].view(kh, -1, row // 4, 4)[:, :, :o] = quads
+    elif layout.runs:
+        runs = dense.transpose(1, 2).reshape(o, kh, kw * k)
+        parts.rows.view(o, kh, row)[..., : kw * k] = runs
     else:
         parts.rows.view(o, taps, row)[..., :k] = dense.transpose(1, 2)
     parts.scales.fill_(1.0) if scale is None else parts.scales.copy_(scale)

@@ -90,13 +90,18 @@ def max_pool_numbered_in_64_bits(x: torch.Tensor, *arguments: Any) -> tuple[torc
 
 
 def on_machine(machine: tuple[int, int], module: str, name: str, *arguments: Any) -> Any:
-    """There: what a launcher returns that takes the CPU for this machine, see `pykernels.triton.gemm.STAND_IN`."""
+    """There: what a launcher returns that takes the CPU for this machine, see `pykernels.triton.gemm.STAND_IN`.
+
+    Its tiles are those of the formula, whatever was measured.
+    """
+    from pykernels import _tuned
     from pykernels.triton import gemm
 
     before, gemm.STAND_IN = gemm.STAND_IN, machine
+    tile, _tuned.tile = _tuned.tile, lambda *_: None
     gemm.machine.cache_clear()
     try:
         return _answer(module, name, arguments, {})
     finally:
-        gemm.STAND_IN = before
+        gemm.STAND_IN, _tuned.tile = before, tile
         gemm.machine.cache_clear()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cubin import accesses, check, compiled, resources
 
-from pykernels.triton import conv, depthwise, gemm
+from pykernels.triton import conv, depthwise, few_channels, gemm
 from pykernels.triton.conv_shape import ConvShape, conv_shape
 
 TYPES = {
@@ -18,14 +18,15 @@ TYPES = {
     "w": "*i8",
     **dict.fromkeys(["sums"], "*i32"),
     **dict.fromkeys(["scales", "biases"], "*fp32"),
-    **dict.fromkeys(["M", "N", "K", "C", "ROW", "PIXEL", "OC", *conv.SIZES, *depthwise.SIZES, *gemm.NUMBERS], "i32"),
+    **dict.fromkeys(["M", "N", "K", "C", "ROW", "PIXEL", "OC", *gemm.NUMBERS], "i32"),
+    **dict.fromkeys([*conv.SIZES, *depthwise.SIZES, *few_channels.SIZES], "i32"),
     **dict.fromkeys(["x_scale", "residual_scale", "inverse"], "fp32"),
 }
 ALIGNED = {"N", "K", "C", "ROW", "PIXEL", "OC"}
 PROCESSORS = {80: 108, 90: 132}
 # Of ResNet-50, batches of 32 and 1: images, channels, size, output channels, kernel, stride.
 SIZES = {
-    "first layer": (32, 3, 224, 64, 7, 2),
+    "thin": (32, 16, 112, 64, 3, 1),
     "large": (32, 128, 56, 128, 3, 1),
     "wide": (32, 256, 14, 256, 3, 1),
     "one image": (1, 512, 7, 512, 3, 1),
@@ -56,8 +57,8 @@ def build(arch: int, size: str, epilogue: dict[str, Any], fill: bool) -> tuple[A
 @pytest.mark.parametrize(
     ("arch", "size", "residual", "fill"),
     [
-        (80, "first layer", None, False),
-        (90, "first layer", None, True),
+        (80, "thin", None, False),
+        (90, "thin", None, True),
         (80, "large", "uint8", False),
         (90, "large", "uint8", False),
         (80, "wide", None, True),
@@ -81,13 +82,65 @@ def test_implicit_gemm(arch: int, size: str, residual: str | None, fill: bool, t
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("residual", [None, "uint8"])
-def test_depthwise(arch: int, residual: str | None, tmp_path: pathlib.Path) -> None:
-    constants = {**plain(residual, "relu6"), "KW": 3, **depthwise.tile_of(96)}
-    kernel = compiled(depthwise._depthwise, arch, TYPES, constants, {"num_warps": 4, **depthwise.OPTIONS}, ALIGNED)
+@pytest.mark.parametrize("size", [(3, 64, 7), (3, 32, 3), (9, 96, 11)], ids=["7x7", "3x3", "11x11"])
+def test_few_channels(arch: int, size: tuple[int, int, int], tmp_path: pathlib.Path) -> None:
+    channels, out, kernel = size
+    s = shape_of(32, channels, 224, out, kernel, 2)
+    run = s.layout(torch.int8).row
+    c = few_channels.few_config(arch, s.o, kernel, run)
+    shape = {"GROUP": gemm.GROUP, "BM": c.bm, "BN": c.bn, "BK": c.bk, "RUN": run}
+    constants = {"FLIP": True, "WORDS": True, **shape, **plain()}
+    built = compiled(few_channels._conv_few, arch, TYPES, constants, c.options, ALIGNED - {"C"})
+    check(built, tmp_path, 255)
+    code = built.asm["sass"]
+    # The words of a thread go to shared memory 16 bytes at a time, and their bytes are nowhere looked at one by one.
+    assert "STS.128" in code and "STS.U8" not in code
+    assert {"ld 4", "st 16"} <= accesses(built) and not {"ld 1", "st 1"} & accesses(built)
+    registers = -(-resources(built, tmp_path)["REG"] // 8) * 8
+    assert registers * 32 * c.warps * c.resident <= 65536, registers
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("residual", "x", "kw"), [(None, "u8", 3), ("uint8", "i8", 5)])
+def test_depthwise(arch: int, residual: str | None, x: str, kw: int, tmp_path: pathlib.Path) -> None:
+    constants = {**plain(residual, "relu6"), "KW": kw, "DP4A": True, **depthwise.tile_of(96)}
+    options = {"num_warps": 4, **depthwise.OPTIONS}
+    kernel = compiled(depthwise._depthwise, arch, {**TYPES, "x": f"*{x}", "w": "*i32"}, constants, options, ALIGNED)
     check(kernel, tmp_path, 128)
     found = accesses(kernel)
     assert {"ld 16", "st 16"} <= found and not {"ld 1", "st 1"} & found, found
+    # 16 channels a thread, four taps an instruction.
+    assert set(re.findall(r"dp4a\S*", kernel.asm["ptx"])) == {f"dp4a.{'u32' if x == 'u8' else 's32'}.s32"}
+    assert len(re.findall(r"\bIDP\.4A", kernel.asm["sass"])) == 16 * -(-kw // 4)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_four_taps_at_once(signed: bool) -> None:
+    """The instructions that the interpreter cannot run, step by step as the PTX manual has them, against products."""
+    torch.manual_seed(5)
+    x = torch.randint(-128, 128, (4, 4)) if signed else torch.randint(0, 256, (4, 4))  # [taps][channels]
+    w, acc = torch.randint(-128, 128, (4, 4)), torch.randint(-(2**30), 2**30, (4,))  # [channels][taps]
+    x[0, 0], w[0] = (-128 if signed else 255), -128
+
+    def word(numbers: torch.Tensor) -> int:
+        return int.from_bytes(bytes(n & 0xFF for n in numbers.tolist()), "little")
+
+    registers = {f"${4 + i}": word(x[i]) for i in range(4)} | {f"${8 + i}": word(w[i]) for i in range(4)}
+    registers |= {f"${12 + i}": int(acc[i]) for i in range(4)}
+    for line in (depthwise.SIGNED if signed else depthwise.UNSIGNED).value.splitlines()[2:-1]:
+        op, operands = line.rstrip(";").split(" ", 1)
+        target, a, b, c = operands.split(", ")
+        first, second = registers[a].to_bytes(4, "little"), registers[b].to_bytes(4, "little")
+        if op == "prmt.b32":
+            chosen = [int(digit, 16) for digit in reversed(c.removeprefix("0x"))]
+            registers[target] = int.from_bytes(bytes((first + second)[i] for i in chosen), "little")
+        else:
+            _, kind, other = op.split(".")
+            assert (kind, other) == ("s32" if signed else "u32", "s32")
+            left = torch.frombuffer(bytearray(first), dtype=torch.int8 if signed else torch.uint8).int()
+            right = torch.frombuffer(bytearray(second), dtype=torch.int8).int()
+            registers[target] = registers[c] + int((left * right).sum())
+    assert [registers[f"${i}"] for i in range(4)] == (acc + (x.t() * w).sum(1)).tolist()
 
 
 def test_one_output_channel() -> None:

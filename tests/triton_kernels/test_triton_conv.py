@@ -36,16 +36,21 @@ CONVS = {
     "1x1 strided, odd channels": Conv(10, 6, (1, 1), (2, 2)),
     "first layer": Conv(3, 16, (7, 7), (2, 2), (3, 3, 3, 3)),
     "one channel": Conv(1, 5, (3, 3)),
+    "runs of 16 bytes, no whole words a line": Conv(3, 70, (3, 3), (1, 2), (0, 2, 1, 0), (2, 1)),
+    "runs of 64 bytes": Conv(5, 20, (3, 9), padding=(4, 4, 1, 1)),
+    "runs of 128 bytes": Conv(11, 6, (2, 9), (2, 3), (9, 9, 0, 1)),
     "a whole tap a tile": Conv(64, 32, (3, 3), padding=(1, 1, 1, 1)),
     "two tiles a tap": Conv(256, 20, (2, 2), padding=(1, 1, 1, 1)),
     "asymmetric padding": Conv(48, 8, (3, 3), padding=(2, 0, 0, 1)),
-    "dilated": Conv(8, 24, (3, 3), (2, 1), (2, 2, 2, 2), (2, 3)),
+    "dilated": Conv(16, 24, (3, 3), (2, 1), (2, 2, 2, 2), (2, 3)),
+    "dilated, few channels": Conv(8, 24, (3, 3), (2, 1), (2, 2, 2, 2), (2, 3)),
     "1-D": Conv(7, 9, (1, 3), (1, 2), (1, 1, 0, 0)),
     "grouped": Conv(48, 24, (3, 3), padding=(1, 1, 1, 1), groups=3),
     "grouped, odd channels": Conv(6, 4, (3, 3), groups=2),
     "depthwise": Conv(32, 32, (3, 3), padding=(1, 1, 1, 1), groups=32),
     "depthwise, odd channels": Conv(21, 21, (5, 5), (2, 2), (2, 2, 2, 2), groups=21),
     "depthwise, dilated": Conv(40, 40, (3, 3), dilation=(2, 2), padding=(2, 1, 0, 3), groups=40),
+    "depthwise, a row": Conv(19, 19, (1, 9), padding=(4, 4, 0, 0), groups=19),
     "depthwise with multiplier": Conv(6, 12, (3, 3), padding=(1, 1, 1, 1), groups=6),
 }
 
@@ -72,7 +77,7 @@ def run(interpret: Interpreter, x, w, scale, b, c: Conv, *rest, machine=SM_90) -
 def test_every_kind_is_exact(interpret: Interpreter, name: str, dtype: torch.dtype) -> None:
     """uint8 contiguous with the zero point that loads fill in for nothing, int8 channels_last with another."""
     c, unsigned = CONVS[name], dtype == torch.uint8
-    x, (w, scale, b) = integers((2, c.channels, 7, 8), dtype), int8_weights(c)
+    x, (w, scale, b) = integers((2, c.channels, 7, 9), dtype), int8_weights(c)
     x = x if unsigned else x.contiguous(memory_format=torch.channels_last)
     for zero_point, machine in ((0, SM_90), (11, SM_80)) if unsigned else ((0, SM_80), (-3, SM_90)):
         arguments = (0.02, zero_point, 0.3, 5, dtype, "relu6")
@@ -81,7 +86,7 @@ def test_every_kind_is_exact(interpret: Interpreter, name: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("residual", [torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["a whole tap a tile", "1x1", "depthwise, odd channels", "grouped"])
+@pytest.mark.parametrize("name", ["a whole tap a tile", "1x1", "depthwise, odd channels", "grouped", "first layer"])
 def test_residuals_and_outputs(interpret: Interpreter, name: str, residual: torch.dtype) -> None:
     c = CONVS[name]
     x, (w, scale, b) = integers((1, c.channels, 9, 9), torch.uint8), int8_weights(c)
@@ -116,27 +121,28 @@ def test_programs_that_share_a_tile(interpret: Interpreter) -> None:
     x, (w, scale, b) = integers((1, 256, 5, 5), torch.uint8), int8_weights(c)
     for machine in ((80, 32), (90, 32)):
         shape = conv_shape.conv_shape("qconv2d", x, c.out, c.kernel, *c.geometry)
-        assert conv.conv_config(*machine, shape, 256).split > 1
+        assert conv.conv_by_formula(*machine, shape, 256).split > 1
         arguments = (0.02, 7, 0.3, 5)
         y = run(interpret, x, w, scale, b, c, *arguments, machine=machine)
         assert torch.equal(y, reference.qconv2d(x, w, scale, b, *c.geometry, *arguments))
 
 
-def test_strided_expanded_and_misaligned_inputs(interpret: Interpreter) -> None:
-    c = Conv(16, 8, (3, 3), padding=(1, 1, 1, 1))
+@pytest.mark.parametrize("n", [16, 3])
+def test_strided_expanded_and_misaligned_inputs(interpret: Interpreter, n: int) -> None:
+    c = Conv(n, 8, (3, 3), padding=(1, 1, 1, 1))
     w, scale, b = int8_weights(c)
-    shifted = integers((1 + 9 * 9 * 16,), torch.uint8)[1:].view(1, 9, 9, 16).permute(0, 3, 1, 2)
+    shifted = integers((1 + 9 * 9 * n,), torch.uint8)[1:].view(1, 9, 9, n).permute(0, 3, 1, 2)
     for x in (
-        integers((4, 32, 9, 20), torch.uint8)[::2, ::2, :, 1::2],
-        integers((1, 16, 9, 1), torch.uint8).expand(2, 16, 9, 9),
-        integers((2, 9, 16, 9), torch.uint8).transpose(1, 2),
+        integers((4, 2 * n, 9, 20), torch.uint8)[::2, ::2, :, 1::2],
+        integers((1, n, 9, 1), torch.uint8).expand(2, n, 9, 9),
+        integers((2, 9, n, 9), torch.uint8).transpose(1, 2),
         shifted,
     ):
         expected = reference.qconv2d(x, w, scale, b, *c.geometry, 0.02, 3, 0.3, 7)
         assert torch.equal(run(interpret, x, w, scale, b, c, 0.02, 3, 0.3, 7), expected)
 
 
-@pytest.mark.parametrize("name", ["1x1", "a whole tap a tile", "depthwise"])
+@pytest.mark.parametrize("name", ["1x1", "a whole tap a tile", "depthwise", "first layer"])
 def test_an_empty_batch(interpret: Interpreter, name: str) -> None:
     c = CONVS[name]
     x, (w, scale, b) = integers((0, c.channels, 9, 9), torch.uint8), int8_weights(c)

@@ -92,7 +92,7 @@ class TestInt8Linear:
     def test_programs_that_share_a_tile(self, interpret: Interpreter, machine) -> None:
         machine = (machine[0], 32)
         m, k, n = 17, 2100, 70
-        assert gemm.config(*machine, m, n, k).split > 1
+        assert gemm.by_formula(*machine, m, n, k).split > 1
         arguments = (0.02, 5, 0.3, 7, torch.int8)
         y, oracle, _ = both(interpret, m, k, n, integers((m, k), torch.uint8), *arguments, machine=machine)
         assert torch.equal(y, oracle)
@@ -210,11 +210,11 @@ class TestConfig:
         room = {80: 163, 90: 227}.get(arch, 99) * 1024
         for m in (1, 16, 64, 65, 500, 5000):
             for n, k in ((16, 64), (1000, 4096), (8192, 8192)):
-                c = gemm.config(arch, 108, m, n, k)
+                c = gemm.by_formula(arch, 108, m, n, k)
                 assert (c.bm + c.bn) * c.bk * c.stages * c.resident <= room, c
                 assert c.split == 1 or k >= 4 * c.bk * c.split
 
     def test_large_problems_get_large_tiles_and_small_ones_are_shared(self) -> None:
-        assert gemm.config(90, 132, 8192, 8192, 4096).bn == 256
-        small = gemm.config(90, 132, 8, 1024, 8192)
+        assert gemm.by_formula(90, 132, 8192, 8192, 4096).bn == 256
+        small = gemm.by_formula(90, 132, 8, 1024, 8192)
         assert small.bm == 16 and small.split == 8

@@ -13,7 +13,9 @@ DTYPES = [torch.int8, torch.float32, torch.bfloat16, torch.float16]
 # output channels, input channels of a group, kernel, groups
 SHAPES = {
     "linear": (33, 50, 1, 1, 1),
-    "3x3": (20, 5, 3, 3, 1),
+    "3x3": (20, 20, 3, 3, 1),
+    "runs": (20, 3, 7, 7, 1),
+    "runs of one channel": (5, 1, 1, 9, 1),
     "grouped": (12, 17, 2, 3, 3),
     "depthwise": (21, 1, 3, 3, 21),
     "depthwise with multiplier": (12, 1, 3, 1, 6),
@@ -63,11 +65,14 @@ def test_the_layout_is_as_documented(name: str) -> None:
     assert has_bias and layout.cuda and layout.weights_at == 128
     o, k, kh, kw = weight.shape
     raw = packed[128 : 128 + layout.weight_bytes].view(torch.int8)
-    row = -(-(o if layout.depthwise else k) // 16) * 16
-    rows = kh * kw if layout.depthwise else o * kh * kw
-    if layout.depthwise:
-        expected = torch.zeros(rows, row, dtype=torch.int8)
-        expected[:, :o] = weight.reshape(o, -1).t()
+    row = {"runs": 32, "runs of one channel": 16, "depthwise": 4 * 32}.get(name) or -(-k // 16) * 16
+    rows = kh if layout.depthwise else o * kh if layout.runs else o * kh * kw
+    if layout.runs:
+        expected = torch.zeros(o, kh, row, dtype=torch.int8)
+        expected[..., : kw * k] = weight.permute(0, 2, 3, 1).reshape(o, kh, kw * k)
+    elif layout.depthwise:
+        expected = torch.zeros(kh, row // 4, 4, dtype=torch.int8)
+        expected[:, :o, :kw] = weight[:, 0].transpose(0, 1)
     else:
         expected = torch.zeros(o, kh * kw, row, dtype=torch.int8)
         expected[..., :k] = weight.permute(0, 2, 3, 1).reshape(o, kh * kw, k)
@@ -85,6 +90,20 @@ def test_the_fake_knows_the_size_on_either_device(name: str, dtype: torch.dtype)
         size = _packed.packed_bytes(torch.empty(weight.shape, dtype=dtype, device="cuda"), groups)
     assert size == packed_by(pack, name, dtype).numel()
     assert _packed.packed_bytes(weight, groups) == packed_by(ops, name, dtype).numel()
+
+
+@pytest.mark.parametrize(
+    ("shape", "run"),  # input channels, width; what a kernel row takes, or None where each tap is padded to 16
+    [((3, 7), 32), ((3, 3), 16), ((1, 2), 16), ((5, 3), 16), ((8, 3), 32), ((11, 3), None), ((9, 11), 128),
+     ((15, 15), None), ((3, 1), None), ((16, 3), None)],
+)  # fmt: skip
+def test_few_channels_are_packed_as_runs_where_these_are_shorter(shape: tuple[int, int], run: int | None) -> None:
+    k, kw = shape
+    layout = _packed.Layout(True, torch.int8, 1, 8, k, 3, kw)
+    assert layout.row == (run or 16) and layout.rows == (3 if run else 3 * kw)
+    assert layout.weight_bytes == 8 * layout.rows * layout.row <= 8 * 3 * kw * 16
+    others = [_packed.Layout(True, torch.int8, 2, 8, k, 3, kw), _packed.Layout(True, torch.float32, 1, 8, k, 3, kw)]
+    assert not any(at.runs for at in others)
 
 
 def test_weights_of_other_shapes_have_other_sizes() -> None:
