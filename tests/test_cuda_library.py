@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(PATH is None, reason="pykernels_cuda.so was not 
 
 def loaded(code: str) -> str:
     """What code prints in an interpreter that has loaded the library, as `lib`; a CPU build of torch can do that."""
-    code = f"import torch, pykernels; torch.ops.load_library({str(PATH)!r}); lib = torch.ops.pykernels\n{code}"
+    begin = f"import sys; sys.path.append({str(ROOT)!r}); import torch, pykernels; lib = torch.ops.pykernels"
+    code = f"{begin}\ntorch.ops.load_library({str(PATH)!r})\n{code}"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     )
