@@ -68,9 +68,8 @@ def by_tile(found: list[Tile], call: Callable[[], Any]) -> Calls:
 
 def library_calls(op: str, capability: tuple[int, int], *arguments: Any) -> Calls:
     """Every configuration of an op of the library that runs here, by name."""
-    call = getattr(ops, f"_cuda_{op}")
     return {
-        name: functools.partial(call, *arguments, index)
+        name: functools.partial(getattr(ops, f"_cuda_{op}"), *arguments, index)
         for name, (index, needed) in _tuned.configurations(op).items()
         if _tuned.runs(needed, capability)
     }
