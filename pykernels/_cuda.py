@@ -12,7 +12,7 @@ import torch
 from pykernels import _load
 from pykernels._errors import reason
 
-__all__ = ["KERNELS", "UNMEASURED", "complaint", "error", "implementation", "runs"]
+__all__ = ["KERNELS", "UNMEASURED", "complaint", "error", "implementation", "runs", "unusable"]
 
 UNMEASURED = "CUDA: interpreted and compiled, not yet run on a GPU; no speed measured (docs/benchmarks/gpu)"
 INSTALL = "pip install 'pykernels[gpu]'"
@@ -72,6 +72,16 @@ def complaint(device: torch.device) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return "our kernels are for the CPU and for CUDA devices"
     return _ERROR if device.type == "cuda" else None
+
+
+def unusable(device: torch.device) -> str | None:
+    """`complaint`, or why this machine has no such device."""
+    found = complaint(device)
+    if found is None and device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            found = f"torch finds {count} CUDA device{'' if count == 1 else 's'} here"
+    return found
 
 
 def runs(op: str) -> str:

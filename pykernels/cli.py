@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch.export.passes import move_to_device_pass
 
 import pykernels
 from pykernels import _cuda
@@ -38,6 +39,7 @@ TENSORS = {".pt", ".npy"}
 class Precision(str, enum.Enum):
     fp32 = "fp32"
     bf16 = "bf16"
+    fp16 = "fp16"
     int8 = "int8"
 
 
@@ -123,8 +125,11 @@ def optimize(
     samples: Annotated[int, typer.Option(min=1, help="How many files of the calibration folder to use.")] = 200,
     mean: Annotated[str, typer.Option(help="Per channel, of images scaled to 0..1.")] = IMAGENET_MEAN,
     std: Annotated[str, typer.Option(help="Per channel, of images scaled to 0..1.")] = IMAGENET_STD,
+    device: Annotated[
+        str, typer.Option(help="Where to optimize and calibrate: cpu, cuda or cuda:1. The file serves every device.")
+    ] = "cpu",
 ) -> None:
-    """Fuse a network onto our kernels, in fp32, bf16 or int8, and save it.
+    """Fuse a network onto our kernels, in fp32, bf16, fp16 or int8, and save it.
 
     Prints each fused group, and each part left to torch with the reason.
 
@@ -137,14 +142,16 @@ def optimize(
     shapes = [_numbers("--input-shape", part, int) for part in input_shape.split(";")]
     if any(size < 1 for shape in shapes for size in shape):
         fail("--input-shape: sizes are whole numbers of at least 1")
+    place = _device(device)
     torch.manual_seed(0)
-    examples = tuple(torch.randn(shape) for shape in shapes)
     inputs = None
     if calibration is not None:
         if len(shapes) != 1:
             fail("--calibration serves networks of one input; call pykernels.optimize from Python for others")
         inputs = list(_calibration(calibration, samples, shapes[0], mean, std))
-    network = _load_model(model)
+    network = _load_model(model, place)
+    dtype = next((t.dtype for t in network.parameters() if t.is_floating_point()), torch.float32)
+    examples = tuple(torch.randn(shape).to(place, dtype) for shape in shapes)
     hush()
     console = Console(stderr=True)
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
@@ -187,11 +194,23 @@ def _numbers(option: str, text: str, kind: type[Any]) -> list[Any]:
         fail(f"{option}: {text!r} is not a list of numbers separated by commas")
 
 
-def _load_model(name: str) -> torch.nn.Module:
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        fail(f"--device: {name!r} is no device; cpu, cuda, cuda:0, cuda:1 ... are")
+    complaint = _cuda.unusable(device)
+    if complaint is not None:
+        fail(f"--device: {name} cannot be used: {complaint}")
+    return device
+
+
+def _load_model(name: str, device: torch.device) -> torch.nn.Module:
+    """The network, on `device`."""
     if name.endswith(".pt2"):
         if not pathlib.Path(name).is_file():
             fail(f"MODEL: there is no file {name}")
-        return torch.export.load(name).module()
+        return move_to_device_pass(torch.export.load(name), device).module()
     module_name, separator, attribute = name.partition(":")
     if not separator or not attribute:
         fail(f"MODEL: {name!r} is neither a .pt2 file nor module:callable")
@@ -203,7 +222,7 @@ def _load_model(name: str) -> torch.nn.Module:
     found = factory if isinstance(factory, torch.nn.Module) else factory()
     if not isinstance(found, torch.nn.Module):
         fail(f"MODEL: {name} returned {type(found).__name__}, not an nn.Module")
-    return found
+    return found.to(device)
 
 
 def _calibration(folder: pathlib.Path, samples: int, shape: list[int], mean: str, std: str) -> Iterator[torch.Tensor]:

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from pykernels import _cuda
+from pykernels._dtypes import STORED
 from pykernels._export import dynamic_batch_shapes, example_for_export
 from pykernels.surgery.capture import Captured, capture, plain, prepare
 from pykernels.surgery.cuda_graph import CudaGraphs
@@ -25,7 +26,7 @@ from pykernels.surgery.report import Report, bytes_of
 
 __all__ = ["Optimized", "load", "optimize"]
 
-_PRECISIONS = ("fp32", "bf16", "int8")
+_PRECISIONS = ("fp32", *STORED, "int8")
 _FORMAT = 1
 _EXTRA = "pykernels.json"
 
@@ -156,8 +157,8 @@ def optimize(
         model: the network, or for int8 also a converted PT2E graph module with quantize/dequantize calls.
         example_inputs: positional inputs of one call (a lone tensor stands for a tuple of one); shapes other than the
             batch size are those the result will accept.
-        precision: ``fp32``; ``bf16`` (weights and activations between fp32 inputs and outputs); or ``int8`` (8-bit
-            weights and activations, see docs/optimize.md).
+        precision: ``fp32`` (the dtypes that the model has); ``bf16`` or ``fp16`` (weights and activations between
+            inputs and outputs of the model's dtype); or ``int8`` (8-bit weights and activations, see docs/optimize.md).
         calibration: for int8: inputs to observe the ranges of activations with, each a tensor or a tuple of positional
             inputs. Without it ranges come from synthetic inputs; the report says so, and accuracy suffers.
         dynamic_batch: accept any batch size (dimension 0). When export cannot, the report says why and the size is
@@ -183,12 +184,14 @@ def optimize(
     kwargs = dict(example_kwargs or {})
     device = device_of(model, (args, kwargs))
     args, kwargs = to_device((args, kwargs), device)
+    edges = None
     if precision == "int8" and not _quantized(model):
-        captured = _quantize(model, args, kwargs, calibration, dynamic_batch)
+        edges = _sixteen_bits(model)
+        captured = _quantize(model, args, kwargs, calibration, dynamic_batch, edges)
     else:
         captured = capture(model, args, kwargs, dynamic_batch)
     prepare(captured)
-    program, report = lower(captured.module, precision)
+    program, report = lower(captured.module, precision, edges)
     if precision != "int8" or not _quantized(model):
         report.bytes_before = bytes_of((*model.parameters(), *model.buffers()))
     report.notes = [*captured.notes, *report.notes]
@@ -201,20 +204,43 @@ def _quantized(model: nn.Module) -> bool:
     return isinstance(model, fx.GraphModule) and any("quantized_decomposed" in str(n.target) for n in model.graph.nodes)
 
 
+def _sixteen_bits(model: nn.Module) -> torch.dtype | None:
+    """bfloat16 or float16 where all floats of the model are that, else None."""
+    dtypes = {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(STORED.values()) else None
+
+
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    """`tree`, every float tensor in it as `dtype`."""
+    return pytree.tree_map(
+        lambda leaf: leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf, tree
+    )
+
+
 def _quantize(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], calibration: Iterable[Any] | None, dynamic: bool
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    calibration: Iterable[Any] | None,
+    dynamic: bool,
+    edges: torch.dtype | None,
 ) -> Captured:
-    """Quantize with our recipe, then capture the Q/DQ graph."""
+    """Quantize with our recipe, then capture the Q/DQ graph. A model of 16-bit floats is quantized as an fp32 one."""
     from pykernels.quantization import recipes
 
     if kwargs:
         raise ValueError("example_kwargs: int8 takes positional inputs only")
+    if edges is not None:
+        model, args = copy.deepcopy(model).float(), _cast(args, torch.float32)
+        calibration = None if calibration is None else (_cast(sample, torch.float32) for sample in calibration)
     converted = recipes.quantize(model, args, calibration, dynamic_batch=dynamic)
     record = converted.meta[recipes.RECORD]
     module, in_spec, out_spec = plain(converted)
     if record.dynamic:
         (args, _), _ = example_for_export(args, {})
-    return Captured(module, in_spec, out_spec, pytree.tree_leaves((args, {})), record.dynamic, list(record.notes))
+    example = pytree.tree_leaves((args, {}))
+    example = example if edges is None else _cast(example, edges)
+    return Captured(module, in_spec, out_spec, example, record.dynamic, list(record.notes))
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Optimized:
@@ -226,7 +252,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Op
         ValueError: the file is truncated, damaged, or not one of ours.
     """
     path, device = os.fspath(path), torch.device(device)
-    complaint = _cuda.complaint(device)
+    complaint = _cuda.unusable(device)
     if complaint is not None:
         raise RuntimeError(f"device: {device} cannot be used: {complaint}")
     if not os.path.exists(path):

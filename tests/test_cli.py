@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import pykernels as pk
-from pykernels import _load, machine
+from pykernels import _cuda, _load, machine
 from pykernels.cli import app
 
 NETWORK = """
@@ -25,6 +25,9 @@ def build():
         nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
     ).eval()
+
+def half():
+    return build().half()
 
 def nothing():
     return 3
@@ -114,6 +117,27 @@ def test_optimize_takes_an_exported_program(nets: pathlib.Path) -> None:
     torch.testing.assert_close(pk.load("net.pk")(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["build", "half"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.filterwarnings("ignore:calibration")
+def test_optimize_takes_models_and_precisions_of_16_bit_floats(nets: pathlib.Path, name: str, precision: str) -> None:
+    arguments = ["--device", "cpu", "--precision", precision, "--input-shape", "1,3,16,16", "-o", "net.pk"]
+    pykernels("optimize", f"{nets}:{name}", *arguments)
+    x = torch.randn(2, 3, 16, 16)
+    y = pk.load("net.pk")(x.half() if name == "half" else x)
+    assert y.dtype == (torch.float16 if name == "half" else torch.float32)
+    expected = __import__(str(nets)).build()(x)
+    assert (y - expected).norm() <= 0.2 * expected.norm()
+
+
+def test_a_machine_with_fewer_gpus_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "_ERROR", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert _cuda.unusable(torch.device("cuda")) is None and _cuda.unusable(torch.device("cuda:0")) is None
+    assert _cuda.unusable(torch.device("cuda:1")) == "torch finds 1 CUDA device here"
+    assert _cuda.unusable(torch.device("cpu")) is None
+
+
 def test_optimize_calibrates_int8_on_photographs_and_tensors(nets: pathlib.Path) -> None:
     folder = pathlib.Path("photographs")
     folder.mkdir()
@@ -141,6 +165,15 @@ def test_optimize_calibrates_int8_on_photographs_and_tensors(nets: pathlib.Path)
         (["no_such_module_here:build", "--input-shape", "1"], "No module named 'no_such_module_here'"),
         (["{nets}:build", "--input-shape", "1,3,8,8", "-o", "absent/net.pk"], "the folder absent does not exist"),
         (["{nets}:build", "--input-shape", "1,3,8,8", "--calibration", "."], "only for --precision int8"),
+        (["{nets}:build", "--input-shape", "1,3,8,8", "--device", "tpu9"], "--device: 'tpu9' is no device"),
+        (
+            ["{nets}:build", "--input-shape", "1,3,8,8", "--device", "meta"],
+            "--device: meta cannot be used: our kernels",
+        ),
+        (
+            ["{nets}:build", "--input-shape", "1,3,8,8", "--device", "cuda:1"],
+            f"--device: cuda:1 cannot be used: torch {torch.__version__} is built without CUDA",
+        ),
         (
             ["{nets}:build", "--input-shape", "1,3,8,8", "--precision", "int8", "--calibration", "absent"],
             "--calibration: absent is not a folder",

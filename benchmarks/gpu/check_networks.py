@@ -28,8 +28,8 @@ from pykernels.quantization import recipes
 from pykernels.surgery.dynamo import pykernels as backend
 
 BATCHES = (1, 2, 5)
-# Relative error in the norm: fp32 without TF32, sums in another order; bf16 rounded at other places.
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}
+# Relative error in the norm: fp32 without TF32, sums in another order; bf16 and fp16 rounded at other places.
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.01}
 
 
 class Mobile(nn.Module):
@@ -63,7 +63,7 @@ def mobile(size: int) -> Mobile:
 
 def apart(actual: torch.Tensor, expected: torch.Tensor, precision: str) -> str | None:
     """What is wrong with an answer, or None."""
-    actual = actual.detach().cpu()
+    actual, expected = actual.detach().cpu().float(), expected.float()
     if precision == "int8":
         return None if torch.equal(actual, expected) else f"{int((actual != expected).sum())} numbers differ"
     error = float((actual - expected).norm() / expected.norm())
@@ -128,12 +128,28 @@ def checks(networks: Networks) -> Iterator[tuple[str, Callable[[], str | None]]]
             pk.swap(model, precision, networks.calibration if precision == "int8" else None)
         return networks.wrong(there.to(device), "bf16" if precision == "int8" else precision, here)
 
-    def compiled() -> str | None:
+    def half() -> str | None:
+        """A float16 model: int8 inside, float16 in and out; and its swapped layers."""
+        here = copy.deepcopy(networks.model).half()
+        there = copy.deepcopy(here).to(device)
+        x = networks.x(2).half()
+        network = pk.optimize(there, x, "int8", networks.calibration)
+        pk.swap(there, "int8", [batch.half() for batch in networks.calibration])
+        with torch.no_grad():
+            expected = networks.model(networks.x(2))
+            answers = {"optimized": network(x.to(device)), "swapped": there(x.to(device))}
+        for name, y in answers.items():
+            found = f"it is {y.dtype}" if y.dtype != torch.float16 else apart(y, expected, "bf16")
+            if found is not None:
+                return f"{name}: {found}"
+        return None
+
+    def compiled(mode: str | None) -> str | None:
         torch._dynamo.reset()
         model = copy.deepcopy(networks.model).to(device)
-        return networks.wrong(torch.compile(model, backend=backend), "fp32", networks.model)
+        return networks.wrong(torch.compile(model, backend=backend, mode=mode), "fp32", networks.model)
 
-    for precision in ("int8", "fp32", "bf16"):
+    for precision in ("int8", "fp32", "bf16", "fp16"):
         yield f"moved there, {precision}", lambda p=precision: networks.wrong(networks.there(p), p, networks.here(p))
         yield f"lowered there, {precision}", lambda p=precision: lowered_there(p)
         yield f"swapped, {precision}", lambda p=precision: swapped(p)
@@ -142,7 +158,9 @@ def checks(networks: Networks) -> Iterator[tuple[str, Callable[[], str | None]]]
         "moved back",
         lambda: apart(networks.there("int8").to("cpu")(networks.x(2)), networks.here("int8")(networks.x(2)), "int8"),
     )
-    yield "torch.compile", compiled
+    yield "a float16 model in int8", half
+    yield "torch.compile", lambda: compiled(None)
+    yield "torch.compile with CUDA graphs", lambda: compiled("reduce-overhead")
     if device.type == "cuda":
         yield from gpu_checks(networks)
 

@@ -16,8 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pykernels import _cuda
 from pykernels._batch_norm import scale_and_shift
+from pykernels._dtypes import REALS, STORED
 
-_FLOATS = (torch.float32, torch.bfloat16)
 _PLAIN = (nn.Parameter, torch.Tensor)  # no subclass: what such a weight holds is its own affair
 _ACTIVATED = "_pykernels_activated"  # attribute of a tensor: the shared activation that a head has applied to it
 
@@ -62,8 +62,8 @@ class Chain:
         """Whether the head computes the whole chain for `x`, the input of any of its modules.
 
         Not so in training, under autocast (whose choice of dtypes then holds), where our ops do not run, in other
-        dtypes than float32 and bfloat16, when a hook watches the values between the modules, and while other code
-        traces or transforms.
+        dtypes than float32, bfloat16 and float16, when a hook watches the values between the modules, and while other
+        code traces or transforms.
         """
         if not isinstance(x, torch.Tensor) or _cuda.complaint(x.device) is not None:
             return False
@@ -71,7 +71,7 @@ class Chain:
             return False
         head = self.head
         weight = head.weight
-        if x.device != weight.device or x.dtype != weight.dtype or x.dtype not in _FLOATS or x.dim() not in head.ranks:
+        if x.device != weight.device or x.dtype != weight.dtype or x.dtype not in REALS or x.dim() not in head.ranks:
             return False
         if head.training:
             return False
@@ -167,7 +167,7 @@ class Head(Member):
     """
 
     ranks: ClassVar[tuple[int, ...]]
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", *STORED)
     precision: str = "fp32"
     packed: torch.Tensor | None = None
     _key: tuple[Any, ...] | None = None
@@ -184,6 +184,11 @@ class Head(Member):
         for module in chain.members:
             module.chain = chain
         self.refresh()
+
+    def stored(self, t: torch.Tensor) -> torch.Tensor:
+        """Weights or input in the dtype that the precision multiplies."""
+        dtype = STORED.get(self.precision, t.dtype)
+        return t if t.dtype == dtype else t.to(dtype)
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Pack folded weights for `run`."""
@@ -240,7 +245,7 @@ class Head(Member):
             return
         tensors = [t for t in self.chain.parameters() if t is not None]
         device = self.weight.device
-        here = all(type(t) in _PLAIN and t.device == device and t.dtype in _FLOATS for t in tensors)
+        here = all(type(t) in _PLAIN and t.device == device and t.dtype in REALS for t in tensors)
         if here and _cuda.complaint(device) is None:
             self.current()
         else:

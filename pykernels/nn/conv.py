@@ -38,17 +38,14 @@ class Conv(Head):
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Weights as `conv2d_pack` lays them out, uint8."""
-        if self.precision == "bf16":
-            weight = weight.bfloat16()
-        return torch.ops.pykernels.conv2d_pack(self._planes(weight), bias, self.groups)
+        return torch.ops.pykernels.conv2d_pack(self._planes(self.stored(weight)), bias, self.groups)
 
     def run(self, x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
         """The convolution, its batch norm and its activation."""
-        low = x.bfloat16() if self.precision == "bf16" and x.dtype != torch.bfloat16 else x
         kernel_size, stride, padding, dilation = self._geometry()
         y = torch.ops.pykernels.conv2d(
-            self._planes(low), packed, self.out_channels, kernel_size, stride, padding, dilation, self.groups,
-            self.activation_name,
+            self._planes(self.stored(x)), packed, self.out_channels, kernel_size, stride, padding, dilation,
+            self.groups, self.activation_name,
         )  # fmt: skip
         y = self._unplane(y)
         return y if y.dtype == x.dtype else y.to(x.dtype)
@@ -70,10 +67,10 @@ class Conv2d(Conv, nn.Conv2d):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device, dtype: as
         `torch.nn.Conv2d`.
-        precision: ``"fp32"`` computes in the dtype of the weights; ``"bf16"`` rounds input and weights to
-            bfloat16, sums in fp32 and returns the input's dtype.
+        precision: ``"fp32"`` computes in the dtype of the weights; ``"bf16"`` and ``"fp16"`` round input and weights
+            to bfloat16 or float16, sum in fp32 and return the input's dtype.
 
-    Shape: x [N, C, H, W] float32 or bfloat16, any layout -> [N, out_channels, H', W'] of the same dtype, channels_last.
+    Shape: x [N, C, H, W] a float dtype, any layout -> [N, out_channels, H', W'] of the same dtype, channels_last.
     """
 
     original = nn.Conv2d
@@ -88,7 +85,7 @@ class Conv2d(Conv, nn.Conv2d):
 class Conv1d(Conv, nn.Conv1d):
     """`torch.nn.Conv1d` through the two-dimensional kernels in evaluation. Arguments as `Conv2d`.
 
-    Shape: x [N, C, L] float32 or bfloat16 -> [N, out_channels, L'] of the same dtype.
+    Shape: x [N, C, L] float32, bfloat16 or float16 -> [N, out_channels, L'] of the same dtype.
     """
 
     original = nn.Conv1d
@@ -131,7 +128,7 @@ class Int8Conv2d(_Int8Conv, Conv2d):
         in_channels, … dtype: as `torch.nn.Conv2d`.
         x_scale, x_zero_point: of the input as u8, from calibration: x ~ (q - x_zero_point) * x_scale.
 
-    Shape: x [N, C, H, W] float32 or bfloat16 -> [N, out_channels, H', W'] of the same dtype, channels_last.
+    Shape: x [N, C, H, W] a float dtype -> [N, out_channels, H', W'] of the same dtype, channels_last.
     """
 
     def __init__(self, *args: Any, x_scale: float, x_zero_point: int = 0, **kwargs: Any):
@@ -155,7 +152,7 @@ class ConvBNReLU(nn.Module):
             `padding` is by default half the dilated kernel, which keeps the size at stride 1, and there is no bias.
         activation: one of none, relu, relu6, hardswish, hardsigmoid, silu, sigmoid, gelu, tanh.
         eps, momentum: of the batch norm.
-        precision: ``"fp32"`` or ``"bf16"``, see `Conv2d`.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``, see `Conv2d`.
 
     Shape: x [N, C, H, W] -> [N, out_channels, H', W'], channels_last in evaluation.
     """

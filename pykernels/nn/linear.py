@@ -17,10 +17,10 @@ class Linear(Head, nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as `torch.nn.Linear`.
-        precision: ``"fp32"`` computes in the dtype of the weights; ``"bf16"`` rounds input and weights to
-            bfloat16, sums in fp32 and returns the input's dtype.
+        precision: ``"fp32"`` computes in the dtype of the weights; ``"bf16"`` and ``"fp16"`` round input and weights
+            to bfloat16 or float16, sum in fp32 and return the input's dtype.
 
-    Shape: x [..., in_features] float32 or bfloat16 -> [..., out_features] of the same dtype.
+    Shape: x [..., in_features] float32, bfloat16 or float16 -> [..., out_features] of the same dtype.
     """
 
     original = nn.Linear
@@ -32,16 +32,12 @@ class Linear(Head, nn.Linear):
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Weights as `linear_pack` lays them out, uint8."""
-        if self.precision == "bf16":
-            weight = weight.bfloat16()
-        return torch.ops.pykernels.linear_pack(weight, bias)
+        return torch.ops.pykernels.linear_pack(self.stored(weight), bias)
 
     def run(self, x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
         """The layer and its activation."""
-        if self.precision == "bf16" and x.dtype != torch.bfloat16:
-            y = torch.ops.pykernels.linear(x.bfloat16(), packed, self.out_features, self.activation_name)
-            return y.to(x.dtype)
-        return torch.ops.pykernels.linear(x, packed, self.out_features, self.activation_name)
+        y = torch.ops.pykernels.linear(self.stored(x), packed, self.out_features, self.activation_name)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def plain(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`F.linear`."""
@@ -58,7 +54,7 @@ class Int8Linear(Linear):
         in_features, out_features, bias, device, dtype: as `torch.nn.Linear`.
         x_scale, x_zero_point: static parameters of the input, or None for dynamic ones.
 
-    Shape: x [..., in_features] float32 or bfloat16 -> [..., out_features] of the same dtype.
+    Shape: x [..., in_features] float32, bfloat16 or float16 -> [..., out_features] of the same dtype.
     """
 
     precisions = ("int8",)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pykernels import _cuda
+from pykernels._dtypes import REALS
 from pykernels.ops import pool as ops
 
 
@@ -15,7 +16,7 @@ class Pool(nn.Module):
     """What the pools share: when the kernel is used."""
 
     original: ClassVar[type[nn.Module]]
-    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16)
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = REALS
 
     def ready(self, x: torch.Tensor) -> bool:
         """Whether the kernel computes this call."""
@@ -38,7 +39,7 @@ class MaxPool2d(Pool, nn.MaxPool2d):
     """`torch.nn.MaxPool2d` on our kernel in evaluation; takes uint8 and int8 there, too."""
 
     original = nn.MaxPool2d
-    dtypes = (torch.float32, torch.bfloat16, torch.uint8, torch.int8)
+    dtypes = (*REALS, torch.uint8, torch.int8)
 
     def run(self, x: torch.Tensor) -> Any:
         """The maximum, with indices if `return_indices`."""
@@ -71,7 +72,7 @@ class AdaptiveMaxPool2d(Pool, nn.AdaptiveMaxPool2d):
     """`torch.nn.AdaptiveMaxPool2d` on our kernel in evaluation; takes uint8 and int8 there, too."""
 
     original = nn.AdaptiveMaxPool2d
-    dtypes = (torch.float32, torch.bfloat16, torch.uint8, torch.int8)
+    dtypes = (*REALS, torch.uint8, torch.int8)
 
     def run(self, x: torch.Tensor) -> Any:
         """The maxima of `output_size` windows, with indices if `return_indices`."""

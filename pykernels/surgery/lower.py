@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from pykernels._dtypes import REALS, STORED
 from pykernels.ops._sizes import spread
 from pykernels.surgery.canonical import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
 from pykernels.surgery.devices import graph_device
@@ -62,25 +63,30 @@ class _Value:
     make: Callable[[], Any] | None = None  # emits `plain` when it is first read
 
 
-def lower(module: fx.GraphModule, precision: str = "fp32") -> tuple[fx.GraphModule, Report]:
+def lower(
+    module: fx.GraphModule, precision: str = "fp32", edges: torch.dtype | None = None
+) -> tuple[fx.GraphModule, Report]:
     """Lower a prepared plain graph (see `capture.prepare`).
 
     Args:
         module: a plain graph with facts; float, or with quantize/dequantize calls.
-        precision: ``bf16`` stores weights and activations in bfloat16 between float inputs and float outputs of the
-            original dtype; ``fp32`` and ``int8`` keep what is in the graph.
+        precision: ``bf16`` and ``fp16`` store weights and activations in bfloat16 or float16 between float inputs and
+            float outputs of the original dtype; ``fp32`` and ``int8`` keep what is in the graph.
+        edges: the dtype of float inputs and outputs, where it is not that of the graph: the graph of a model of 16-bit
+            floats is quantized in fp32. What is float between int8 layers is then stored in it, too.
 
     Returns:
         The lowered graph module, whose forward takes the flat inputs and returns the flat tuple of outputs, and the
         report of what was done.
     """
-    return _Lowering(module, precision).run()
+    return _Lowering(module, precision, edges).run()
 
 
 class _Lowering:
-    def __init__(self, module: fx.GraphModule, precision: str) -> None:
+    def __init__(self, module: fx.GraphModule, precision: str, edges: torch.dtype | None) -> None:
         self.module = module
-        self.bf16 = precision == "bf16"
+        self.edges = edges
+        self.real = STORED.get(precision, edges)  # what floats are stored in; None: as they are in the graph
         self.device = graph_device(module)
         self.root = nn.Module()
         self.graph = fx.Graph()
@@ -131,6 +137,15 @@ class _Lowering:
             self.constants[key] = node
         return node
 
+    @property
+    def out_real(self) -> torch.dtype:
+        """What a kernel writes that turns integers into floats."""
+        return self.real or torch.float32
+
+    def stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A constant as it is stored: floats in `real`."""
+        return tensor if self.real is None or tensor.dtype not in REALS else tensor.to(self.real)
+
     def plain(self, node: Any) -> Any:
         """The float (or integer) form of an argument; a dequantize is emitted when there is only the 8-bit one."""
         if not isinstance(node, fx.Node):
@@ -145,9 +160,8 @@ class _Lowering:
                 return value.quantized
             assert value.params is not None
             self.report.conversions += 1
-            dtype = torch.bfloat16 if self.bf16 else torch.float32
             value.plain = self.ours(
-                "dequantize_per_tensor", value.quantized, value.params.scale, value.params.zero_point, dtype
+                "dequantize_per_tensor", value.quantized, value.params.scale, value.params.zero_point, self.out_real
             )
         return value.plain
 
@@ -155,9 +169,7 @@ class _Lowering:
         tensor = constant(self.module, node)
         if tensor is None:
             raise ValueError(f"constant {node.target} of the graph is not a tensor")
-        if self.bf16 and tensor.dtype is torch.float32:
-            tensor = tensor.to(torch.bfloat16)
-        return self.tensor(tensor, str(node.target), key=("constant", str(node.target)))
+        return self.tensor(self.stored(tensor), str(node.target), key=("constant", str(node.target)))
 
     def quantized(self, node: fx.Node) -> tuple[fx.Node, QParams]:
         """The 8-bit form of a float value that has one."""
@@ -188,8 +200,9 @@ class _Lowering:
     def _input(self, node: fx.Node) -> _Value:
         placeholder = self.graph.placeholder(str(node.target))
         known = facts(node)
-        if self.bf16 and known is not None and known.dtype is torch.float32:
-            return _Value(make=lambda: self.call(aten.to.dtype, placeholder, torch.bfloat16))
+        given = None if known is None or known.dtype not in REALS else self.edges or known.dtype
+        if given is not None and self.real not in (None, given):
+            return _Value(make=lambda: self.call(aten.to.dtype, placeholder, self.real))
         return _Value(plain=placeholder)
 
     def _quantize(self, node: fx.Node) -> _Value:
@@ -210,9 +223,7 @@ class _Lowering:
         if isinstance(source, fx.Node) and (values := constant(self.module, source)) is not None:
             # a weight that no int8 kernel of ours reads: float from now on
             arguments_ = fx.map_arg(tuple(node.args[1:]), lambda n: constant(self.module, n))
-            weight = node.target(values, *arguments_)
-            if self.bf16:
-                weight = weight.to(torch.bfloat16)
+            weight = self.stored(node.target(values, *arguments_))
             return _Value(make=lambda: self.tensor(weight, str(source.target), key=("weight", node)))
         params = qparams(self.module, node)
         value = self.values.get(source) if isinstance(source, fx.Node) else None
@@ -240,8 +251,8 @@ class _Lowering:
     def _leave(self, node: fx.Node) -> _Value:
         args = fx.map_arg(node.args, self.plain)
         kwargs = fx.map_arg(dict(node.kwargs), self.plain)
-        if self.bf16:
-            args, kwargs = _in_bf16(args), _in_bf16(kwargs)
+        if self.real is not None:
+            args, kwargs = _in_dtype(args, self.real), _in_dtype(kwargs, self.real)
         name = name_of(node)
         if name in MOVES:
             self.report.moves += 1
@@ -265,8 +276,9 @@ class _Lowering:
             result, known = self.plain(value), facts(value)
             if known is None:
                 return result
-            if self.bf16 and known.dtype is torch.float32:
-                result = self.call(aten.to.dtype, result, torch.float32)
+            wanted = None if known.dtype not in REALS else self.edges or known.dtype
+            if wanted is not None and self.real not in (None, wanted):
+                result = self.call(aten.to.dtype, result, wanted)
             if len(known.shape) == 4 and known.contiguous and value.op == "call_function":
                 result = self.call(aten.contiguous.default, result)
             return result
@@ -325,7 +337,7 @@ class _Lowering:
             features = weight.shape[0]
             if int8:
                 assert params is not None
-                dtype = torch.float32 if out is None else out.dtype
+                dtype = self.out_real if out is None else out.dtype
                 scale, zero_point = (None, 0) if out is None else (out.scale, out.zero_point)
                 op, args = "int8_linear", (x, packed, features, params.scale, params.zero_point)
                 result = self.ours(op, *args, scale, zero_point, dtype, group.activation)
@@ -344,7 +356,7 @@ class _Lowering:
             if int8:
                 assert params is not None
                 op, args = "qconv2d", (x, packed, *geometry, params.scale, params.zero_point)
-                dtype = torch.float32 if out is None else out.dtype
+                dtype = self.out_real if out is None else out.dtype
                 args += (None, 0) if out is None else (out.scale, out.zero_point)
                 args += (dtype, group.activation)
                 if residual is not None and residual_params is not None:
@@ -359,8 +371,6 @@ class _Lowering:
         self.fused(op, group)
         if out is not None:
             return _Value(quantized=result, params=out)
-        if int8 and self.bf16:
-            result = self.call(aten.to.dtype, result, torch.bfloat16)
         return _Value(plain=result)
 
     def _float_weight(self, node: fx.Node, known: Facts) -> torch.Tensor:
@@ -369,7 +379,7 @@ class _Lowering:
             values = constant(self.module, node.args[0])
             rest = fx.map_arg(tuple(node.args[1:]), lambda n: constant(self.module, n))
             weight = node.target(values, *rest)
-        return weight.to(torch.bfloat16 if self.bf16 else known.dtype)
+        return weight.to(self.real or known.dtype)
 
     def binary(self, group: Group) -> _Value:
         """``qadd`` and ``qmul``."""
@@ -430,7 +440,7 @@ class _Lowering:
         x, params = self.quantized(group.x)
         out = group.out
         if out is None:
-            result = self.ours(group.kind, x, *geometry, params.scale, params.zero_point, None, 0, torch.float32)
+            result = self.ours(group.kind, x, *geometry, params.scale, params.zero_point, None, 0, self.out_real)
             return _Value(plain=result)
         tail = (params.scale, params.zero_point, out.scale, out.zero_point, out.dtype)
         return _Value(quantized=self.ours(group.kind, x, *geometry, *tail), params=out)
@@ -483,10 +493,10 @@ def _pair(value: Any, one_d: bool, across: int) -> list[int]:
     return [across, items[0]] if one_d else items
 
 
-def _in_bf16(tree: Any) -> Any:
-    """Explicit float32 dtypes in the arguments of what stays with torch."""
+def _in_dtype(tree: Any, dtype: torch.dtype) -> Any:
+    """Explicit float dtypes in the arguments of what stays with torch."""
     if isinstance(tree, (tuple, list)):
-        return type(tree)(_in_bf16(item) for item in tree)
+        return type(tree)(_in_dtype(item, dtype) for item in tree)
     if isinstance(tree, dict):
-        return {key: _in_bf16(item) for key, item in tree.items()}
-    return torch.bfloat16 if tree is torch.float32 else tree
+        return {key: _in_dtype(item, dtype) for key, item in tree.items()}
+    return dtype if isinstance(tree, torch.dtype) and tree in REALS else tree

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from pykernels._dtypes import REALS
 from pykernels.ops._sizes import spread
 from pykernels.surgery.canonical import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
 from pykernels.surgery.graph import ON_BYTES, arguments, constant, facts, is_call, name_of, names, only_user
@@ -40,7 +41,6 @@ _POINTWISE = names(
     """
 )
 _8BIT = (torch.uint8, torch.int8)
-_FLOATS = (torch.float32, torch.bfloat16)
 
 
 class QParams(NamedTuple):
@@ -212,8 +212,8 @@ class _Matcher:
     def _layer(self, node: fx.Node) -> None:
         known, values = facts(node), arguments(node)
         x = values["input"]
-        if known is None or known.dtype not in _FLOATS:
-            self.reasons[node] = f"dtype {known.dtype if known else 'unknown'}: float32 and bfloat16 only"
+        if known is None or known.dtype not in REALS:
+            self.reasons[node] = f"dtype {known.dtype if known else 'unknown'}: float32, bfloat16 and float16 only"
             return
         linear = is_call(node, "aten.linear")
         if not linear and len(facts(x).shape) != (3 if is_call(node, "aten.conv1d") else 4):
@@ -363,8 +363,8 @@ class _Matcher:
 
     def _average(self, node: fx.Node) -> Group | None:
         known = facts(node.args[0])
-        if known is None or len(known.shape) != 4 or known.dtype not in _FLOATS:
-            self.reasons[node] = "not a 4-D float32 or bfloat16 tensor"
+        if known is None or len(known.shape) != 4 or known.dtype not in REALS:
+            self.reasons[node] = "not a 4-D float32, bfloat16 or float16 tensor"
             return None
         adaptive = is_call(node, "aten.adaptive_avg_pool2d")
         kind = "adaptive_avg_pool2d" if adaptive else "avg_pool2d"
@@ -379,8 +379,8 @@ class _Matcher:
 
     def _maximum(self, node: fx.Node) -> Group | None:
         known = facts(node.args[0])
-        if known is None or len(known.shape) != 4 or known.dtype not in _FLOATS:
-            self.reasons[node] = "not a 4-D float32 or bfloat16 tensor"
+        if known is None or len(known.shape) != 4 or known.dtype not in REALS:
+            self.reasons[node] = "not a 4-D float32, bfloat16 or float16 tensor"
             return None
         if is_call(node, "aten.max_pool2d_with_indices"):
             return Group("max_pool2d_with_indices", [node], node.args[0])

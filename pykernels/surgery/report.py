@@ -43,7 +43,7 @@ class Report:
     """The account of one optimized model. ``str(report)`` is a table for people, `to_json` one for machines.
 
     Attributes:
-        precision: ``fp32``, ``bf16`` or ``int8``.
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
         fused: every call of ours in the order of execution.
         left: every call that computes and stayed with torch.
         moves: how many calls only move or rename elements (reshape, chunk ...).

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pykernels import _cuda
+from pykernels._dtypes import REALS, STORED
 from pykernels._export import mode
 from pykernels.nn import conv, linear, pool
 from pykernels.nn._chain import Chain, Follower, Head, Member
@@ -24,7 +25,7 @@ from pykernels.surgery.report import Fused, Left, Report, bytes_of
 
 __all__ = ["swap"]
 
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = ("fp32", *STORED, "int8")
 _CONVS: dict[type[nn.Module], tuple[type[Head], type[Head], type[nn.Module]]] = {
     nn.Conv1d: (conv.Conv1d, conv.Int8Conv1d, nn.BatchNorm1d),
     nn.Conv2d: (conv.Conv2d, conv.Int8Conv2d, nn.BatchNorm2d),
@@ -65,11 +66,11 @@ def swap(
     the old weights: call ``model.eval()`` after it.
 
     Args:
-        model: any module with layers in float32 or bfloat16, on the CPU or a CUDA device. It may be moved afterwards:
-            weights are packed again where they are.
-        precision: ``"fp32"`` keeps the dtype of the weights; ``"bf16"`` multiplies in bfloat16 with fp32 sums;
-            ``"int8"`` makes linear layers int8 with scales per token and, with `calibration`, convolutions int8 with
-            static scales. Between modules values keep the dtype of the weights.
+        model: any module with layers in float32, bfloat16 or float16, on the CPU or a CUDA device. It may be moved
+            afterwards: weights are packed again where they are.
+        precision: ``"fp32"`` keeps the dtype of the weights; ``"bf16"`` and ``"fp16"`` multiply in bfloat16 or float16
+            with fp32 sums; ``"int8"`` makes linear layers int8 with scales per token and, with `calibration`,
+            convolutions int8 with static scales. Between modules values keep the dtype of the weights.
         calibration: inputs of the model, each a tensor, a tuple of arguments or a dict of keyword arguments; only int8
             reads them. 100 typical samples are plenty.
         example_inputs: one such input. With it the fused model is compared with the original before `swap` returns.
@@ -105,7 +106,7 @@ def swap(
         else {}
     )
 
-    plain = "bf16" if precision == "bf16" else "fp32"
+    plain = precision if precision in STORED else "fp32"
     heads: list[Head] = []
     for key, module in modules.items():
         if type(module) in _LAYERS and key not in refused:
@@ -181,8 +182,8 @@ def _refusal(module: nn.Module) -> str | None:
         complaint = _cuda.complaint(tensor.device)
         if complaint is not None:
             return f"{name} is on {tensor.device}, and {complaint}"
-        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.bfloat16):
-            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}; kernels take float32 and bfloat16"
+        if tensor.is_floating_point() and tensor.dtype not in REALS:
+            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}; kernels take float32, bfloat16 and float16"
     return None
 
 
@@ -269,12 +270,12 @@ def _evaluate(model: nn.Module, sample: Any) -> Any:
 def _compare(model: nn.Module, expected: Any, example_inputs: Any, precision: str) -> None:
     from torch.utils import _pytree as pytree
 
-    tolerance = 0.1 if precision == "bf16" else 1e-3  # int8 is compared while its layers are still fp32
     actual = _evaluate(model, example_inputs)
     for ours, theirs in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
         if not isinstance(ours, torch.Tensor) or not ours.is_floating_point():
             continue
-        size = float(theirs.double().norm())
+        rounds = precision in STORED or ours.dtype != torch.float32  # int8 is compared while its layers are still float
+        tolerance, size = 0.1 if rounds else 1e-3, float(theirs.double().norm())
         error = float((ours.double() - theirs.double()).norm())
         if not error <= tolerance * max(size, 1e-12):
             restore(model)

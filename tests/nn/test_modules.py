@@ -46,6 +46,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], type[nn.Module], tuple[int, ...]
     "linear": (lambda: pnn.Linear(12, 7), nn.Linear, (3, 5, 12), "linear", 1e-5),
     "linear without bias": (lambda: pnn.Linear(12, 7, bias=False), nn.Linear, (12,), "linear", 1e-5),
     "bf16 linear": (lambda: pnn.Linear(12, 7, precision="bf16"), nn.Linear, (3, 12), "linear", 2e-2),
+    "fp16 linear": (lambda: pnn.Linear(12, 7, precision="fp16"), nn.Linear, (3, 12), "linear", 3e-3),
     "int8 linear": (lambda: pnn.Int8Linear(32, 7), nn.Linear, (3, 32), "int8_linear", 3e-2),
     "int8 linear, static": (
         lambda: pnn.Int8Linear(32, 7, x_scale=8 / 255, x_zero_point=128), nn.Linear, (3, 32), "int8_linear", 3e-2,
@@ -54,6 +55,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], type[nn.Module], tuple[int, ...]
     "conv, same": (lambda: pnn.Conv2d(6, 8, (4, 2), padding="same"), nn.Conv2d, (2, 6, 9, 7), "conv2d", 1e-5),
     "depthwise conv": (lambda: pnn.Conv2d(6, 6, 3, groups=6, dilation=2), nn.Conv2d, (2, 6, 9, 7), "conv2d", 1e-5),
     "bf16 conv": (lambda: pnn.Conv2d(6, 8, 3, precision="bf16"), nn.Conv2d, (2, 6, 9, 7), "conv2d", 2e-2),
+    "fp16 conv": (lambda: pnn.Conv2d(6, 8, 3, precision="fp16"), nn.Conv2d, (2, 6, 9, 7), "conv2d", 3e-3),
     "int8 conv": (
         lambda: pnn.Int8Conv2d(6, 8, 3, x_scale=8 / 255, x_zero_point=128), nn.Conv2d, (2, 6, 9, 7), "qconv2d", 4e-2,
     ),
@@ -108,23 +110,25 @@ def test_copies_and_pickles_compute_the_same(case) -> None:
             torch.testing.assert_close(again(x), expected, rtol=0, atol=0)
 
 
-def test_bfloat16_modules_stay_bfloat16(case) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_modules_of_16_bit_floats_stay_that(case, dtype: torch.dtype) -> None:
     module, original, x, op, tolerance = case
-    module.eval().bfloat16()
+    module.eval().to(dtype)
     with torch.no_grad():
         expected = original.forward(module.float(), x)
-        module.bfloat16()
-        close(module(x.bfloat16()).float(), expected, max(tolerance, 2e-2) * 1.5)
-        assert op in ops_of(module, x.bfloat16())
+        module.to(dtype)
+        y = module(x.to(dtype))
+        assert y.dtype == dtype
+        close(y.float(), expected, max(tolerance, 2e-2) * 1.5)
+        assert op in ops_of(module, x.to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_other_dtypes_run_in_torch(case, dtype: torch.dtype) -> None:
+def test_other_dtypes_run_in_torch(case) -> None:
     module, original, x, *_ = case
-    module.eval().to(dtype)
-    assert ops_of(module, x.to(dtype)) == []
+    module.eval().double()
+    assert ops_of(module, x.double()) == []
     with torch.no_grad():
-        torch.testing.assert_close(module(x.to(dtype)), original.forward(module, x.to(dtype)), rtol=0, atol=0)
+        torch.testing.assert_close(module(x.double()), original.forward(module, x.double()), rtol=0, atol=0)
 
 
 def test_under_autocast_layers_with_weights_run_in_torch(case) -> None:

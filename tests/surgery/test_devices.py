@@ -26,7 +26,7 @@ def devices(program: fx.GraphModule) -> set[torch.device]:
     return {tensor.device for tensor in (*program.parameters(), *program.buffers())}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_model_on_a_gpu_is_lowered_there(gpu: None, precision: str) -> None:
     model = Mixed()
@@ -43,7 +43,7 @@ def test_a_model_on_a_gpu_is_lowered_there(gpu: None, precision: str) -> None:
         assert fast(torch.empty(2, 3, 12, 12, device=CUDA)).device == CUDA
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_lowered_network_leaves_nothing_on_the_cpu(precision: str) -> None:
     """Each call of it, with its constants on a GPU, is on the GPU."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from networks import Function, Mixed, close, lively, ops, what
@@ -179,11 +181,24 @@ def test_weights_that_are_read_twice_are_packed_once() -> None:
     close(fast, model, torch.randn(2, *X))
 
 
-def test_bf16_takes_and_gives_float32_and_errs_as_bf16_does() -> None:
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2e-2), ("fp16", 3e-3)])
+def test_16_bit_floats_take_and_give_float32_and_err_as_they_do(precision: str, tolerance: float) -> None:
     model = lively(Mixed(), *X)
-    fast, x = pk.optimize(model, torch.randn(2, *X), precision="bf16"), torch.randn(4, *X)
-    close(fast, model, x, tolerance=2e-2)  # a dozen roundings of 2^-9 in sequence
+    fast, x = pk.optimize(model, torch.randn(2, *X), precision=precision), torch.randn(4, *X)
+    close(fast, model, x, tolerance=tolerance)  # a dozen roundings of 2^-9, or 2^-12, in sequence
     assert fast.report().bytes_after < fast.report().bytes_before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_models_of_16_bit_floats_keep_their_inputs_and_outputs(precision: str, dtype: torch.dtype) -> None:
+    exact, x = lively(Mixed(), *X), torch.randn(4, *X)
+    fast = pk.optimize(copy.deepcopy(exact).to(dtype), torch.randn(2, *X).to(dtype), precision=precision)
+    assert what(fast) == what(pk.optimize(exact, x))
+    with torch.no_grad():
+        y, expected = fast(x.to(dtype)), exact(x)
+    assert y.dtype == dtype
+    assert (y.float() - expected).norm() <= 3e-2 * expected.norm()
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -54,6 +54,22 @@ def steps_apart(fast: nn.Module, model: nn.Module, scale: float, *inputs: torch.
         return float(((fast(*inputs) - model(*inputs)) / scale).abs().max())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_16_bit_floats_is_int8_between_its_own_inputs_and_outputs(dtype: torch.dtype, tmp_path) -> None:
+    model, x = lively(Mixed(), *X), torch.randn(4, *X)
+    batches = [torch.randn(4, *X) for _ in range(3)]
+    expected = pk.optimize(model, x, "int8", batches)
+    model.to(dtype)
+    fast = pk.optimize(model, x.to(dtype), "int8", [batch.to(dtype) for batch in batches])
+    assert what(fast) == what(expected) and {p.dtype for p in model.parameters()} == {dtype}
+    assert "aten.to" not in ops(fast) and "aten._to_copy" not in ops(fast)
+    y = fast(x.to(dtype))
+    assert y.dtype == dtype
+    assert (y.float() - expected(x)).norm() <= 0.05 * expected(x).norm()
+    fast.save(tmp_path / "net.pk")
+    assert torch.equal(pk.load(tmp_path / "net.pk")(x.to(dtype)), y)
+
+
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("bias", [True, False])

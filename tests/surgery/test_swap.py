@@ -27,7 +27,7 @@ def test_the_answer_stays() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.03), ("int8", 0.05)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.03), ("fp16", 0.004), ("int8", 0.05)])
 def test_lower_precisions_come_close(precision: str, tolerance: float) -> None:
     net = trained()
     expected = net(X)
@@ -230,6 +230,19 @@ def test_the_model_itself_may_be_one_layer() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("precision", "op"), [("fp32", "conv2d"), ("int8", "qconv2d")])
+def test_models_of_16_bit_floats(precision: str, op: str, dtype: torch.dtype) -> None:
+    net = trained()
+    expected = net(X)
+    net.to(dtype)
+    report = pk.swap(net, precision, [X.to(dtype)] if precision == "int8" else None, example_inputs=X.to(dtype))
+    assert report.fused[0].op == op
+    y = net(X.to(dtype))
+    assert y.dtype == dtype and relative(y.float(), expected) < 0.06
+
+
+@torch.no_grad()
 def test_moving_and_casting() -> None:
     net = trained()
     expected = net(X)
@@ -238,6 +251,7 @@ def test_moving_and_casting() -> None:
     assert relative(net.double()(X.double()).float(), expected) < 1e-5
     assert relative(net.float()(X), expected) < 1e-5
     assert relative(net.bfloat16()(X.bfloat16()).float(), expected) < 0.03
+    assert relative(net.half()(X.half()).float(), expected) < 0.03
     assert net.float().to("meta")(X.to("meta")).device.type == "meta"
 
 
@@ -267,7 +281,7 @@ def test_fx_still_traces_the_swapped_model() -> None:
     ("call", "error", "message"),
     [
         (lambda: pk.swap(None), TypeError, "model must be a torch.nn.Module, not NoneType"),  # type: ignore[arg-type]
-        (lambda: pk.swap(Net(), "int4"), ValueError, "precision must be one of fp32, bf16, int8, not 'int4'"),
+        (lambda: pk.swap(Net(), "int4"), ValueError, "precision must be one of fp32, bf16, fp16, int8, not 'int4'"),
         (lambda: pk.swap(Net(), "int8", calibration=[]), ValueError, "calibration must yield at least one input"),
         (lambda: pk.swap(Net(), "int8", calibration=[X * float("nan")]), ValueError, "NaN"),
     ],

@@ -53,13 +53,13 @@ def test_an_int8_network_is_the_cpus_to_the_bit(quantized: nn.Module, mode: Laun
     assert {"qconv2d", "int8_linear", "qmul", "qcat", "max_pool2d", "quantize_per_tensor"} <= set(mode.calls)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_float_network_is_close_to_the_cpus(model: nn.Module, mode: Launchers, precision: str) -> None:
     here, there = pk.optimize(model, X, precision=precision), as_on_a_gpu(model, precision, mode)
     with mode:
         y = there(X)
     expected = here(X)
-    assert (y - expected).norm() <= {"fp32": 1e-5, "bf16": 0.03}[precision] * expected.norm()
+    assert (y - expected).norm() <= {"fp32": 1e-5, "bf16": 0.03, "fp16": 0.004}[precision] * expected.norm()
     assert {"conv2d", "linear", "max_pool2d", "avg_pool2d"} <= set(mode.calls)
 
 
@@ -102,6 +102,27 @@ def test_swapped_modules(mode: Launchers) -> None:
     assert {"qconv2d", "int8_linear", "quantize_per_tensor", "qconv2d_pack"} <= set(mode.calls)
 
 
+def test_a_float16_model_in_int8(mode: Launchers) -> None:
+    half, x = mobile(15).half(), X.half()
+    calibration = [torch.randn(4, 3, 15, 15).half()]
+    network = pk.optimize(half, x, "int8", calibration)
+    with mode:
+        there = pk.optimize(half, x, "int8", calibration)
+        y = there(x)
+    assert y.dtype == torch.float16
+    same(y, network(x))
+    pk.swap(half, "int8", calibration)
+    expected = half(x).detach()
+    with mode, torch.no_grad():
+        half.eval()
+        for module in half.modules():
+            if hasattr(module, "_key"):
+                module._key = None
+        y = half(x)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y, expected, rtol=0, atol=2e-3)
+
+
 def test_the_report_says_what_runs_a_group_on_a_gpu(model: nn.Module) -> None:
     report = pk.optimize(model, X).report()
     there = report.on(torch.device("cuda", 1))
@@ -130,6 +151,6 @@ def test_a_model_must_be_on_one_device_that_we_know(model: nn.Module) -> None:
 def test_the_script_that_checks_networks_on_a_gpu() -> None:
     """Here on the CPU: it finds nothing wrong, and would."""
     found = check_networks(torch.device("cpu"), 15)
-    assert len(found) == 12 and set(found.values()) == {None}
+    assert len(found) == 17 and set(found.values()) == {None}
     assert apart(torch.ones(3), torch.tensor([1.0, 2.0, 1.0]), "int8") == "1 numbers differ"
     assert apart(torch.ones(3), torch.zeros(3) + 1.1, "fp32").startswith("it is off by")
