@@ -13,17 +13,17 @@ PK_INLINE f32 sub(f32 a, f32 b) { return a - b; }
 PK_INLINE f32 mul(f32 a, f32 b) { return a * b; }
 // The quotient rounded to nearest, for 1 <= b and a no larger than b's scale, which is all that the activations divide:
 // rcp.approx and its corrections in line. The compiler's own division calls a function for the hardest operands, and a
-// call anywhere in a kernel makes ptxas serialise its wgmma instructions. (A result below 2^-126 may be one step off.)
+// call anywhere in a kernel makes ptxas serialise its wgmma instructions.
 PK_INLINE f32 div(f32 a, f32 b) {
   const float down = b > 0x1p64f ? 0x1p-64f : 1.0f;  // keeps the reciprocal a normal number
-  b = b * down;
+  const float c = b * down;
   float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
-  r = __fmaf_rn(__fmaf_rn(-b, r, 1.0f), r, r);
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(c));
+  r = __fmaf_rn(__fmaf_rn(-c, r, 1.0f), r, r);
   float q = a * r;
-  q = __fmaf_rn(__fmaf_rn(-b, q, a), r, q);
-  q = __fmaf_rn(__fmaf_rn(-b, q, a), r, q);
-  return q * down;
+  q = __fmaf_rn(__fmaf_rn(-c, q, a), r, q);
+  q = q * down;  // before the last correction, for quotients below 2^-126 are rounded here
+  return __fmaf_rn(__fmaf_rn(-b, q, a), r * down, q);
 }
 PK_INLINE f32 min(f32 a, f32 b) { return a < b ? a : b; }
 PK_INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }
