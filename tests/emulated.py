@@ -100,22 +100,52 @@ class Emulator:
         self._library.emulator_unload()
 
     def launch(
-        self, kernel: str, grid: int, threads: int, *arguments: Any, cluster: int = 1, shared: int = 0, arch: int = 90
+        self, kernel: str, threads: int, *arguments: torch.Tensor, shared: int = 0, reads: torch.Tensor | None = None
     ) -> None:
-        """Run a kernel by its name on tensors, integers (32 bits) and floats; RuntimeError says what went wrong."""
+        """Run one block of a kernel on tensors by their addresses; RuntimeError says what went wrong.
+
+        `reads` is what the kernel comes to by other ways.
+        """
         self._library.emulator_forbid()
-        values: list[Any] = []
-        for argument in arguments:
-            if isinstance(argument, torch.Tensor):
-                self._library.emulator_allow(argument.data_ptr(), argument.numel() * argument.element_size(), 1)
-                values.append(ctypes.c_void_p(argument.data_ptr()))
-            else:
-                values.append((ctypes.c_float if isinstance(argument, float) else ctypes.c_int)(argument))
-        pointers = (_Pointer * max(1, len(values)))(*(ctypes.addressof(value) for value in values))
-        sizes = (ctypes.c_uint32 * 9)(grid, 1, 1, threads, 1, 1, cluster, 1, 1)
-        self._library.emulator_device(arch, 4)
+        for t in arguments:
+            self._library.emulator_allow(t.data_ptr(), t.numel() * t.element_size(), 1)
+        if reads is not None:
+            self._library.emulator_allow(reads.data_ptr(), reads.numel() * reads.element_size(), 0)
+        values = [_Pointer(t.data_ptr()) for t in arguments]
+        pointers = (_Pointer * len(values))(*(ctypes.addressof(value) for value in values))
+        sizes = (ctypes.c_uint32 * 9)(1, 1, 1, threads, 1, 1, 1, 1, 1)
+        self._library.emulator_device(90, 4)
         if complaint := self._library.emulator_launch(kernel.encode(), sizes, shared, pointers):
             raise RuntimeError(complaint.decode())
+
+    def tensor_map(
+        self,
+        x: torch.Tensor,
+        box: tuple[int, ...],
+        swizzle: int = 0,
+        steps: tuple[int, ...] | None = None,
+        corners: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+    ) -> torch.Tensor:
+        """A TMA descriptor of a tensor of bytes, to be passed to a kernel by its address.
+
+        Args:
+            x: uint8, its last dimension contiguous.
+            box: tiles, innermost dimension first; with `corners`, channels and pixels of im2col.
+            swizzle: 0 none, 1, 2, 3: of rows of 32, 64, 128 bytes.
+            steps: traversal strides, innermost first.
+        """
+        rank = x.dim()
+        out = torch.zeros(192, dtype=torch.uint8)
+        out = out[-out.data_ptr() % 64 :][:128]
+        sizes = (ctypes.c_uint64 * rank)(*reversed(x.shape))
+        strides = (ctypes.c_uint64 * rank)(*reversed(x.stride()[:-1]))
+        lower, upper = [(_Int * len(c))(*c) for c in corners] if corners else (None, None)
+        code = self._library.emulator_tensor_map(
+            _Pointer(out.data_ptr()), rank, _Pointer(x.data_ptr()), sizes, strides, (ctypes.c_uint32 * len(box))(*box),
+            (ctypes.c_uint32 * rank)(*(steps or (1,) * rank)), lower, upper, swizzle)  # fmt: skip
+        if code:
+            raise ValueError(f"the driver refuses the descriptor: {code}")
+        return out
 
     def kind(self, kind: bool) -> None:
         self._library.emulator_kind(int(kind))

@@ -6,6 +6,7 @@ of them take waits out, one kind at a time, and see that it is noticed.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -52,8 +53,10 @@ def wrong(device: Emulator, op: str, config: str, case: Case, multiprocessors: i
 @pytest.mark.parametrize("size", GEMMS, ids=lambda size: "x".join(map(str, size)))
 @pytest.mark.parametrize("config", GEMM)
 def test_a_product_has_the_oracles_bits(device: Emulator, config: str, size: Gemm) -> None:
-    """Every dtype, the residual at every place, every activation, scales of the tensor or of its rows."""
-    for variant in library_calls.variants([size], config.endswith("swapped")):
+    """Every dtype, place of the residual and activation, scales of the tensor or of its rows: half at one size, half at
+    the next."""
+    variants = library_calls.variants([size], config.endswith("swapped"))
+    for variant in itertools.islice(variants, GEMMS.index(size) % 2, None, 2):
         case = library_calls.gemm_case(*variant)
         assert wrong(device, "int8_gemm", config, case) is None, case.title
 
@@ -62,7 +65,7 @@ def test_a_product_has_the_oracles_bits(device: Emulator, config: str, size: Gem
 @pytest.mark.parametrize("config", CONV)
 def test_a_convolution_has_the_oracles_bits(device: Emulator, config: str, size: Conv) -> None:
     """Likewise; borders on every side or none, strides, dilation, channels that fill no tile."""
-    for variant in library_calls.variants([size], False):
+    for variant in itertools.islice(library_calls.variants([size], False), CONVS.index(size) % 2, None, 2):
         case = library_calls.conv_case(*variant)
         assert wrong(device, "int8_conv", config, case) is None, case.title
 

@@ -1,6 +1,7 @@
 // What the tests call: the configurations of the CUDA library's ops on the emulated device, and modules of their
 // own.
-#include <cstring>
+#include <cuda.h>
+#include <cuda_runtime_api.h>
 
 #include "cuda/conv/conv.h"
 #include "cuda/gemm/gemm.h"
@@ -51,6 +52,27 @@ ENTRY void emulator_allow(const void* memory, size_t bytes, int writable) {
   emulator::allowed.push_back({begin, begin + bytes, writable != 0});
 }
 ENTRY void emulator_forbid() { emulator::allowed.clear(); }
+
+// A descriptor of bytes as the driver makes it: tiles of `box` if there are no corners, else im2col with box =
+// channels, pixels. Returns the driver's code.
+ENTRY int emulator_tensor_map(CUtensorMap* out, int rank, void* address, const uint64_t* sizes, const uint64_t* strides,
+                              const uint32_t* box, const uint32_t* steps, const int* lower, const int* upper,
+                              int swizzle) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  cudaGetDriverEntryPointByVersion(lower ? "cuTensorMapEncodeIm2col" : "cuTensorMapEncodeTiled", &function, 12000, 0,
+                                   &result);
+  constexpr auto type = CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  constexpr auto apart = CU_TENSOR_MAP_INTERLEAVE_NONE;
+  constexpr auto promotion = CU_TENSOR_MAP_L2_PROMOTION_NONE;
+  constexpr auto zero = CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
+  const auto how = static_cast<CUtensorMapSwizzle>(swizzle);
+  if (lower)
+    return reinterpret_cast<decltype(&cuTensorMapEncodeIm2col)>(function)(
+        out, type, rank, address, sizes, strides, lower, upper, box[0], box[1], steps, apart, how, promotion, zero);
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(out, type, rank, address, sizes, strides, box,
+                                                                       steps, apart, how, promotion, zero);
+}
 
 // A family's configurations. width: 0, 1, 2 for outputs of 1, 2, 4 bytes. Null, or what is wrong.
 #define FAMILY(family)                                                                               \

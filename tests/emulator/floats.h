@@ -1,7 +1,7 @@
 // Numbers in the device's formats, exactly: every one of them is a double, rounded.
 #pragma once
 
-#include <bit>
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>

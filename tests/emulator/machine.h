@@ -105,6 +105,7 @@ struct Warp {
   std::array<Lane, 32> lane;
   std::vector<std::function<void()>> wgmma_open;
   std::deque<std::vector<std::function<void()>>> wgmma_committed;
+  bool refused = false;                              // its last mbarrier.try_wait, without waiting
   std::vector<std::pair<Block*, uint32_t>> written;  // what of `unfenced` is this warp's
   uint64_t wgmma_groups = 0;                         // committed so far, the complete ones too
 

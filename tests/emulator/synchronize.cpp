@@ -1,5 +1,6 @@
 // What threads do together: barriers, mbarriers, shuffles, votes; and their end.
 #include <algorithm>
+#include <utility>
 
 #include "emulator/machine.h"
 
@@ -147,9 +148,13 @@ Flow mbarrier_wait(Warp& w, const Instruction& i, Lanes lanes) {
     const uint64_t phase = get_bits(w, i.r[2], l);
     complete |= Lanes(i.kind[1] ? (m.phase & 1) != phase : m.phase != phase) << l;
   });
-  const bool expired = g.wait.expired;
-  g.wait.expired = false;
-  if (i.kind[0] && !expired && complete != lanes) {
+  // How long try_wait waits is not said: the first time it does not, the second time until nothing else can go on.
+  const bool gives_up = std::exchange(g.wait.expired, false) || (!kind_to_mistakes && !w.refused);
+  if (complete == lanes) {
+    w.refused = false;
+  } else if (i.kind[0] && gives_up) {
+    w.refused = true;
+  } else if (i.kind[0]) {
     const int l = std::countr_zero(lanes & ~complete);
     const Place p = place(w, i, l, 1);
     Wait wait{Wait::phase};
