@@ -410,10 +410,11 @@ def compress_encode(
         return
     numbers, kind = tiles.real(x)
     with tiles.on(x.device):
-        _encode[(found.count,)](
-            numbers, residual, payload, found.table, *halves(seed), REAL=kind, STOCHASTIC=stochastic,
-            LEVEL=LEVELS.get(codec), VECTOR=found.vector, ALIGNED=found.aligned, **shape, **options(shape),
-        )  # fmt: skip
+        for table, vector in found.parts:
+            _encode[(table.shape[0],)](
+                numbers, residual, payload, table, *halves(seed), REAL=kind, STOCHASTIC=stochastic,
+                LEVEL=LEVELS.get(codec), VECTOR=vector, ALIGNED=found.aligned, **shape, **options(shape),
+            )  # fmt: skip
 
 
 def compress_decode(
@@ -431,10 +432,11 @@ def compress_decode(
         return
     numbers, kind = tiles.real(out)
     with tiles.on(out.device):
-        _decode[(found.count,)](
-            payloads, numbers, found.table, stride, payloads.shape[0], factor, REAL=kind, VECTOR=found.vector,
-            ALIGNED=tiles.power_of_two(found.aligned, stride), **shape, **options(shape),
-        )  # fmt: skip
+        for table, vector in found.parts:
+            _decode[(table.shape[0],)](
+                payloads, numbers, table, stride, payloads.shape[0], factor, REAL=kind, VECTOR=vector,
+                ALIGNED=tiles.power_of_two(found.aligned, stride), **shape, **options(shape),
+            )  # fmt: skip
 
 
 def compress_reduce(
@@ -462,8 +464,9 @@ def compress_reduce(
     if found.count == 0:
         return
     with tiles.on(payload.device):
-        _reduce[(found.count,)](
-            payloads, residual, payload, found.table, stride, payloads.shape[0], factor, *halves(seed),
-            STOCHASTIC=stochastic, LEVEL=LEVELS.get(codec), VECTOR=found.vector,
-            ALIGNED=tiles.power_of_two(found.aligned, stride), **shape, **options(shape),
-        )  # fmt: skip
+        for table, vector in found.parts:
+            _reduce[(table.shape[0],)](
+                payloads, residual, payload, table, stride, payloads.shape[0], factor, *halves(seed),
+                STOCHASTIC=stochastic, LEVEL=LEVELS.get(codec), VECTOR=vector,
+                ALIGNED=tiles.power_of_two(found.aligned, stride), **shape, **options(shape),
+            )  # fmt: skip

@@ -7,6 +7,7 @@ table is made and uploaded once for a segments tensor and lives as long as that 
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -24,17 +25,20 @@ class Tiles:
 
     Attributes:
         table: int64 [tiles, 4] on the device: a tile's first element, elements, first byte, and the first element's
-            rank among all elements of the segments.
+            rank among all elements of the segments. Without bytes they ascend; with bytes the even tiles, those of a
+            first element and a number of elements that are multiples of 16, come before the others.
+        even: how many even tiles there are; without bytes not counted, 0.
         segments: int64 [S, 2] on the device: each segment's first element and its rank.
         count: how many tiles.
         numel: elements of all segments.
         last: one past the last element of any segment.
         last_byte: one past the last byte of any segment's records.
-        vector: a power of two up to 16 that divides every tile's first element and number of elements.
+        vector: a power of two up to 16 that divides first element and number of elements of every tile but the even.
         aligned: a power of two up to 16 that divides every tile's first byte, and the bytes of a record.
     """
 
     table: torch.Tensor
+    even: int
     segments: torch.Tensor
     count: int
     numel: int
@@ -42,6 +46,12 @@ class Tiles:
     last_byte: int
     vector: int
     aligned: int
+
+    @functools.cached_property
+    def parts(self) -> list[tuple[torch.Tensor, int]]:
+        """Rows of the table, and their `vector`: a launch each, so that odd segments slow down only themselves."""
+        halves = ((self.table[: self.even], 16), (self.table[self.even :], self.vector))
+        return [(rows, vector) for rows, vector in halves if rows.shape[0]]
 
 
 _cache: Any = WeakTensorKeyDictionary()
@@ -97,15 +107,18 @@ def _cut(op: str, segments: torch.Tensor, device: torch.device, rows: int, block
         ],
         dim=1,
     )
+    even = torch.zeros(owner.numel(), dtype=torch.bool) if record == 0 else (table[:, :2] % 16 == 0).all(1)
+    odd = table[~even, :2].flatten()
     records = (n + block - 1) // block
     return Tiles(
-        table=table.to(device),
+        table=torch.cat([table[even], table[~even]]).to(device),
+        even=int(even.sum()),
         segments=torch.stack([first, rank], dim=1).to(device),
         count=owner.numel(),
         numel=int(n.sum()),
         last=int((first + n).max()) if n.numel() else 0,
         last_byte=int((begin + records * record).max()) if n.numel() else 0,
-        vector=power_of_two(*first.tolist(), *n.tolist(), block),
+        vector=power_of_two(*odd.unique().tolist()),
         aligned=power_of_two(*begin.tolist(), record),
     )
 

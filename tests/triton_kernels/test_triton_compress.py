@@ -11,6 +11,7 @@ from interpreter import Interpreter, encode_by_changing_segments
 
 from pykernels import reference
 from pykernels.ops.compress import CODECS, record_bytes
+from pykernels.triton import tiles
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 every_codec = pytest.mark.parametrize("codec", CODECS)
@@ -225,3 +226,21 @@ def test_only_integers_are_rounded_stochastically(interpret: Interpreter) -> Non
     arguments = [{**GOOD, "codec": "fp8", "stochastic": True}[name] for name in NAMES["compress_encode"]]
     with pytest.raises(RuntimeError, match="stochastic rounding is for int8, int4 and int2, not fp8"):
         interpret("compress", "compress_encode", *arguments)
+
+
+def test_tiles_of_odd_segments_are_launched_by_themselves(interpret: Interpreter) -> None:
+    """Those that are multiples of 16 keep their wide loads; the bytes are the same."""
+    rows, byte = [], 0
+    for first, n in ((0, 4096 + 37), (4144, 5000), (9161, 64), (9232, 2048 + 16)):
+        rows.append((first, n, byte))
+        byte += -(-n // 32) * record_bytes("int8", 32)
+    segments = torch.tensor(rows)
+    found = tiles.cut("an op", segments, torch.device("cpu"), 64, 32, record_bytes("int8", 32))
+    (even, wide), (odd, narrow) = found.parts
+    assert (even.shape[0], wide, narrow) == (6, 16, 1) and even.shape[0] + odd.shape[0] == found.count == 9
+    assert (even[:, :2] % 16 == 0).all() and (odd[:, :2] % 16 != 0).any(1).all()
+    agree(interpret, "compress_encode", gradients(11_296), torch.randn(11_296), torch.zeros(byte, dtype=torch.uint8),
+          segments, "int8", 32)  # fmt: skip
+    without_bytes = tiles.cut("an op", segments, torch.device("cpu"), 1, 4096, 0)
+    assert without_bytes.even == 0 and [vector for _, vector in without_bytes.parts] == [1]
+    assert (without_bytes.table[1:, 0] > without_bytes.table[:-1, 0]).all()
