@@ -338,7 +338,7 @@ QUANTIZED = torch.zeros(1, 2, 8, 8, dtype=torch.uint8)
         (lambda: pool.qavg_pool2d(QUANTIZED, 2, x_scale=1.0, x_zero_point=256), "x_zero_point must lie in"),
         (lambda: pool.qavg_pool2d(QUANTIZED, 2, x_scale=1.0, out_dtype=torch.uint8), "out_scale must be given"),
         (lambda: pool.qavg_pool2d(QUANTIZED, 2, x_scale=1.0, out_scale=1.0), "out_scale must be given"),
-        (lambda: pool.qavg_pool2d(QUANTIZED, 2, x_scale=1.0, out_dtype=torch.float16), "out_dtype must be"),
+        (lambda: pool.qavg_pool2d(QUANTIZED, 2, x_scale=1.0, out_dtype=torch.float64), "out_dtype must be"),
         (
             lambda: pool.qglobal_avg_pool2d(
                 QUANTIZED, x_scale=1.0, out_scale=0.1, out_zero_point=200, out_dtype=torch.int8
