@@ -14,7 +14,7 @@ from pykernels._errors import reason
 
 __all__ = ["KERNELS", "UNMEASURED", "complaint", "error", "implementation", "runs", "unusable"]
 
-UNMEASURED = "CUDA: interpreted and compiled, not yet run on a GPU; no speed measured (docs/benchmarks/gpu)"
+UNMEASURED = "CUDA: interpreted and emulated, not yet run on a GPU; no speed measured (docs/benchmarks/gpu)"
 INSTALL = "pip install 'pykernels[gpu]'"
 # Which file of pykernels/triton has the op's launcher.
 KERNELS = {
