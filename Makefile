@@ -27,6 +27,10 @@ cd build-$(1)/package && PYTHONPATH="$(CURDIR)/build-$(1)/package:$(PACKAGES):$(
   $(BASE) -m pytest -o pythonpath= -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR)
 endef
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
+CCACHE := $(shell command -v ccache 2>/dev/null)
+ifneq ($(CCACHE),)
+export CMAKE_CXX_COMPILER_LAUNCHER ?= $(CCACHE)
+endif
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
