@@ -2,6 +2,10 @@
 #include "emulator/machine.h"
 
 #include <algorithm>
+#include <atomic>
+#include <exception>
+#include <mutex>
+#include <thread>
 
 namespace emulator {
 
@@ -240,16 +244,33 @@ void Cluster::run() {
 }
 
 void run(const Launch& launch) {
-  for (int axis = 0; axis < 3; ++axis)
+  std::array<uint32_t, 3> clusters;
+  for (int axis = 0; axis < 3; ++axis) {
     if (launch.grid[axis] % launch.cluster[axis]) throw Error("the grid is no multiple of the cluster");
-  for (uint32_t z = 0; z < launch.grid[2] / launch.cluster[2]; ++z)
-    for (uint32_t y = 0; y < launch.grid[1] / launch.cluster[1]; ++y)
-      for (uint32_t x = 0; x < launch.grid[0] / launch.cluster[0]; ++x) {
+    clusters[axis] = launch.grid[axis] / launch.cluster[axis];
+  }
+  const uint32_t count = clusters[0] * clusters[1] * clusters[2];
+  std::atomic<uint32_t> next = 0;
+  std::mutex mutex;
+  std::exception_ptr error;
+  const auto work = [&, memory = allowed] {
+    allowed = memory;
+    for (uint32_t i; (i = next++) < count;) try {
         Cluster cluster;
         cluster.launch = &launch;
-        cluster.id = {x, y, z};
+        cluster.id = {i % clusters[0], i / clusters[0] % clusters[1], i / (clusters[0] * clusters[1])};
         cluster.run();
+      } catch (...) {
+        next = count;
+        const std::lock_guard lock(mutex);
+        if (!error) error = std::current_exception();
       }
+  };
+  std::vector<std::thread> others;
+  for (uint32_t k = 1; k < std::min(count, std::thread::hardware_concurrency()); ++k) others.emplace_back(work);
+  work();
+  for (std::thread& each : others) each.join();
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace emulator

@@ -1,4 +1,4 @@
-// The emulated device: clusters of blocks of warps of 32 threads, run one warp at a time.
+// The emulated device: clusters of blocks of warps of 32 threads. A cluster runs one warp at a time.
 //
 // The threads of a warp are groups, each at one instruction; the group at the lowest one runs, so that threads that
 // parted meet again. A group that has to wait lets others run. What the hardware does by itself (copies, wgmma) is done
@@ -179,7 +179,7 @@ struct Cluster {
   bool unblock();
 };
 
-// Runs every cluster of a launch, one after another; throws Error.
+// Runs every cluster of a launch, on all of the host's threads; throws Error.
 void run(const Launch& launch);
 
 // Whether copies and wgmma are done at once, and approximations are exact: each alike hides mistakes.

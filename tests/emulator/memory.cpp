@@ -1,5 +1,6 @@
 // Loads, stores and atomics; which memory an address means, and whether it is the kernel's to use.
 #include <algorithm>
+#include <mutex>
 
 #include "emulator/machine.h"
 
@@ -88,6 +89,8 @@ T changed(Change how, T old, T b, T c) {
 // r: the old value, the address, b, c. kind: space, how.
 template <class T>
 Flow atomic(Warp& w, const Instruction& i, Lanes lanes) {
+  static std::mutex mutex;  // of clusters on other threads
+  const std::lock_guard lock(mutex);
   each(lanes, [&](int l) {
     uint8_t* p = memory(w, i, l, Space(i.kind[0]), address_of(w, i, 1, l), sizeof(T), true);
     T old;
