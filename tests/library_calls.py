@@ -39,7 +39,7 @@ class Case:
     expected: torch.Tensor
 
     def complaint(self) -> str | None:
-        """What is wrong with `out`, or None. A sigmoid below 2^-126 may be one step off (csrc/cuda/vec.h)."""
+        """What is wrong with `out`, or None."""
         out = self.given["out"]
         actual = out.movedim(1, -1).reshape(self.expected.shape).cpu()
         if torch.equal(actual, self.expected):
