@@ -65,6 +65,13 @@ Conv = _struct(
 )
 
 
+def _extent(t: torch.Tensor) -> int:
+    """Bytes from its first element to its last."""
+    if t.numel() == 0:
+        return 0
+    return (sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
+
+
 def ptx(library: pathlib.Path) -> list[str]:
     """Of every object in a library."""
     import triton
@@ -111,10 +118,31 @@ class Emulator:
             self._library.emulator_allow(t.data_ptr(), t.numel() * t.element_size(), 1)
         if reads is not None:
             self._library.emulator_allow(reads.data_ptr(), reads.numel() * reads.element_size(), 0)
-        values = [_Pointer(t.data_ptr()) for t in arguments]
-        pointers = (_Pointer * len(values))(*(ctypes.addressof(value) for value in values))
-        sizes = (ctypes.c_uint32 * 9)(1, 1, 1, threads, 1, 1, 1, 1, 1)
-        self._library.emulator_device(90, 4)
+        self._start(kernel, (1, 1, 1), threads, [_Pointer(t.data_ptr()) for t in arguments], shared, 90)
+
+    def start(
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        values: list[Any],
+        memory: list[torch.Tensor],
+        shared: int,
+        arch: int,
+    ) -> None:
+        """Run a kernel of `values`, numbers of ctypes and descriptors, which may use `memory`, on sm_`arch`."""
+        self._library.emulator_forbid()
+        for t in memory:
+            self._library.emulator_allow(t.data_ptr(), _extent(t), 1)
+        self._start(kernel, grid, threads, values, shared, arch)
+
+    def _start(
+        self, kernel: str, grid: tuple[int, int, int], threads: int, values: list[Any], shared: int, arch: int
+    ) -> None:
+        addresses = (v.data_ptr() if isinstance(v, torch.Tensor) else ctypes.addressof(v) for v in values)
+        pointers = (_Pointer * len(values))(*addresses)
+        sizes = (ctypes.c_uint32 * 9)(*grid, threads, 1, 1, 1, 1, 1)
+        self._library.emulator_device(arch, 4)
         if complaint := self._library.emulator_launch(kernel.encode(), sizes, shared, pointers):
             raise RuntimeError(complaint.decode())
 

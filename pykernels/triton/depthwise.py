@@ -99,6 +99,9 @@ def _depthwise(
     )  # fmt: skip
 
 
+COMPILED = isinstance(_depthwise, triton.JITFunction)  # Triton's interpreter knows no PTX
+
+
 def tile_of(c: int) -> dict[str, int]:
     """2048 results a program, 16 a thread: as many channels as there are, up to 128."""
     bc = min(128, max(16, triton.next_power_of_2(c)))
@@ -118,6 +121,6 @@ def depthwise(x: torch.Tensor, weights: Packed, s: ConvShape, out: torch.Tensor,
     with tiles.on(x.device):
         _depthwise[grid](
             pixels, words, as_bits(out), M=m, C=s.c, ROW=weights.layout.row // 4, H=s.h, W=s.w, OH=s.oh, OW=s.ow,
-            KH=kh, KW=kw, DP4A=x.device.type == "cuda", SH=sh, SW=sw, DH=dh, DW=dw, TOP=top, LEFT=left, **arguments,
+            KH=kh, KW=kw, DP4A=COMPILED, SH=sh, SW=sw, DH=dh, DW=dw, TOP=top, LEFT=left, **arguments,
             **tile, num_warps=4, **OPTIONS,
         )  # fmt: skip

@@ -363,6 +363,19 @@ Flow lookup(Warp& w, const Instruction& i, Lanes lanes) {
   return Flow::next;
 }
 
+// c + products of bytes, A and B.
+template <class A, class B>
+Flow dot_bytes(Warp& w, const Instruction& i, Lanes lanes) {
+  const View<uint32_t> d(w, i.r[0]), a(w, i.r[1]), b(w, i.r[2]), c(w, i.r[3]);
+  each(lanes, [&](int l) {
+    uint32_t sum = c[l];
+    for (int byte = 0; byte < 32; byte += 8)
+      sum += static_cast<uint32_t>(static_cast<A>(a[l] >> byte) * static_cast<B>(b[l] >> byte));
+    d.set(l, sum);
+  });
+  return Flow::next;
+}
+
 // ---- control --------------------------------------------------------------------------------------------------------
 Flow branch(Warp& w, const Instruction& i, Lanes lanes) {
   Group& g = w.group();
@@ -541,6 +554,14 @@ bool assemble_scalar(Assembler& a, const Statement& s, Instruction& i) {
   if (is("popc")) return operands(bits == 64 ? counting<uint64_t, Population> : counting<uint32_t, Population>, bits);
   if (is("clz"))
     return operands(bits == 64 ? counting<uint64_t, LeadingZeros> : counting<uint32_t, LeadingZeros>, bits);
+  if (is("dp4a")) {
+    const std::string types = s.text();
+    return operands(types == "dp4a.u32.u32"   ? dot_bytes<uint8_t, uint8_t>
+                    : types == "dp4a.u32.s32" ? dot_bytes<uint8_t, int8_t>
+                    : types == "dp4a.s32.u32" ? dot_bytes<int8_t, uint8_t>
+                    : types == "dp4a.s32.s32" ? dot_bytes<int8_t, int8_t>
+                                              : nullptr);
+  }
   if (s.modifiers.size() != 1) return false;
   if (is("add")) return operands(integers<Add>(t), bits);
   if (is("sub")) return operands(integers<Sub>(t), bits);

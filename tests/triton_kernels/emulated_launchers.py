@@ -1,0 +1,108 @@
+"""Runs launchers of pykernels.triton on CPU tensors: their kernels' PTX, compiled as for a launch on a GPU, emulated.
+
+What Triton finds out about the arguments, and how it passes them on, is Triton's own (JITFunction.run and the launcher
+of backends/nvidia/driver.py), but for what asks for a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import triton
+from emulated import Emulator
+from interpreter import on_machine
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime import jit
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+NUMBERS = {
+    "i1": ctypes.c_uint8, "i8": ctypes.c_int8, "i16": ctypes.c_int16, "i32": ctypes.c_int32, "i64": ctypes.c_int64,
+    "u1": ctypes.c_uint8, "u8": ctypes.c_uint8, "u16": ctypes.c_uint16, "u32": ctypes.c_uint32, "u64": ctypes.c_uint64,
+    "fp32": ctypes.c_float, "fp64": ctypes.c_double,
+}  # fmt: skip
+
+
+@functools.cache
+def _binder(kernel: Any, arch: int) -> tuple[Any, Any]:
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    return backend, jit.create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
+class Triton:
+    """Triton's kernels on the emulated device. `launched` holds the kernels of all launches, compiled."""
+
+    def __init__(self, device: Emulator) -> None:
+        self._device = device
+        self._compiled: dict[Any, Any] = {}
+        self.launched: list[Any] = []
+
+    def _specialized(self, kernel: Any, arch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The kernel compiled for these arguments, and the arguments by name with their types."""
+        backend, bind = _binder(kernel, arch)
+        kwargs["debug"] = False
+        bound, specialization, given = bind(*args, **kwargs)
+        key = (kernel, arch, str(specialization), str(given))
+        options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, given)
+        if key not in self._compiled:
+            source = ASTSource(kernel, signature, constants, attributes)
+            target = GPUTarget("cuda", arch, 32)
+            found = triton.compile(source, target=target, options=options.__dict__)
+            # Kernels of one source have one name.
+            own = f"{found.metadata.name}_{len(self._compiled)}"
+            self._device.load(found.asm["ptx"].replace(found.metadata.name, own))
+            self._compiled[key] = found, own
+        return *self._compiled[key], [(signature[name], value) for name, value in bound.items()]
+
+    def _descriptor(self, x: TensorDescriptor, form: dict[str, Any]) -> list[Any]:
+        """A descriptor of bytes, then its shape and its strides."""
+        assert form["elem_size"] == 1 and x.padding == "zero" and not form["fp4_padded"] and x.base.is_contiguous()
+        made = self._device.tensor_map(x.base.view(torch.uint8), tuple(reversed(form["block_size"])), form["swizzle"])
+        return [made, *map(ctypes.c_int32, x.shape), *map(ctypes.c_int64, x.strides)]
+
+    def run(self, arch: int, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A launch of `kernel[grid](*args, **kwargs)` on sm_`arch`."""
+        found, name, arguments = self._specialized(kernel, arch, args, kwargs)
+        forms = iter(getattr(found.metadata, "tensordesc_meta", None) or [])
+        memory: list[torch.Tensor] = []
+        values: list[Any] = []
+        for kind, value in arguments:
+            if kind == "constexpr":
+                continue
+            if isinstance(value, torch.Tensor):
+                memory.append(value)
+                values.append(ctypes.c_void_p(value.data_ptr()))
+            elif isinstance(value, TensorDescriptor):
+                memory.append(value.base)
+                values += self._descriptor(value, next(forms))
+            else:
+                values.append(NUMBERS[kind](value))
+        assert not found.metadata.global_scratch_size and not found.metadata.profile_scratch_size
+        values += [ctypes.c_void_p(), ctypes.c_void_p()]
+        self._device.start(name, (*grid, 1, 1)[:3], 32 * found.metadata.num_warps, values, memory,
+                           shared=found.metadata.shared, arch=arch)  # fmt: skip
+        self.launched.append(found)
+        return found
+
+    @contextmanager
+    def launches(self, arch: int) -> Iterator[None]:
+        """What Triton is asked to launch meanwhile runs here."""
+
+        def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            return self.run(arch, kernel, grid, args, kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jit.JITFunction, "run", run)
+            yield
+
+    def answer(self, machine: tuple[int, int], module: str, name: str, *arguments: Any) -> Any:
+        """What `pykernels.triton.<module>.<name>` returns on this machine, as the interpreter's `on_machine`."""
+        self.launched.clear()
+        with self.launches(machine[0]):
+            return on_machine(machine, module, name, *arguments)
