@@ -130,10 +130,15 @@ class Emulator:
         shared: int,
         arch: int,
     ) -> None:
-        """Run a kernel of `values`, numbers of ctypes and descriptors, which may use `memory`, on sm_`arch`."""
+        """Run a kernel of `values`, numbers of ctypes and descriptors, which may use `memory`, on sm_`arch`.
+
+        It may read whole words of which a byte is a tensor's, but write the tensor's bytes alone.
+        """
         self._library.emulator_forbid()
         for t in memory:
-            self._library.emulator_allow(t.data_ptr(), _extent(t), 1)
+            begin, end = t.data_ptr(), t.data_ptr() + _extent(t)
+            self._library.emulator_allow(begin, end - begin, 1)
+            self._library.emulator_allow(begin // 4 * 4, -(-end // 4) * 4 - begin // 4 * 4, 0)
         self._start(kernel, grid, threads, values, shared, arch)
 
     def _start(
