@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import triton
 from emulated import Emulator
-from interpreter import on_machine
+from interpreter import _answer, stand_in
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
@@ -38,33 +36,39 @@ def _without_machine_code(*stage: Any) -> tuple[str, str] | None:
 
 
 @functools.cache
-def _binder(kernel: Any, arch: int) -> tuple[Any, Any]:
-    backend = make_backend(GPUTarget("cuda", arch, 32))
+def _binder(kernel: Any, target: GPUTarget) -> tuple[Any, Any]:
+    backend = make_backend(target)
     return backend, jit.create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
-class Triton:
-    """Triton's kernels on the emulated device. `launched` holds the kernels of all launches, compiled."""
+class EmulatedGPU:
+    """Calls launchers, as the interpreter does, on an emulated GPU.
 
-    def __init__(self, device: Emulator) -> None:
+    Attributes:
+        machine: compute capability times 10, and multiprocessors.
+        ptx: of the kernels of the last call.
+    """
+
+    def __init__(self, device: Emulator, machine: tuple[int, int]) -> None:
+        self.machine = machine
+        self.ptx = ""
         self._device = device
         self._compiled: dict[Any, Any] = {}
-        self.launched: list[Any] = []
 
-    def _specialized(self, kernel: Any, arch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The kernel compiled for these arguments, and the arguments by name with their types."""
-        backend, bind = _binder(kernel, arch)
+    def _specialized(self, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The kernel compiled for these arguments, its name on the device, and the arguments with their types."""
+        target = GPUTarget("cuda", self.machine[0], 32)
+        backend, bind = _binder(kernel, target)
         kwargs["debug"] = False
         bound, specialization, given = bind(*args, **kwargs)
-        key = (kernel, arch, str(specialization), str(given))
+        key = (kernel, str(specialization), str(given))
         options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, given)
         if key not in self._compiled:
             source = ASTSource(kernel, signature, constants, attributes)
-            target = GPUTarget("cuda", arch, 32)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", _without_machine_code)
                 found = triton.compile(source, target=target, options=options.__dict__)
-            # Kernels of one source have one name.
+            # All that is compiled of one kernel has one name.
             own = f"{found.metadata.name}_{len(self._compiled)}"
             self._device.load(found.asm["ptx"].replace(found.metadata.name, own))
             self._compiled[key] = found, own
@@ -76,43 +80,34 @@ class Triton:
         made = self._device.tensor_map(x.base.view(torch.uint8), tuple(reversed(form["block_size"])), form["swizzle"])
         return [made, *map(ctypes.c_int32, x.shape), *map(ctypes.c_int64, x.strides)]
 
-    def run(self, arch: int, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A launch of `kernel[grid](*args, **kwargs)` on sm_`arch`."""
-        found, name, arguments = self._specialized(kernel, arch, args, kwargs)
+    def _run(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        found, name, arguments = self._specialized(kernel, args, kwargs)
         forms = iter(getattr(found.metadata, "tensordesc_meta", None) or [])
         memory: list[torch.Tensor] = []
         values: list[Any] = []
         for kind, value in arguments:
-            if kind == "constexpr":
-                continue
             if isinstance(value, torch.Tensor):
                 memory.append(value)
                 values.append(ctypes.c_void_p(value.data_ptr()))
             elif isinstance(value, TensorDescriptor):
                 memory.append(value.base)
                 values += self._descriptor(value, next(forms))
-            else:
+            elif kind != "constexpr":
                 values.append(NUMBERS[kind](value))
         assert not found.metadata.global_scratch_size and not found.metadata.profile_scratch_size
-        values += [ctypes.c_void_p(), ctypes.c_void_p()]
-        self._device.start(name, (*grid, 1, 1)[:3], 32 * found.metadata.num_warps, values, memory,
-                           shared=found.metadata.shared, arch=arch)  # fmt: skip
-        self.launched.append(found)
-        return found
+        values += [ctypes.c_void_p(), ctypes.c_void_p()]  # those two
+        threads, shared = 32 * found.metadata.num_warps, found.metadata.shared
+        self._device.start(name, (*grid, 1, 1)[:3], threads, values, memory, shared, self.machine[0])
+        self.ptx += found.asm["ptx"]
 
-    @contextmanager
-    def launches(self, arch: int) -> Iterator[None]:
-        """What Triton is asked to launch meanwhile runs here."""
+    def answer(self, module: str, name: str, *arguments: Any, **named: Any) -> Any:
+        """What `pykernels.triton.<module>.<name>` returns."""
+        self.ptx = ""
+        with pytest.MonkeyPatch.context() as patch, stand_in(self.machine):
+            patch.setattr(jit.JITFunction, "run", lambda kernel, *args, **kwargs: self._run(kernel, *args, **kwargs))
+            return _answer(module, name, arguments, named)
 
-        def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-            return self.run(arch, kernel, grid, args, kwargs)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jit.JITFunction, "run", run)
-            yield
-
-    def answer(self, machine: tuple[int, int], module: str, name: str, *arguments: Any) -> Any:
-        """What `pykernels.triton.<module>.<name>` returns on this machine, as the interpreter's `on_machine`."""
-        self.launched.clear()
-        with self.launches(machine[0]):
-            return on_machine(machine, module, name, *arguments)
+    def __call__(self, module: str, name: str, *arguments: Any) -> tuple[Any, ...]:
+        """The arguments as `pykernels.triton.<module>.<name>` leaves them."""
+        self.answer(module, name, *arguments)
+        return arguments

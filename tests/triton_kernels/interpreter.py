@@ -10,8 +10,9 @@ import dataclasses
 import importlib
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
 
@@ -89,10 +90,11 @@ def max_pool_numbered_in_64_bits(x: torch.Tensor, *arguments: Any) -> tuple[torc
         pool.INDEX_LIMIT = limit
 
 
-def on_machine(machine: tuple[int, int], module: str, name: str, *arguments: Any) -> Any:
-    """There: what a launcher returns that takes the CPU for this machine, see `pykernels.triton.gemm.STAND_IN`.
+@contextmanager
+def stand_in(machine: tuple[int, int]) -> Iterator[None]:
+    """Launchers take the CPU for this machine, see `pykernels.triton.gemm.STAND_IN`.
 
-    Its tiles are those of the formula, whatever was measured.
+    Their tiles are those of the formula, whatever was measured.
     """
     from pykernels import _tuned
     from pykernels.triton import gemm
@@ -101,7 +103,13 @@ def on_machine(machine: tuple[int, int], module: str, name: str, *arguments: Any
     tile, _tuned.tile = _tuned.tile, lambda *_: None
     gemm.machine.cache_clear()
     try:
-        return _answer(module, name, arguments, {})
+        yield
     finally:
         gemm.STAND_IN, _tuned.tile = before, tile
         gemm.machine.cache_clear()
+
+
+def on_machine(machine: tuple[int, int], module: str, name: str, *arguments: Any) -> Any:
+    """There: what a launcher returns that takes the CPU for this machine."""
+    with stand_in(machine):
+        return _answer(module, name, arguments, {})
