@@ -114,35 +114,6 @@ def test_depthwise(arch: int, residual: str | None, x: str, kw: int, tmp_path: p
     assert len(re.findall(r"\bIDP\.4A", kernel.asm["sass"])) == 16 * -(-kw // 4)
 
 
-@pytest.mark.parametrize("signed", [False, True])
-def test_four_taps_at_once(signed: bool) -> None:
-    """The instructions that the interpreter cannot run, step by step as the PTX manual has them, against products."""
-    torch.manual_seed(5)
-    x = torch.randint(-128, 128, (4, 4)) if signed else torch.randint(0, 256, (4, 4))  # [taps][channels]
-    w, acc = torch.randint(-128, 128, (4, 4)), torch.randint(-(2**30), 2**30, (4,))  # [channels][taps]
-    x[0, 0], w[0] = (-128 if signed else 255), -128
-
-    def word(numbers: torch.Tensor) -> int:
-        return int.from_bytes(bytes(n & 0xFF for n in numbers.tolist()), "little")
-
-    registers = {f"${4 + i}": word(x[i]) for i in range(4)} | {f"${8 + i}": word(w[i]) for i in range(4)}
-    registers |= {f"${12 + i}": int(acc[i]) for i in range(4)}
-    for line in (depthwise.SIGNED if signed else depthwise.UNSIGNED).value.splitlines()[2:-1]:
-        op, operands = line.rstrip(";").split(" ", 1)
-        target, a, b, c = operands.split(", ")
-        first, second = registers[a].to_bytes(4, "little"), registers[b].to_bytes(4, "little")
-        if op == "prmt.b32":
-            chosen = [int(digit, 16) for digit in reversed(c.removeprefix("0x"))]
-            registers[target] = int.from_bytes(bytes((first + second)[i] for i in chosen), "little")
-        else:
-            _, kind, other = op.split(".")
-            assert (kind, other) == ("s32" if signed else "u32", "s32")
-            left = torch.frombuffer(bytearray(first), dtype=torch.int8 if signed else torch.uint8).int()
-            right = torch.frombuffer(bytearray(second), dtype=torch.int8).int()
-            registers[target] = registers[c] + int((left * right).sum())
-    assert [registers[f"${i}"] for i in range(4)] == (acc + (x.t() * w).sum(1)).tolist()
-
-
 def test_one_output_channel() -> None:
     """A launch makes a constant of a 1, which has no methods of a tensor: that it compiles is what is asked."""
     s = shape_of(32, 64, 56, 1, 3, 1)
