@@ -3,6 +3,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "emulator/floats.h"
 #include "emulator/machine.h"
 
 namespace emulator {
@@ -27,6 +28,13 @@ struct View {
       slot[lane] = static_cast<Slot>(value);
   }
   Slot* slot;
+};
+
+// Those of halves as floats.
+struct Halves {
+  Halves(Warp& w, Ref r) : bits(w, r) {}
+  float operator[](int lane) const { return static_cast<float>(decode(bits[lane], kHalf)); }
+  View<uint16_t> bits;
 };
 
 template <class T, class F>
@@ -123,6 +131,15 @@ OPERATION(FMaxNan, (T a, T b), T(std::isnan(a) || std::isnan(b) ? std::numeric_l
 OPERATION(Exp2, (T a), T(std::exp2(a)))
 #undef OPERATION
 
+// On both halves of a word.
+template <class T, class F>
+struct Both {
+  uint32_t operator()(uint32_t a, uint32_t b) const {
+    const auto half = [&](int at) { return uint32_t(uint16_t(F{}(T(a >> at), T(b >> at)))) << at; };
+    return half(0) | half(16);
+  }
+};
+
 struct Reverse {
   uint32_t operator()(uint32_t a) const {
     uint32_t out = 0;
@@ -178,6 +195,12 @@ Run integers3(const std::string& t) {
   return nullptr;
 }
 template <class F>
+Run pairs(const std::string& t) {
+  return t == "s16x2"   ? binary<uint32_t, Both<int16_t, F>>
+         : t == "u16x2" ? binary<uint32_t, Both<uint16_t, F>>
+                        : nullptr;
+}
+template <class F>
 Run reals(const std::string& t) {
   return t == "f32" ? binary<float, F> : t == "f64" ? binary<double, F> : nullptr;
 }
@@ -228,9 +251,9 @@ int relation(const std::string& name) {
 }
 
 // r: p, a, b, c, q. kind: which relations hold, how c is combined, whether an integer's.
-template <class T>
+template <class T, class V = View<T>>
 Flow compare(Warp& w, const Instruction& i, Lanes lanes) {
-  const View<T> a(w, i.r[1]), b(w, i.r[2]);
+  const V a(w, i.r[1]), b(w, i.r[2]);
   Lanes holds = 0;
   const uint32_t wanted = i.kind[0];
   each(lanes, [&](int l) {
@@ -432,6 +455,7 @@ bool assemble_scalar(Assembler& a, const Statement& s, Instruction& i) {
             : one_of(t, {"u32", "b32"}) ? compare<uint32_t>
             : t == "s64"                ? compare<int64_t>
             : one_of(t, {"u64", "b64"}) ? compare<uint64_t>
+            : t == "f16"                ? compare<float, Halves>
             : t == "f32"                ? compare<float>
             : t == "f64"                ? compare<double>
                                         : nullptr;
@@ -473,6 +497,12 @@ bool assemble_scalar(Assembler& a, const Statement& s, Instruction& i) {
       return true;
     }
     return operands(bits == 64 ? move<uint64_t> : move<uint32_t>, bits);
+  }
+
+  if (t.ends_with("16x2") && s.modifiers.size() == 1) {
+    if (is("add")) return operands(pairs<Add>(t));
+    if (is("min")) return operands(pairs<Min>(t));
+    if (is("max")) return operands(pairs<Max>(t));
   }
 
   const size_t digits = t.find_first_of("0123456789");
