@@ -1,4 +1,4 @@
-"""Ops on CPU tensors done by their CUDA launchers, in Triton's interpreter: a GPU's answer where there is none."""
+"""Ops on CPU tensors done by their CUDA launchers, interpreted or emulated: a GPU's answer where there is none."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from interpreter import Interpreter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from pykernels import _cuda
 
 
 class Launchers(TorchDispatchMode):
-    """While it is entered, every op of the library that has a launcher runs it. `calls` counts them by name."""
+    """While it is entered, every op of the library that has a launcher runs it. `calls` counts them by name.
 
-    def __init__(self, interpreter: Interpreter) -> None:
+    `interpreter`: an `Interpreter`, or an `EmulatedGPU`.
+    """
+
+    def __init__(self, interpreter: Any) -> None:
         super().__init__()
         self.interpreter = interpreter
         self.calls: Counter[str] = Counter()

@@ -28,8 +28,8 @@ def drawn(index: int) -> tuple[Sample, dict[str, torch.Tensor]]:
     return sample, sample.make(3)
 
 
-@pytest.mark.parametrize("index", range(len(NAMES)), ids=NAMES)
-def test_a_call_is_the_cpus(mode: Launchers, index: int) -> None:
+def check_call(mode: Launchers, index: int) -> None:
+    """A sample's results by its op's launcher, and nothing else of the library, are the CPU's."""
     sample, tensors = drawn(index)
     expected = tree_leaves(sample.call(**tensors))
     with mode:
@@ -48,3 +48,8 @@ def test_a_call_is_the_cpus(mode: Launchers, index: int) -> None:
             torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
         else:
             torch.testing.assert_close(a, e, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("index", range(len(NAMES)), ids=NAMES)
+def test_a_call_is_the_cpus(mode: Launchers, index: int) -> None:
+    check_call(mode, index)

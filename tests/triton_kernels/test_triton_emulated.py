@@ -13,6 +13,8 @@ import pytest
 import torch
 from emulated import LIBRARY, Emulator
 from emulated_launchers import EmulatedGPU
+from launchers import Launchers
+from test_triton_contract import NAMES, check_call
 from test_triton_conv import Conv, int8_weights, integers
 
 from pykernels import reference
@@ -68,3 +70,9 @@ def test_tensor_cores(gpu: EmulatedGPU, c: Conv, kernel: str, dtype: torch.dtype
     assert f".entry {kernel}(" in gpu.ptx
     assert ("wgmma.mma_async" if gpu.machine[0] == 90 else "mma.sync") in gpu.ptx
     assert ("cp.async.bulk.tensor" in gpu.ptx) == (kernel == "_gemm" and gpu.machine[0] == 90)
+
+
+@pytest.mark.parametrize("gpu", [90], ids=["sm_90"], indirect=True)
+@pytest.mark.parametrize("index", range(len(NAMES)), ids=NAMES)
+def test_every_op_gives_the_cpus_answer(gpu: EmulatedGPU, index: int) -> None:
+    check_call(Launchers(gpu), index)
