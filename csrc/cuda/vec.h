@@ -15,15 +15,18 @@ PK_INLINE f32 mul(f32 a, f32 b) { return a * b; }
 // rcp.approx and its corrections in line. The compiler's own division calls a function for the hardest operands, and a
 // call anywhere in a kernel makes ptxas serialise its wgmma instructions.
 PK_INLINE f32 div(f32 a, f32 b) {
-  const float down = b > 0x1p64f ? 0x1p-64f : 1.0f;  // keeps the reciprocal a normal number
-  const float c = b * down;
+  const bool large = b > 0x1p64f;
+  b = large ? b * 0x1p-64f : b;  // keeps the reciprocal a normal number
   float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(c));
-  r = __fmaf_rn(__fmaf_rn(-c, r, 1.0f), r, r);
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
+  r = __fmaf_rn(__fmaf_rn(-b, r, 1.0f), r, r);
   float q = a * r;
-  q = __fmaf_rn(__fmaf_rn(-c, q, a), r, q);
-  q = q * down;  // before the last correction, for quotients below 2^-126 are rounded here
-  return __fmaf_rn(__fmaf_rn(-b, q, a), r * down, q);
+  q = __fmaf_rn(__fmaf_rn(-b, q, a), r, q);
+  // Undone before the last correction: quotients below 2^-126 are rounded there.
+  q = large ? q * 0x1p-64f : q;
+  b = large ? b * 0x1p64f : b;
+  r = large ? r * 0x1p-64f : r;
+  return __fmaf_rn(__fmaf_rn(-b, q, a), r, q);
 }
 PK_INLINE f32 min(f32 a, f32 b) { return a < b ? a : b; }
 PK_INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }

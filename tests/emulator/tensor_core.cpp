@@ -234,11 +234,13 @@ bool assemble_tensor_core(Assembler& a, const Statement& s, Instruction& i) {
     return true;
   }
   if (s.name == "mma") {
-    // mma.sync.aligned.m16n8k32.row.col[.satfinite].s32.s8.s8.s32 d, a, b, c
-    const std::string shape = "mma.sync.aligned.m16n8k32.row.col.";
-    if (!name.starts_with(shape + "s32.") && !name.starts_with(shape + "satfinite.s32.")) a.unknown(s);
-    const size_t last = s.modifiers.size() - 1;
-    const std::string &at = s.modifiers.at(last - 2), &bt = s.modifiers.at(last - 1);
+    // mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 d, a, b, c, with .satfinite behind col or at the end
+    std::vector<std::string> types = s.modifiers;
+    std::erase(types, "satfinite");
+    if (!name.starts_with("mma.sync.aligned.m16n8k32.row.col.") || types.size() != 9 || types[5] != "s32" ||
+        types[8] != "s32")
+      a.unknown(s);
+    const std::string &at = types[6], &bt = types[7];
     if ((at != "s8" && at != "u8") || (bt != "s8" && bt != "u8")) a.unknown(s);
     i.kind[0] = at == "s8", i.kind[1] = bt == "s8", i.kind[2] = s.has("satfinite");
     for (size_t k = 0; k < 4; ++k) list(s.operands.at(k), k == 0);
