@@ -39,13 +39,14 @@ class Case:
     expected: torch.Tensor
 
     def complaint(self) -> str | None:
-        """What is wrong with `out`, or None."""
+        """What is wrong with `out`, or None. A sigmoid below 2^-126 may be one step off (csrc/cuda/vec.h)."""
         out = self.given["out"]
         actual = out.movedim(1, -1).reshape(self.expected.shape).cpu()
-        if torch.equal(actual, self.expected):
-            return None
         far = (actual.double() - self.expected.double()).abs().nan_to_num(torch.inf)
-        return f"{int((far > 0).sum())} of {far.numel()} elements differ, by {far.max():.3g}"
+        wrong = (actual != self.expected) & (far > 2.0**-140)  # silu is up to 2^7 times as far
+        if not wrong.any():
+            return None
+        return f"{int(wrong.sum())} of {far.numel()} elements differ, by {far.max():.3g}"
 
 
 def _activated(f: torch.Tensor, activation: str) -> torch.Tensor:

@@ -13,20 +13,17 @@ PK_INLINE f32 sub(f32 a, f32 b) { return a - b; }
 PK_INLINE f32 mul(f32 a, f32 b) { return a * b; }
 // The quotient rounded to nearest, for 1 <= b and a no larger than b's scale, which is all that the activations divide:
 // rcp.approx and its corrections in line. The compiler's own division calls a function for the hardest operands, and a
-// call anywhere in a kernel makes ptxas serialise its wgmma instructions.
+// call anywhere in a kernel makes ptxas serialise its wgmma instructions. (A result below 2^-126 may be one step off.)
 PK_INLINE f32 div(f32 a, f32 b) {
-  const bool large = b > 0x1p64f;
-  b = large ? b * 0x1p-64f : b;  // keeps the reciprocal a normal number
+  const float down = b > 0x1p64f ? 0x1p-64f : 1.0f;  // keeps the reciprocal a normal number
+  b = b * down;
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
   r = __fmaf_rn(__fmaf_rn(-b, r, 1.0f), r, r);
   float q = a * r;
   q = __fmaf_rn(__fmaf_rn(-b, q, a), r, q);
-  // Undone before the last correction: quotients below 2^-126 are rounded there.
-  q = large ? q * 0x1p-64f : q;
-  b = large ? b * 0x1p64f : b;
-  r = large ? r * 0x1p-64f : r;
-  return __fmaf_rn(__fmaf_rn(-b, q, a), r, q);
+  q = __fmaf_rn(__fmaf_rn(-b, q, a), r, q);
+  return q * down;
 }
 PK_INLINE f32 min(f32 a, f32 b) { return a < b ? a : b; }
 PK_INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }

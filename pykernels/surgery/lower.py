@@ -83,7 +83,7 @@ def lower(
 
 
 class _Lowering:
-    def __init__(self, module: fx.GraphModule, precision: str, edges: torch.dtype | None) -> None:
+    def __init__(self, module: fx.GraphModule, precision: str, edges: torch.dtype | None = None) -> None:
         self.module = module
         self.edges = edges
         self.real = STORED.get(precision, edges)  # what floats are stored in; None: as they are in the graph
