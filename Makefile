@@ -66,7 +66,7 @@ gpu-check:  ## on a GPU: is every op right there? GPU_PYTHON=... chooses the int
 gpu-bench:  ## on a GPU: the figures of docs/benchmarks/gpu, beside cuBLASLt, cuDNN and torch.compile
 	$(GPU_PYTHON) -m benchmarks.gpu.bench
 
-gpu-tune:  ## on a GPU: measure the configurations of int8 GEMM and convolution, write the table of pykernels/tuned
+gpu-tune:  ## on a GPU: measure the configurations of int8 GEMM and convolution, write the table of pykernels/cuda/tuned
 	$(GPU_PYTHON) -m benchmarks.gpu.tune
 
 lint: $(VENV)/.lint  ## ruff, mypy, clang-format

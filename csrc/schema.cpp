@@ -1,5 +1,5 @@
 // Every operator of the library: torch.ops.pykernels.*. Implementations stand in the families' op.cpp, shape functions
-// in pykernels/_fake.py. What a shape function needs is in the schema, never only in a packed tensor's bytes.
+// in pykernels/ops. What a shape function needs is in the schema, never only in a packed tensor's bytes.
 #include "common/stable.h"
 
 STABLE_TORCH_LIBRARY(pykernels, m) {

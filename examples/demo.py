@@ -25,8 +25,8 @@ from rich.table import Table
 import pykernels as pk
 from benchmarks import assets
 from pykernels.bench import zoo
-from pykernels.cli import hush
-from pykernels.machine import machine
+from pykernels.bench.machine import machine
+from pykernels.cli.main import hush
 
 CALIBRATION = 10  # photographs, every second one
 Network = Callable[[torch.Tensor], torch.Tensor]

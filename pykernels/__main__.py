@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pykernels.cli import app
+from pykernels.cli.main import app
 
 app(prog_name="pykernels")

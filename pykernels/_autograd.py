@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pykernels import _load
+from pykernels.ops import _load
 
 aten = torch.ops.aten
 

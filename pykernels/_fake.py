@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import torch
 
-from pykernels import _load
-from pykernels._packed import packed_bytes
+from pykernels.ops import _load
+from pykernels.ops.packed import packed_bytes
 
 F = TypeVar("F", bound=Callable[..., object])
 

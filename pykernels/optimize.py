@@ -15,14 +15,14 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from pykernels import _cuda
-from pykernels._dtypes import STORED
-from pykernels._export import dynamic_batch_shapes, example_for_export
-from pykernels.surgery.capture import Captured, capture, plain, prepare
-from pykernels.surgery.cuda_graph import CudaGraphs
-from pykernels.surgery.devices import device_of, follow, to_device
-from pykernels.surgery.lower import lower
-from pykernels.surgery.report import Report, bytes_of
+from pykernels.cuda import registry
+from pykernels.cuda.graphs import CudaGraphs
+from pykernels.graph.capture import Captured, capture, plain, prepare
+from pykernels.graph.export import dynamic_batch_shapes, example_for_export
+from pykernels.network.devices import device_of, follow, to_device
+from pykernels.network.emit_fx import lower
+from pykernels.network.report import Report, bytes_of
+from pykernels.ops.dtypes import STORED
 
 __all__ = ["Optimized", "load", "optimize"]
 
@@ -252,7 +252,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Op
         ValueError: the file is truncated, damaged, or not one of ours.
     """
     path, device = os.fspath(path), torch.device(device)
-    complaint = _cuda.unusable(device)
+    complaint = registry.unusable(device)
     if complaint is not None:
         raise RuntimeError(f"device: {device} cannot be used: {complaint}")
     if not os.path.exists(path):

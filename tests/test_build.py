@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import pykernels
-from pykernels import _host, _load
+from pykernels import _host
+from pykernels.ops import _load
 
 ROOT = pathlib.Path(__file__).parent.parent
 ISAS = list(_host.isas())
@@ -98,7 +99,7 @@ def test_cuda_library_needs_no_cuda_library() -> None:
 
 
 def test_a_cpu_torch_does_not_load_the_cuda_library() -> None:
-    code = "from pykernels import _load; print(_load.CUDA_ERROR)"
+    code = "from pykernels.ops import _load; print(_load.CUDA_ERROR)"
     done = python(code)
     assert done.returncode == 0, done.stderr
     assert (torch.version.cuda is None) == ("is built without CUDA" in done.stdout)
@@ -190,7 +191,7 @@ def test_libraries_of_another_cpython_run(tmp_path: pathlib.Path) -> None:
 
 def test_doctor_without_the_library_says_so(tmp_path: pathlib.Path) -> None:
     site = python_files(tmp_path)
-    done = python("from pykernels.cli import app; app(['doctor'])", site, COLUMNS="200")
+    done = python("from pykernels.cli.main import app; app(['doctor'])", site, COLUMNS="200")
     assert done.returncode == 1
     assert "pykernels_cpu.so is not in" in done.stdout, done.stderr
 

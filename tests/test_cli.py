@@ -12,8 +12,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import pykernels as pk
-from pykernels import _cuda, _load, machine
-from pykernels.cli import app
+from pykernels.bench import machine
+from pykernels.cli.main import app
+from pykernels.cuda import registry
+from pykernels.ops import _load
 
 NETWORK = """
 import torch
@@ -131,11 +133,11 @@ def test_optimize_takes_models_and_precisions_of_16_bit_floats(nets: pathlib.Pat
 
 
 def test_a_machine_with_fewer_gpus_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cuda, "_ERROR", None)
+    monkeypatch.setattr(registry, "_ERROR", None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert _cuda.unusable(torch.device("cuda")) is None and _cuda.unusable(torch.device("cuda:0")) is None
-    assert _cuda.unusable(torch.device("cuda:1")) == "torch finds 1 CUDA device here"
-    assert _cuda.unusable(torch.device("cpu")) is None
+    assert registry.unusable(torch.device("cuda")) is None and registry.unusable(torch.device("cuda:0")) is None
+    assert registry.unusable(torch.device("cuda:1")) == "torch finds 1 CUDA device here"
+    assert registry.unusable(torch.device("cpu")) is None
 
 
 def test_optimize_calibrates_int8_on_photographs_and_tensors(nets: pathlib.Path) -> None:

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu import check_codecs, check_library
 from benchmarks.gpu.timing import facts, require_gpu, save
-from pykernels import _packed
+from pykernels.ops import packed as packing
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -46,14 +46,14 @@ def on(device: str, name: str, value: Any) -> Any:
     """An argument of a sample on a device: packed weights are packed for it, segments stay in the host's memory."""
     if not isinstance(value, torch.Tensor) or name == "segments":
         return value
-    return _packed.repack(value, device) if name == "packed" else value.to(device)
+    return packing.repack(value, device) if name == "packed" else value.to(device)
 
 
 def same(op: str, actual: Any, expected: Any) -> str | None:
     """What is wrong with results on a device, or None."""
     for a, e in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
         if op.endswith("_pack"):
-            a = _packed.repack(a, "cpu")
+            a = packing.repack(a, "cpu")
         if a.shape != e.shape or a.dtype != e.dtype:
             return f"{list(a.shape)} {a.dtype}, not {list(e.shape)} {e.dtype}"
         if not op.endswith("_pack") and a.stride() != e.stride():

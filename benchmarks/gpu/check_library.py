@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from pykernels import _load, _tuned
+from pykernels.cuda import tables
+from pykernels.ops import _load
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "tests"))
 import library_calls
@@ -32,14 +33,14 @@ CONVS = (
 
 def _check(op: str, sizes: tuple[Any, ...], make: Callable[..., library_calls.Case]) -> Report:
     torch.manual_seed(0)
-    configurations = _tuned.configurations(op)
+    configurations = tables.configurations(op)
     if not configurations:
         return {"looked_at": 0, "wrong": {}, "skipped": f"no CUDA library: {_load.CUDA_ERROR}"}
     capability = torch.cuda.get_device_capability()
     wrong: dict[str, str] = {}
     looked_at = 0
     for name, (index, needed) in configurations.items():
-        if not _tuned.runs(needed, capability):
+        if not tables.runs(needed, capability):
             continue
         for variant in library_calls.variants(sizes, name.endswith("swapped")):
             case = make(*variant, "cuda")

@@ -24,8 +24,8 @@ from rich.table import Table
 from torch import nn
 
 import pykernels as pk
+from pykernels.network.dynamo import pykernels as backend
 from pykernels.quantization import recipes
-from pykernels.surgery.dynamo import pykernels as backend
 
 BATCHES = (1, 2, 5)
 # Relative error in the norm: fp32 without TF32, sums in another order; bf16 and fp16 rounded at other places.

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 import pykernels
-from pykernels import _cuda, _load
+from pykernels.cuda import registry
+from pykernels.ops import _load
 
 REPEAT = 10  # calls in one CUDA graph
 FOLDER = pathlib.Path(__file__).parent.parent.parent / "docs" / "benchmarks" / "gpu"
@@ -22,7 +23,7 @@ FOLDER = pathlib.Path(__file__).parent.parent.parent / "docs" / "benchmarks" / "
 
 def require_gpu(command: str) -> None:
     """Leave with status 1 and the reason where no op of ours can run on a GPU."""
-    error = _load.CPU_ERROR or _cuda.error() or (None if torch.cuda.is_available() else "torch sees no GPU")
+    error = _load.CPU_ERROR or registry.error() or (None if torch.cuda.is_available() else "torch sees no GPU")
     if error is not None:
         sys.exit(f"{command}: {error}")
 

@@ -1,4 +1,4 @@
-"""Measure the int8 GEMM and convolution in every configuration, and write this device's table to pykernels/tuned.
+"""Measure the int8 GEMM and convolution in every configuration, and write this device's table to pykernels/cuda/tuned.
 
     python -m benchmarks.gpu.tune [--only conv gemm] [--seconds 330] [--rounds 8] [--dry-run]
 
@@ -26,9 +26,9 @@ import torch
 
 from benchmarks.gpu.timing import compare, facts, require_gpu
 from pykernels import _tuned, bench
-from pykernels.triton import gemm
-from pykernels.triton.conv import conv_by_formula
-from pykernels.triton.conv_shape import ConvShape, conv_shape
+from pykernels.cuda.triton import gemm
+from pykernels.cuda.triton.conv import conv_by_formula
+from pykernels.cuda.triton.conv_shape import ConvShape, conv_shape
 
 PARTS = ("conv", "gemm")
 ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384, 65536)

@@ -23,7 +23,7 @@ inline const char* element_name(Element e) {
   return e == Element::s8 ? "int8" : e == Element::bf16 ? "bfloat16" : e == Element::f16 ? "float16" : "float32";
 }
 
-enum class PackKind : int32_t { dot, depthwise };  // 2 and 3 are the CUDA device's: pykernels/_packed.py
+enum class PackKind : int32_t { dot, depthwise };  // 2 and 3 are the CUDA device's: pykernels/ops/packed.py
 
 inline constexpr int64_t kColumns = 16;     // output channels of a panel
 inline constexpr int64_t kBlockBytes = 64;  // 16 columns times one word

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pykernels import machine as machines
 from pykernels import reference
+from pykernels.bench import machine as machines
 
 PRECISIONS = ("fp32", "bf16", "int8")
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from pykernels import machine as machines
-from pykernels._errors import reason
 from pykernels.bench import families as shapes
+from pykernels.bench import machine as machines
 from pykernels.bench import peaks, rivals, timing
 from pykernels.bench.case import PRECISIONS, Case
+from pykernels.ops.errors import reason
 
 VERSIONED = ("pykernels", "torch", "torchao", "torchvision", "onnxruntime", "onnx", "openvino", "nncf", "numpy")
 

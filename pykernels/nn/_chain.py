@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pykernels import _cuda
-from pykernels._batch_norm import scale_and_shift
-from pykernels._dtypes import REALS, STORED
+from pykernels.cuda import registry
+from pykernels.graph.batch_norm import scale_and_shift
+from pykernels.ops.dtypes import REALS, STORED
 
 _PLAIN = (nn.Parameter, torch.Tensor)  # no subclass: what such a weight holds is its own affair
 _ACTIVATED = "_pykernels_activated"  # attribute of a tensor: the shared activation that a head has applied to it
@@ -65,7 +65,7 @@ class Chain:
         dtypes than float32, bfloat16 and float16, when a hook watches the values between the modules, and while other
         code traces or transforms.
         """
-        if not isinstance(x, torch.Tensor) or _cuda.complaint(x.device) is not None:
+        if not isinstance(x, torch.Tensor) or registry.complaint(x.device) is not None:
             return False
         if torch.is_autocast_enabled(x.device.type):
             return False
@@ -246,7 +246,7 @@ class Head(Member):
         tensors = [t for t in self.chain.parameters() if t is not None]
         device = self.weight.device
         here = all(type(t) in _PLAIN and t.device == device and t.dtype in REALS for t in tensors)
-        if here and _cuda.complaint(device) is None:
+        if here and registry.complaint(device) is None:
             self.current()
         else:
             self.packed, self._sources = None, ()

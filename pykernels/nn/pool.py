@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from pykernels import _cuda
-from pykernels._dtypes import REALS
+from pykernels.cuda import registry
 from pykernels.ops import pool as ops
+from pykernels.ops.dtypes import REALS
 
 
 class Pool(nn.Module):
@@ -20,7 +20,7 @@ class Pool(nn.Module):
 
     def ready(self, x: torch.Tensor) -> bool:
         """Whether the kernel computes this call."""
-        if self.training or not isinstance(x, torch.Tensor) or _cuda.complaint(x.device) is not None:
+        if self.training or not isinstance(x, torch.Tensor) or registry.complaint(x.device) is not None:
             return False
         if x.dtype not in self.dtypes or x.dim() != 4 or (x.requires_grad and torch.is_grad_enabled()):
             return False

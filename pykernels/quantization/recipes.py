@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from pykernels._export import export
+from pykernels.graph.export import export
 
 from .quantizer import Int8Quantizer
 from .refine import float_weights

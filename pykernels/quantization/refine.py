@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from pykernels._export import constant
+from pykernels.graph.export import constant
 from pykernels.ops._sizes import spread
 
 from .patterns import CONVOLUTIONS, HEAVY, LINEARS, argument, is_call

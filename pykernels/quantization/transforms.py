@@ -17,7 +17,7 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-from pykernels._batch_norm import constant_scale_and_shift
+from pykernels.graph.batch_norm import constant_scale_and_shift
 
 from .patterns import (
     BATCH_NORMS,

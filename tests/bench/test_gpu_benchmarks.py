@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import bench, check_codecs, tune
-from pykernels import _tuned
+from pykernels.cuda import tables
 
 
 def once(calls: dict[str, Callable[[], Any]], rounds: int = 0, repeat: int = 0) -> dict[str, float | str]:
@@ -81,7 +81,7 @@ class TestTune:
         return tune.Tuner("sm90", (9, 0), 132, 60.0, 1, "cpu")
 
     def test_tiles_of_a_shape_begin_with_the_formula_s_and_waste_little(self) -> None:
-        candidates = _tuned.table("sm90")["triton"]["candidates"]
+        candidates = tables.table("sm90")["triton"]["candidates"]
         formula = tune.gemm.by_formula(90, 132, 100, 64, 8192)
         found = tune.tiles(formula, candidates, 132, 100, 64, 8192)
         assert found[0] == (formula.bm, formula.bn, formula.bk, formula.warps, formula.stages, formula.resident, 8)

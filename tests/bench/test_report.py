@@ -97,7 +97,7 @@ def test_there_is_no_chart_of_nothing(tmp_path):
 
 
 def test_the_command_explains_itself_and_refuses_by_name():
-    from pykernels.cli import app
+    from pykernels.cli.main import app
 
     shown = CliRunner().invoke(app, ["bench", "--help"])
     assert shown.exit_code == 0 and "oracle" in shown.output

@@ -8,7 +8,7 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from pykernels.cli import app
+from pykernels.cli.main import app
 from pykernels.comm import command
 from pykernels.comm.command import Site
 from pykernels.comm.model import Speed

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pykernels._export import NotExportable
+from pykernels.graph.export import NotExportable
 from pykernels.quantization import quantize
 from pykernels.quantization.refine import round_with_compensation, round_with_few_inputs
 

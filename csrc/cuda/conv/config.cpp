@@ -8,7 +8,7 @@ extern const Config sm90_128x64x64;
 extern const Config sm90_64x128x128;
 
 namespace {
-// Tables of pykernels/tuned name them: their order means nothing.
+// Tables of pykernels/cuda/tuned name them: their order means nothing.
 const Config* const kConfigs[] = {&sm90_128x256x128, &sm90_128x128x128, &sm90_128x64x64, &sm90_64x128x128};
 }  // namespace
 

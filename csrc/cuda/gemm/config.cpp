@@ -13,7 +13,7 @@ extern const Config sm90_64x64x256;
 extern const Config sm90_16x64x256;
 
 namespace {
-// Tables of pykernels/tuned name them: their order means nothing.
+// Tables of pykernels/cuda/tuned name them: their order means nothing.
 const Config* const kConfigs[] = {&sm80_128x256x64, &sm80_128x128x64,  &sm80_64x64x128,
                                   &sm80_16x64x128,  &sm90_128x256x128, &sm90_128x128x128,
                                   &sm90_64x128x128, &sm90_64x64x256,   &sm90_16x64x256};

@@ -1,4 +1,4 @@
-// _cuda_int8_gemm: checks and runs one configuration of gemm.h. Private: pykernels/triton chooses the configuration.
+// _cuda_int8_gemm: checks and runs one configuration of gemm.h. Private: pykernels/cuda/triton chooses the configuration.
 #include <torch/csrc/stable/accelerator.h>
 
 #include <climits>

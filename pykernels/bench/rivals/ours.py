@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import pykernels
-from pykernels import _load
 from pykernels.bench.case import Case
 from pykernels.bench.rivals.base import Absent, Rival, Run
 from pykernels.bench.rivals.torch_rivals import module_of
 from pykernels.nn._quantize import quantize_weight
+from pykernels.ops import _load
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.GELU: "gelu", nn.SiLU: "silu"}
 

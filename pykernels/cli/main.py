@@ -1,0 +1,270 @@
+"""The command `pykernels`: doctor, optimize, bench, comm."""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import logging
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch.export.passes import move_to_device_pass
+
+import pykernels
+from pykernels.bench import machine as machines
+from pykernels.bench.command import bench
+from pykernels.comm.command import app as comm_app
+from pykernels.cuda import registry
+
+app = typer.Typer(
+    name="pykernels",
+    help="Make PyTorch models faster on the hardware at hand: hand-written kernels, model surgery, int8.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+IMAGENET_MEAN, IMAGENET_STD = "0.485,0.456,0.406", "0.229,0.224,0.225"
+IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+TENSORS = {".pt", ".npy"}
+
+
+class Precision(str, enum.Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
+def fail(message: str) -> NoReturn:
+    """Say what is wrong on stderr and leave with status 1."""
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {message}", highlight=False)
+    raise typer.Exit(1)
+
+
+def hush() -> None:
+    """Keep the terminal for our own words: torchao, when imported, logs each CUDA library that did not load."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        print(pykernels.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def doctor() -> None:
+    """Tell what this installation can do here, and why not more.
+
+    The processor's features and the kernels chosen for it, torch, threads, the CUDA library, and for each op where it
+    runs. Leaves with status 1 when the CPU library is not usable.
+    """
+    found = machines.machine()
+    console = Console()
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    facts.add_row("pykernels", f"{pykernels.__version__}{_build(found.build)}")
+    facts.add_row("python", f"{sys.version.split()[0]} ({sys.executable})")
+    facts.add_row("torch", f"{found.torch}{', with CUDA' if torch.cuda.is_available() else ''}")
+    facts.add_row("processor", f"{found.cpu}, {found.cores} logical cores")
+    facts.add_row("threads", f"{found.threads} [dim](torch.set_num_threads or OMP_NUM_THREADS changes it)[/]")
+    facts.add_row(
+        "isa", f"[green]{found.isa}[/], {found.isa_reason}" if found.isa else f"[red]none[/], {found.isa_reason}"
+    )
+    if found.isas:
+        facts.add_row("", "  ".join(f"{name} {_tick(runs)}" for name, runs in found.isas.items()))
+    facts.add_row("CPU ops", _tick(found.cpu_error is None, found.cpu_error))
+    facts.add_row("CUDA ops", _tick(found.cuda_error is None, found.cuda_error))
+    facts.add_row("CUDA library", _tick(found.cuda_library_error is None, found.cuda_library_error))
+    console.print(facts)
+
+    ops = machines.op_support()
+    if ops:
+        table = Table(title="torch.ops.pykernels", title_justify="left", title_style="bold", header_style="bold")
+        table.add_column("op")
+        for column in ("CPU", "CUDA", "gradients"):
+            table.add_column(column, justify="center")
+        table.caption, table.caption_justify = registry.UNMEASURED, "left"
+        for op in ops:
+            table.add_row(op.name, _tick(op.cpu), _tick(op.cuda), _tick(op.gradients))
+        console.print()
+        console.print(table)
+    if found.cpu_error is not None:
+        raise typer.Exit(1)
+
+
+@app.command()
+def optimize(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="An exported program (.pt2), or module:callable that returns an nn.Module."
+        ),
+    ],
+    input_shape: Annotated[
+        str,
+        typer.Option(help="Shape of the example input, batch first: 1,3,224,224. Several inputs: separate with ';'."),
+    ],
+    output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="Where the optimized network is saved.")],
+    precision: Annotated[Precision, typer.Option(help="What the network computes in.")] = Precision.fp32,
+    calibration: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="int8: a folder of images, or of .pt/.npy batches, that show the network its usual inputs."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many files of the calibration folder to use.")] = 200,
+    mean: Annotated[str, typer.Option(help="Per channel, of images scaled to 0..1.")] = IMAGENET_MEAN,
+    std: Annotated[str, typer.Option(help="Per channel, of images scaled to 0..1.")] = IMAGENET_STD,
+    device: Annotated[
+        str, typer.Option(help="Where to optimize and calibrate: cpu, cuda or cuda:1. The file serves every device.")
+    ] = "cpu",
+) -> None:
+    """Fuse a network onto our kernels, in fp32, bf16, fp16 or int8, and save it.
+
+    Prints each fused group, and each part left to torch with the reason.
+
+    [cyan]pykernels optimize nets:resnet18 --input-shape 1,3,224,224 --precision int8 --calibration photos/ -o net.pk[/]
+    """
+    if calibration is not None and precision is not Precision.int8:
+        fail("--calibration is only for --precision int8")
+    if not output.parent.is_dir():
+        fail(f"--output: the folder {output.parent} does not exist")
+    shapes = [_numbers("--input-shape", part, int) for part in input_shape.split(";")]
+    if any(size < 1 for shape in shapes for size in shape):
+        fail("--input-shape: sizes are whole numbers of at least 1")
+    place = _device(device)
+    torch.manual_seed(0)
+    inputs = None
+    if calibration is not None:
+        if len(shapes) != 1:
+            fail("--calibration serves networks of one input; call pykernels.optimize from Python for others")
+        inputs = list(_calibration(calibration, samples, shapes[0], mean, std))
+    network = _load_model(model, place)
+    dtype = next((t.dtype for t in network.parameters() if t.is_floating_point()), torch.float32)
+    examples = tuple(torch.randn(shape).to(place, dtype) for shape in shapes)
+    hush()
+    console = Console(stderr=True)
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task(f"optimizing {model} to {precision.value}", total=None)
+        try:
+            fast = pykernels.optimize(network, examples, precision=precision.value, calibration=inputs)
+            progress.update(task, description=f"saving {output}")
+            fast.save(output)
+        except (RuntimeError, ValueError, TypeError) as error:
+            progress.stop()
+            fail(str(error))
+    print(fast.report())
+    console.print(
+        f"saved [bold]{output}[/] ({output.stat().st_size / 1e6:.1f} MB): net = pykernels.load({str(output)!r})"
+    )
+
+
+app.command()(bench)
+app.add_typer(comm_app, name="comm")
+
+
+def _build(build: dict[str, str]) -> str:
+    parts = [build.get("compiler", "")]
+    parts += [f"emulates {build['emulated']}"] if build.get("emulated") else []
+    parts += [f"sanitizers {build['sanitizers']}"] if build.get("sanitizers") else []
+    text = ", ".join(part for part in parts if part)
+    return f" [dim]({text})[/]" if text else ""
+
+
+def _tick(good: bool, reason: str | None = None) -> str:
+    if good:
+        return "[green]yes[/]"
+    return f"[yellow]no[/]: {reason}" if reason else "[dim]no[/]"
+
+
+def _numbers(option: str, text: str, kind: type[Any]) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        fail(f"{option}: {text!r} is not a list of numbers separated by commas")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        fail(f"--device: {name!r} is no device; cpu, cuda, cuda:0, cuda:1 ... are")
+    complaint = registry.unusable(device)
+    if complaint is not None:
+        fail(f"--device: {name} cannot be used: {complaint}")
+    return device
+
+
+def _load_model(name: str, device: torch.device) -> torch.nn.Module:
+    """The network, on `device`."""
+    if name.endswith(".pt2"):
+        if not pathlib.Path(name).is_file():
+            fail(f"MODEL: there is no file {name}")
+        return move_to_device_pass(torch.export.load(name), device).module()
+    module_name, separator, attribute = name.partition(":")
+    if not separator or not attribute:
+        fail(f"MODEL: {name!r} is neither a .pt2 file nor module:callable")
+    sys.path.insert(0, str(pathlib.Path.cwd()))  # a file of the user's own, as `python -m` would find it
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        fail(f"MODEL: {name}: {error}")
+    found = factory if isinstance(factory, torch.nn.Module) else factory()
+    if not isinstance(found, torch.nn.Module):
+        fail(f"MODEL: {name} returned {type(found).__name__}, not an nn.Module")
+    return found.to(device)
+
+
+def _calibration(folder: pathlib.Path, samples: int, shape: list[int], mean: str, std: str) -> Iterator[torch.Tensor]:
+    """The folder's images as fp32 [1, 3, H, W], prepared as torchvision's networks are fed; its tensors as they are."""
+    if not folder.is_dir():
+        fail(f"--calibration: {folder} is not a folder")
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES | TENSORS)[:samples]
+    if not files:
+        fail(f"--calibration: {folder} holds no image and no .pt or .npy file")
+    for file in files:
+        yield _tensor(file, shape) if file.suffix in TENSORS else _image(file, shape, mean, std)
+
+
+def _tensor(file: pathlib.Path, shape: list[int]) -> torch.Tensor:
+    if file.suffix == ".npy":
+        import numpy
+
+        found: Any = torch.from_numpy(numpy.load(file, allow_pickle=False))
+    else:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(found, torch.Tensor) or list(found.shape[1:]) != shape[1:]:
+        fail(f"--calibration: {file} must hold one tensor of shape [N, {', '.join(map(str, shape[1:]))}]")
+    return found
+
+
+def _image(file: pathlib.Path, shape: list[int], mean: str, std: str) -> torch.Tensor:
+    try:
+        import numpy
+        from PIL import Image
+    except ImportError:
+        fail("--calibration: images need pillow: pip install pillow")
+    if len(shape) != 4 or shape[1] != 3:
+        fail("--calibration: images need --input-shape N,3,H,W")
+    height, width = shape[2:]
+    with Image.open(file) as opened:
+        image = opened.convert("RGB")
+    scale = (
+        max(height / image.height, width / image.width) * 256 / 224
+    )  # the border that classifiers are trained to lose
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    image = image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
+    pixels = torch.from_numpy(numpy.asarray(image, dtype=numpy.float32) / 255)
+    prepared = (pixels - torch.tensor(_numbers("--mean", mean, float))) / torch.tensor(_numbers("--std", std, float))
+    return prepared.permute(2, 0, 1)[None].contiguous()

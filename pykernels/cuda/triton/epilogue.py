@@ -1,0 +1,195 @@
+"""Between real numbers and 8-bit affine integers, and activations: csrc/cpu/isa/requantize.h and math.h, step by step.
+
+Every product and sum is rounded by itself: launch with OPTIONS, which forbid contraction into FMAs, and divide by
+`tl.math.div_rn`. NaNs pass through every activation.
+"""
+
+import triton
+import triton.language as tl
+
+from pykernels.cuda.triton.reals import load_real, store_real
+
+OPTIONS = {"enable_fp_fusion": False}
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds half to even, for numbers up to 2^22
+ROUNDER_BITS = tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def rint(t):
+    """int32, half to even, for abs(t) up to 2^22."""
+    return (t + ROUNDER).to(tl.int32, bitcast=True) - ROUNDER_BITS
+
+
+@triton.jit
+def requantize(f, inverse, zero_point, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """clamp(rint(f * inverse) + zero_point, LOW, HIGH), int32; NaN becomes the zero point.
+
+    Clamping before rounding yields the same, since what is clamped to are integers.
+    """
+    t = f * inverse
+    t = tl.where(t == t, t, 0.0)
+    low = (LOW - zero_point).to(tl.float32)
+    high = (HIGH - zero_point).to(tl.float32)
+    return rint(tl.minimum(tl.maximum(t, low), high)) + zero_point
+
+
+@triton.jit
+def dequantize(q, zero_point, scale):
+    """(q - zero_point) * scale, fp32."""
+    return (q.to(tl.int32) - zero_point).to(tl.float32) * scale
+
+
+@triton.jit
+def store_output(pointer, f, mask, inverse, zero_point, OUT: tl.constexpr):
+    """Store fp32 `f` as OUT says: requantized to "uint8" or "int8", or as "fp32", "bf16" (its bits) or "fp16"."""
+    if OUT == "uint8":
+        tl.store(pointer, requantize(f, inverse, zero_point, 0, 255).to(tl.uint8), mask=mask)
+    elif OUT == "int8":
+        tl.store(pointer, requantize(f, inverse, zero_point, -128, 127).to(tl.int8), mask=mask)
+    else:
+        store_real(pointer, f, mask, OUT)
+
+
+@triton.jit
+def _exp(x):
+    """Cephes expf: x = n ln2 + r, a polynomial in r, scaled by 2^n."""
+    x = tl.where(x < -87.0, -87.0, x)
+    x = tl.where(x > 88.0, 88.0, x)
+    n = rint(x * 1.44269504088896341)
+    whole = n.to(tl.float32)
+    r = x - whole * 0.693359375
+    r = r - whole * -2.12194440e-4
+    y = tl.full(x.shape, 1.9875691500e-4, tl.float32)
+    y = y * r + 1.3981999507e-3
+    y = y * r + 8.3334519073e-3
+    y = y * r + 4.1665795894e-2
+    y = y * r + 1.6666665459e-1
+    y = y * r + 5.0000001201e-1
+    y = (y * (r * r) + r) + 1.0
+    return y * ((n + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _one_over(x):
+    return tl.math.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
+
+
+@triton.jit
+def _sigmoid(x):
+    return _one_over(_exp(0.0 - x) + 1.0)
+
+
+@triton.jit
+def _tanh(x):
+    """1 - 2 / (exp(2x) + 1) away from zero, near it the odd polynomial of Cephes tanhf."""
+    large = 1.0 - tl.math.div_rn(tl.full(x.shape, 2.0, tl.float32), _exp(x + x) + 1.0)
+    z = x * x
+    p = tl.full(x.shape, -5.70498872745e-3, tl.float32)
+    p = p * z + 2.06390887954e-2
+    p = p * z + -5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z + -3.33332819422e-1
+    return tl.where(tl.abs(x) < 0.625, (p * z) * x + x, large)
+
+
+@triton.jit
+def _erf(x):
+    """Abramowitz & Stegun 7.1.26, odd by construction."""
+    a = tl.abs(x)
+    t = _one_over(a * 0.3275911 + 1.0)
+    p = tl.full(x.shape, 1.061405429, tl.float32)
+    p = p * t + -1.453152027
+    p = p * t + 1.421413741
+    p = p * t + -0.284496736
+    p = p * t + 0.254829592
+    y = 1.0 - (p * t) * _exp(0.0 - a * a)
+    return tl.where(x < 0.0, 0.0 - y, y)
+
+
+@triton.jit
+def _hard_gate(x):
+    """relu6(x + 3) / 6"""
+    gate = x + 3.0
+    gate = tl.where(gate < 0.0, 0.0, gate)
+    return tl.where(gate > 6.0, 6.0, gate) * (1.0 / 6.0)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation of this name (arguments.ACTIVATIONS) of fp32 x."""
+    if ACTIVATION == "relu":
+        return tl.where(x < 0.0, 0.0, x)
+    elif ACTIVATION == "relu6":
+        x = tl.where(x < 0.0, 0.0, x)
+        return tl.where(x > 6.0, 6.0, x)
+    elif ACTIVATION == "hardswish":
+        return x * _hard_gate(x)
+    elif ACTIVATION == "hardsigmoid":
+        return _hard_gate(x)
+    elif ACTIVATION == "silu":
+        return x * _sigmoid(x)
+    elif ACTIVATION == "sigmoid":
+        return _sigmoid(x)
+    elif ACTIVATION == "gelu":
+        return (x * 0.5) * (_erf(x * 0.70710678118654752) + 1.0)
+    elif ACTIVATION == "tanh":
+        return _tanh(x)
+    else:
+        return x
+
+
+@triton.jit
+def _load_residual(pointer, mask, scale, zero_point, RESIDUAL: tl.constexpr):
+    if RESIDUAL == "uint8" or RESIDUAL == "int8":
+        return dequantize(tl.load(pointer, mask=mask, other=0), zero_point, scale)
+    else:
+        return load_real(pointer, mask, RESIDUAL)
+
+
+@triton.jit
+def finish(
+    f, residual, out, place, mask, residual_scale, residual_zero_point, inverse, zero_point,
+    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, AFTER: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """Store activation(f + residual), or with AFTER activation(f) + residual; RESIDUAL is a kind as OUT, or None."""
+    if RESIDUAL is not None and not AFTER:
+        f = f + _load_residual(residual + place, mask, residual_scale, residual_zero_point, RESIDUAL)
+    f = activate(f, ACTIVATION)
+    if RESIDUAL is not None and AFTER:
+        f = f + _load_residual(residual + place, mask, residual_scale, residual_zero_point, RESIDUAL)
+    store_output(out + place, f, mask, inverse, zero_point, OUT)
+
+
+@triton.jit
+def finish_sums(
+    acc, row, column, there, known, place, out, residual, sums, scales, biases, row_scale, row_zero_point, x_scale,
+    x_zero_point, residual_scale, residual_zero_point, inverse, zero_point,
+    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, AFTER: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """Store what the s32 sums `acc` [rows, columns] of int8 products come to, at out + `place`.
+
+    f = float(acc - x_zero_point * sum) * (x_scale * scale) + bias, then `finish`; OUT "int32" is acc without its zero
+    point. `row` and `column` index per-row and per-channel parameters, `there` and `known` say which of them there
+    are. With `row_scale` and `row_zero_point` each row has its own; these zero points are uint8's, 128 too large for
+    the int8 that was multiplied. `sums` may be None for a zero point of 0.
+    """
+    mask = there[:, None] & known[None, :]
+    if sums is not None:
+        total = tl.load(sums + column, mask=known, other=0)[None, :]
+        if row_zero_point is not None:
+            acc -= (tl.load(row_zero_point + row, mask=there, other=0) - 128)[:, None] * total
+        else:
+            acc -= x_zero_point * total
+    if OUT == "int32":
+        tl.store(out + place, acc, mask=mask)
+    else:
+        scale = tl.load(scales + column, mask=known, other=0.0)[None, :]
+        if row_scale is not None:
+            scale = tl.load(row_scale + row, mask=there, other=0.0)[:, None] * scale
+        else:
+            scale = x_scale * scale
+        f = acc.to(tl.float32) * scale + tl.load(biases + column, mask=known, other=0.0)[None, :]
+        finish(
+            f, residual, out, place, mask, residual_scale, residual_zero_point, inverse, zero_point,
+            ACTIVATION, RESIDUAL, AFTER, OUT,
+        )  # fmt: skip

@@ -1,0 +1,177 @@
+"""Folding: what can be computed before the first call is computed now.
+
+* ``batch_norm`` after a convolution, a transposed convolution or a linear layer goes into its weights:
+  ``w' = w * gamma / sqrt(var + eps)`` and ``b' = (b - mean) * gamma / sqrt(var + eps) + beta``, in float64.
+* A batch norm that stands alone becomes ``x * scale + shift`` with a scale and a shift a channel, for images a
+  depthwise 1x1 convolution.
+* Dropout, identity copies and other calls that do nothing in evaluation are removed.
+* Calls whose inputs are all constants are evaluated, except dequantized int8 weights: those stay int8.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from pykernels.graph.batch_norm import constant_scale_and_shift
+from pykernels.graph.nodes import (
+    annotate,
+    arguments,
+    aten,
+    constant,
+    erase_dead,
+    facts,
+    is_call,
+    only_user,
+    replace,
+    set_constant,
+)
+
+__all__ = ["annotate", "fold", "fold_batch_norms", "fold_constants", "remove_no_ops"]
+
+_CONVS = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
+_TRANSPOSED = ("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")
+_DROPOUTS = ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout")
+_COPIES = ("aten.alias", "aten.detach", "aten.clone", "aten.contiguous", "aten.lift_fresh_copy", "aten.lift_fresh")
+
+
+def fold(module: fx.GraphModule) -> int:
+    """Run every folding pass over an annotated plain graph; returns how many batch norms went into weights."""
+    remove_no_ops(module)
+    fold_constants(module)
+    folded = fold_batch_norms(module)
+    erase_dead(module)
+    module.graph.lint()
+    return folded
+
+
+def remove_no_ops(module: fx.GraphModule) -> None:
+    """Remove dropout, copies, casts to the same dtype, and slices of everything."""
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        source = node.args[0]
+        if is_call(node, *_DROPOUTS):
+            useless = len(node.args) < 3 or not node.args[2] or not node.args[1]
+        elif is_call(node, *_COPIES):
+            # A clone in another memory format is a layout flip for the sake of a `view` we make a `reshape` of anyway.
+            useless = True
+        elif is_call(node, "aten.to", "aten._to_copy"):
+            before, after = facts(source), facts(node)
+            useless = before is not None and after is not None and before.dtype == after.dtype
+        elif is_call(node, "aten.slice"):
+            before, after = facts(source), facts(node)
+            values = arguments(node)
+            whole = values["start"] in (None, 0) and (values["end"] is None or values["end"] == 2**63 - 1)
+            useless = before is not None and after is not None and whole and values["step"] == 1
+        else:
+            useless = False
+        if useless:
+            node.replace_all_uses_with(source)
+            module.graph.erase_node(node)
+
+
+def fold_constants(module: fx.GraphModule) -> None:
+    """Evaluate calls that read nothing but constants; int8 weights stay int8 under their dequantize."""
+    for node in list(module.graph.nodes):
+        inputs = node.all_input_nodes
+        if node.op != "call_function" or not inputs or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if any(source.op != "get_attr" for source in inputs) or node.target._schema.is_mutable:
+            continue
+        if torch.Tag.nondeterministic_seeded in node.target.tags or "dequantize" in str(node.target):
+            continue
+        values = fx.map_arg((node.args, dict(node.kwargs)), lambda n: constant(module, n))
+        with torch.no_grad():
+            result = node.target(*values[0], **values[1])
+        if not isinstance(result, torch.Tensor):
+            continue
+        folded = set_constant(module, node, result, node.name)
+        node.replace_all_uses_with(folded)
+        module.graph.erase_node(node)
+
+
+def fold_batch_norms(module: fx.GraphModule) -> int:
+    """Fold batch norms into the layer before them, or make them an affine map; returns how many were folded."""
+    folded = 0
+    for node in list(module.graph.nodes):
+        if not is_call(node, "aten.batch_norm"):
+            continue
+        affine = _scale_and_shift(module, node)
+        if affine is None:
+            continue
+        scale, shift = affine
+        layer = node.args[0]
+        if isinstance(layer, fx.Node) and only_user(layer) is node and _fold_into(module, layer, scale, shift):
+            node.replace_all_uses_with(layer)
+            module.graph.erase_node(node)
+            folded += 1
+        else:
+            _make_affine(module, node, scale, shift)
+    return folded
+
+
+def _scale_and_shift(module: fx.GraphModule, node: fx.Node) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The float64 scale and shift of a batch norm in evaluation; None when it uses the batch's own statistics."""
+    values = arguments(node)
+    if values["training"]:
+        return None
+    statistics = values["running_mean"], values["running_var"]
+    return constant_scale_and_shift(module, *statistics, float(values["eps"]), values["weight"], values["bias"])
+
+
+def _fold_into(module: fx.GraphModule, layer: fx.Node, scale: torch.Tensor, shift: torch.Tensor) -> bool:
+    """Scale the output channels of a layer with constant weights. False when it is not such a layer."""
+    if not is_call(layer, "aten.linear", *_CONVS, *_TRANSPOSED):
+        return False
+    if is_call(layer, "aten.linear"):
+        shape = facts(layer)
+        if shape is None or len(shape.shape) != 2:  # of 3-D inputs batch norm takes dim 1, linear writes the last
+            return False
+    values = arguments(layer)
+    weight, bias = constant(module, values["weight"]), None
+    if weight is None or not weight.is_floating_point():
+        return False
+    if values["bias"] is not None:
+        bias = constant(module, values["bias"])
+        if bias is None:
+            return False
+    if is_call(layer, *_TRANSPOSED):  # [in, out / groups, ...]; group g owns rows g * in / groups and on
+        groups = int(values["groups"])
+        ins, outs = weight.shape[0], weight.shape[1]
+        per_group = scale.view(groups, 1, outs).expand(groups, ins // groups, outs).reshape(ins, outs)
+        factor = per_group.view(ins, outs, *[1] * (weight.dim() - 2))
+    else:
+        factor = scale.view(-1, *[1] * (weight.dim() - 1))
+    new_weight = (weight.double() * factor).to(weight.dtype)
+    new_bias = ((0 if bias is None else bias.double() * scale) + shift).to(weight.dtype)
+    positions = [argument.name for argument in layer.target._schema.arguments]
+    arguments_now = list(layer.args) + [values[name] for name in positions[len(layer.args) :]]
+    arguments_now[positions.index("weight")] = set_constant(module, layer, new_weight, layer.name + "_weight")
+    arguments_now[positions.index("bias")] = set_constant(module, layer, new_bias, layer.name + "_bias")
+    replace(layer, layer.target, arguments_now)
+    return True
+
+
+def _make_affine(module: fx.GraphModule, node: fx.Node, scale: torch.Tensor, shift: torch.Tensor) -> None:
+    """``batch_norm(x)`` becomes a scale and a shift a channel.
+
+    Of images that is a depthwise 1x1 convolution, which takes the activation after it into the same pass; of anything
+    else ``addcmul(shift, x, scale)`` with constants of shape [C, 1, ...].
+    """
+    shape = facts(node)
+    if shape is None:
+        return
+    source = node.args[0]
+    node.meta["spelled"] = "batch_norm"
+    if len(shape.shape) == 4:
+        weight = set_constant(module, node, scale.to(shape.dtype).view(-1, 1, 1, 1), node.name + "_scale")
+        bias = set_constant(module, node, shift.to(shape.dtype), node.name + "_shift")
+        replace(
+            node, aten.conv2d.default, (source, weight, bias, [1, 1], [0, 0], [1, 1], weight.meta["facts"].shape[0])
+        )
+        return
+    view = [-1] + [1] * (len(shape.shape) - 2)
+    shift_node = set_constant(module, node, shift.to(shape.dtype).view(view), node.name + "_shift")
+    scale_node = set_constant(module, node, scale.to(shape.dtype).view(view), node.name + "_scale")
+    replace(node, aten.addcmul.default, (shift_node, source, scale_node))

@@ -1,0 +1,132 @@
+"""What surgery did to a model: each fused group, what stayed with torch and why, and the size of the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+
+from pykernels.cuda import registry
+
+__all__ = ["Fused", "Left", "Report", "bytes_of"]
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """The size of some tensors, one that comes twice counted once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in {id(t): t for t in tensors}.values())
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One call of ours: its op, what it stands for (``conv2d + relu + quantize``) and where that was in the model;
+    on a CUDA device also what computes it there (``Triton``, ``cuDNN through ATen``)."""
+
+    op: str
+    what: str
+    where: str
+    by: str = ""
+
+
+@dataclass(frozen=True)
+class Left:
+    """One call that stayed with torch, where it was in the model, and the reason."""
+
+    op: str
+    where: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """The account of one optimized model. ``str(report)`` is a table for people, `to_json` one for machines.
+
+    Attributes:
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
+        fused: every call of ours in the order of execution.
+        left: every call that computes and stayed with torch.
+        moves: how many calls only move or rename elements (reshape, chunk ...).
+        conversions: how many dequantize or quantize passes stand alone, at the edges or around what stayed with torch.
+        bytes_before: bytes of the parameters and buffers the original graph reads.
+        bytes_after: bytes of the constants of the optimized graph, packed weights with their padding included.
+        notes: remarks, such as why the batch size is fixed.
+        device: where the weights are.
+    """
+
+    precision: str = "fp32"
+    fused: list[Fused] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    moves: int = 0
+    conversions: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    notes: list[str] = field(default_factory=list)
+    device: str = "cpu"
+
+    def on(self, device: torch.device) -> Report:
+        """The account of the same network on `device`."""
+        by = registry.runs if device.type == "cuda" else lambda _: ""
+        return replace(self, device=str(device), fused=[replace(entry, by=by(entry.op)) for entry in self.fused])
+
+    def to_json(self) -> str:
+        """The report as JSON, which `from_json` reads back."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read what `to_json` wrote. Raises ValueError when it is not a report."""
+        try:
+            values = json.loads(text)
+            fused = [Fused(**entry) for entry in values.pop("fused")]
+            left = [Left(**entry) for entry in values.pop("left")]
+            return cls(fused=fused, left=left, **values)
+        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a report of pykernels: {error}") from error
+
+    def __str__(self) -> str:
+        lines = [
+            f"pykernels {self.precision}{'' if self.device == 'cpu' else f' on {self.device}'}: "
+            f"{len(self.fused)} fused calls, {len(self.left)} left to torch, "
+            f"weights {_size(self.bytes_before)} -> {_size(self.bytes_after)}"
+        ]
+        lines += [f"note: {note}" for note in self.notes]
+        if self.fused:
+            head, rows = ("op", "stands for", "in the model"), [(f.op, f.what, f.where) for f in self.fused]
+            if any(f.by for f in self.fused):
+                head, rows = ("op", "by", *head[1:]), [(f.op, f.by, f.what, f.where) for f in self.fused]
+            lines += ["", *_table(head, _runs(rows))]
+        if self.left:
+            lines += ["", "left to torch"]
+            lines += _table(("op", "in the model", "why"), _runs((e.op, e.where, e.reason) for e in self.left))
+        lines += ["", f"{self.moves} calls only move elements; {self.conversions} conversions between int8 and float"]
+        return "\n".join(lines)
+
+
+def _runs(rows: Iterable[Sequence[str]]) -> list[list[str]]:
+    """Rows as lists; equal neighbours are told once with their number."""
+    merged: list[tuple[list[str], int]] = []
+    for row in rows:
+        if merged and merged[-1][0] == list(row):
+            merged[-1] = (merged[-1][0], merged[-1][1] + 1)
+        else:
+            merged.append((list(row), 1))
+    return [[row[0] if count == 1 else f"{row[0]} x{count}", *row[1:]] for row, count in merged]
+
+
+def _table(head: Sequence[str], rows: list[list[str]], widest: int = 60) -> list[str]:
+    cells = [list(head), *([_clip(cell, widest) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def _clip(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
