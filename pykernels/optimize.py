@@ -8,7 +8,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,17 +17,19 @@ from torch.utils import _pytree as pytree
 
 from pykernels.cuda import registry
 from pykernels.cuda.graphs import CudaGraphs
-from pykernels.graph.capture import Captured, capture, plain, prepare
-from pykernels.graph.export import dynamic_batch_shapes, example_for_export
+from pykernels.graph.alias import writes
+from pykernels.graph.capture import Captured, canonicalize, capture, plain
+from pykernels.graph.qdq import has_quantizers
+from pykernels.network.assemble import assemble
 from pykernels.network.devices import device_of, follow, to_device
-from pykernels.network.emit_fx import lower
+from pykernels.network.emit_fx import emit_fx
 from pykernels.network.report import Report, bytes_of
 from pykernels.ops.dtypes import STORED
 
 __all__ = ["Optimized", "load", "optimize"]
 
 _PRECISIONS = ("fp32", *STORED, "int8")
-_FORMAT = 1
+_FORMAT = 2
 _EXTRA = "pykernels.json"
 
 
@@ -43,7 +45,7 @@ class Optimized(nn.Module):
 
     Attributes:
         program: the lowered graph, from flat inputs to a flat tuple of outputs.
-        dynamic: whether the batch size may differ from the example's.
+        free: of each flat input the dimensions whose sizes may differ from the example's.
         cuda_graph: whether calls on a CUDA device replay CUDA graphs; may be set.
     """
 
@@ -54,11 +56,11 @@ class Optimized(nn.Module):
         in_spec: pytree.TreeSpec,
         out_spec: pytree.TreeSpec,
         example: list[Any],
-        dynamic: bool,
+        free: list[list[int]],
     ) -> None:
         super().__init__()
         self.program = program
-        self.dynamic = dynamic
+        self.free = free
         self.cuda_graph = True
         self._graphs: CudaGraphs | None = None
         self._report = report
@@ -82,10 +84,18 @@ class Optimized(nn.Module):
             outputs = self._run(*leaves)
         return outputs[0] if self._single else pytree.tree_unflatten(outputs, self._out_spec)
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether any size may differ from the example's."""
+        return any(self.free)
+
     def _run(self, *inputs: Any) -> Any:
         if not self.cuda_graph or self._report.device == "cpu" or torch.compiler.is_compiling():
             return self.program(*inputs)
         if self._graphs is None:
+            if any(writes(node) for node in self.program.graph.nodes):  # a capture calls the network several times
+                self.cuda_graph = False
+                return self.program(*inputs)
             self._graphs = CudaGraphs(self.program)
         return self._graphs(*inputs)
 
@@ -118,12 +128,14 @@ class Optimized(nn.Module):
             here = copy.deepcopy(here).to(cpu)
             follow(here)
         args = tuple(to_device(self._example, cpu))
-        shapes = dynamic_batch_shapes(args, {}) if self.dynamic else None
+        shapes = tuple(dict.fromkeys(dims, torch.export.Dim.AUTO) or None for dims in self.free)
         with torch.no_grad():
-            program = torch.export.export(here, args, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(here, args, dynamic_shapes=shapes if self.dynamic else None, strict=False)
+        if _free(program.module()) != self.free:
+            raise RuntimeError("the network cannot be saved: torch.export fixes sizes that are free here")
         extra = {
             "format": _FORMAT,
-            "dynamic": self.dynamic,
+            "free": self.free,
             "in_spec": pytree.treespec_dumps(self._in_spec),
             "out_spec": pytree.treespec_dumps(self._out_spec),
             "report": self._report.on(cpu).to_json(),
@@ -141,30 +153,35 @@ class Optimized(nn.Module):
 
 def optimize(
     model: nn.Module,
-    example_inputs: tuple[Any, ...] | torch.Tensor,
+    example_inputs: tuple[Any, ...] | torch.Tensor | Mapping[str, Any],
     precision: str = "fp32",
     calibration: Iterable[Any] | None = None,
     dynamic_batch: bool = True,
-    example_kwargs: dict[str, Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
     cuda_graph: bool = True,
+    dynamic_shapes: Any = None,
 ) -> Optimized:
     """Rewrite a model onto our kernels: batch norm folded, activations and residual adds fused, weights packed.
 
     The model itself is not changed, and is exported in evaluation mode whatever its mode is. The result is where the
-    model is, on the CPU or on a CUDA device; example and calibration inputs are moved there.
+    model is, on the CPU or on a CUDA device; example and calibration inputs are moved there. Buffers that a call of the
+    model changes (a counter, a cache) are state of the result's own from then on; the report names them.
 
     Args:
         model: the network, or for int8 also a converted PT2E graph module with quantize/dequantize calls.
-        example_inputs: positional inputs of one call (a lone tensor stands for a tuple of one); shapes other than the
-            batch size are those the result will accept.
+        example_inputs: positional inputs of one call (a lone tensor stands for a tuple of one), or a dictionary of
+            keyword inputs; sizes other than those left free are those the result will accept.
         precision: ``fp32`` (the dtypes that the model has); ``bf16`` or ``fp16`` (weights and activations between
             inputs and outputs of the model's dtype); or ``int8`` (8-bit weights and activations, see docs/optimize.md).
-        calibration: for int8: inputs to observe the ranges of activations with, each a tensor or a tuple of positional
-            inputs. Without it ranges come from synthetic inputs; the report says so, and accuracy suffers.
+        calibration: for int8: inputs to observe the ranges of activations with, each a tensor, a tuple of positional
+            inputs, a dictionary of keyword inputs, or ``(args, kwargs)``. Without it ranges come from synthetic inputs;
+            the report says so, and accuracy suffers.
         dynamic_batch: accept any batch size (dimension 0). When export cannot, the report says why and the size is
             fixed.
         example_kwargs: keyword inputs of one call.
         cuda_graph: on a CUDA device, replay calls as CUDA graphs.
+        dynamic_shapes: which sizes are free, as ``torch.export.export`` takes it, in place of the batch size alone:
+            ``{"input_ids": {0: Dim("batch"), 1: Dim("length")}}``. A free size must not be 1 in the example.
 
     Returns:
         An `Optimized` module that is called like `model`.
@@ -180,28 +197,41 @@ def optimize(
         raise ValueError(f"model: an nn.Module is needed, not {type(model).__name__}")
     if calibration is not None and precision != "int8":
         raise ValueError(f"calibration: only int8 is calibrated, precision is {precision!r}")
-    args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
-    kwargs = dict(example_kwargs or {})
+    args, kwargs = _inputs(example_inputs, example_kwargs)
     device = device_of(model, (args, kwargs))
     args, kwargs = to_device((args, kwargs), device)
+    sizes: dict[str, Any] = {"dynamic_batch": dynamic_batch, "dynamic_shapes": dynamic_shapes}
     edges = None
-    if precision == "int8" and not _quantized(model):
+    if precision == "int8" and not has_quantizers(model):
         edges = _sixteen_bits(model)
-        captured = _quantize(model, args, kwargs, calibration, dynamic_batch, edges)
+        captured = _quantize(model, args, kwargs, calibration, edges, sizes)
     else:
-        captured = capture(model, args, kwargs, dynamic_batch)
-    prepare(captured)
-    program, report = lower(captured.module, precision, edges)
-    if precision != "int8" or not _quantized(model):
-        report.bytes_before = bytes_of((*model.parameters(), *model.buffers()))
-    report.notes = [*captured.notes, *report.notes]
-    result = Optimized(program, report, captured.in_spec, captured.out_spec, captured.example, captured.dynamic)
+        captured = capture(model, args, kwargs, **sizes)
+    before = bytes_of((*captured.module.parameters(), *captured.module.buffers()))
+    canonicalize(captured.module, captured.example)
+    network = assemble(captured.module, precision, edges)
+    program, report = emit_fx(network), Report.of(network)
+    report.bytes_before = before if has_quantizers(model) else bytes_of((*model.parameters(), *model.buffers()))
+    report.bytes_after = bytes_of(program.buffers())
+    report.notes = list(captured.notes)
+    free = _free(captured.module)
+    result = Optimized(program, report, captured.in_spec, captured.out_spec, captured.example, free)
     result.cuda_graph = cuda_graph
     return result
 
 
-def _quantized(model: nn.Module) -> bool:
-    return isinstance(model, fx.GraphModule) and any("quantized_decomposed" in str(n.target) for n in model.graph.nodes)
+def _inputs(example: Any, named: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword inputs of the example call."""
+    if isinstance(example, Mapping):
+        return (), {**example, **(named or {})}
+    return (example,) if isinstance(example, torch.Tensor) else tuple(example), dict(named or {})
+
+
+def _free(module: fx.GraphModule) -> list[list[int]]:
+    """Of each input of a captured graph the dimensions whose sizes may vary."""
+    values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
+    shapes = [value.shape if isinstance(value, torch.Tensor) else () for value in values]
+    return [[d for d, size in enumerate(shape) if not isinstance(size, int)] for shape in shapes]
 
 
 def _sixteen_bits(model: nn.Module) -> torch.dtype | None:
@@ -222,25 +252,19 @@ def _quantize(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     calibration: Iterable[Any] | None,
-    dynamic: bool,
     edges: torch.dtype | None,
+    sizes: dict[str, Any],
 ) -> Captured:
-    """Quantize with our recipe, then capture the Q/DQ graph. A model of 16-bit floats is quantized as an fp32 one."""
+    """Quantize with our recipe: a graph with quantizers. A model of 16-bit floats is quantized as an fp32 one."""
     from pykernels.quantization import recipes
 
-    if kwargs:
-        raise ValueError("example_kwargs: int8 takes positional inputs only")
     if edges is not None:
-        model, args = copy.deepcopy(model).float(), _cast(args, torch.float32)
+        model, (args, kwargs) = copy.deepcopy(model).float(), _cast((args, kwargs), torch.float32)
         calibration = None if calibration is None else (_cast(sample, torch.float32) for sample in calibration)
-    converted = recipes.quantize(model, args, calibration, dynamic_batch=dynamic)
-    record = converted.meta[recipes.RECORD]
-    module, in_spec, out_spec = plain(converted)
-    if record.dynamic:
-        (args, _), _ = example_for_export(args, {})
-    example = pytree.tree_leaves((args, {}))
-    example = example if edges is None else _cast(example, edges)
-    return Captured(module, in_spec, out_spec, example, record.dynamic, list(record.notes))
+    captured, record = recipes.quantize_captured(model, args, kwargs, calibration, **sizes)
+    captured.notes = list(record.notes)
+    captured.example = captured.example if edges is None else _cast(captured.example, edges)
+    return captured
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Optimized:
@@ -273,12 +297,12 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Op
             raise ValueError(f"its format {facts['format']} is not {_FORMAT}: another version of pykernels wrote it")
         report = Report.from_json(facts["report"])
         in_spec, out_spec = pytree.treespec_loads(facts["in_spec"]), pytree.treespec_loads(facts["out_spec"])
-        dynamic = bool(facts["dynamic"])
+        free = [[int(d) for d in dims] for dims in facts["free"]]
     except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"path: {path} cannot be loaded: {error}") from error
     module, _, _ = plain(program.module())
     example = pytree.tree_leaves(program.example_inputs)
-    return Optimized(module, report, in_spec, out_spec, example, dynamic).to(device)
+    return Optimized(module, report, in_spec, out_spec, example, free).to(device)
 
 
 def _read(path: str, extra: dict[str, Any]) -> torch.export.ExportedProgram:

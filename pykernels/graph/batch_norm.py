@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from pykernels.graph.export import constant
+from pykernels.graph.nodes import constant
 
 __all__ = ["constant_scale_and_shift", "scale_and_shift"]
 

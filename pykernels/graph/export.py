@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pykernels.ops.errors import reason
 
-__all__ = ["Exported", "NotExportable", "constant", "dynamic_batch_shapes", "example_for_export", "export", "mode"]
+__all__ = ["Exported", "NotExportable", "example_for_export", "export", "mode", "shapes_like"]
 
 
 class NotExportable(RuntimeError):
@@ -99,10 +99,10 @@ def example_for_export(
 
     if sizes[0] == 1:
         args, kwargs = pytree.tree_map(double, (args, kwargs))
-    return (args, kwargs), dynamic_batch_shapes(args, kwargs)
+    return (args, kwargs), _batch_shapes(args, kwargs)
 
 
-def dynamic_batch_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
+def _batch_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
     """``dynamic_shapes`` for torch.export: dimension 0 of every tensor input that shares the first one's batch size."""
     leaves = pytree.tree_leaves((args, kwargs))
     batched = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() > 0]
@@ -114,6 +114,18 @@ def dynamic_batch_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any |
     for leaf in batched:
         shapes[leaf] = {0: batch}
     return shapes
+
+
+def shapes_like(module: fx.GraphModule) -> Any:
+    """``dynamic_shapes`` that leave free, in each input of a plain graph, the sizes that are symbols there."""
+    shapes: list[Any] = []
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            value = node.meta.get("val")
+            sizes = value.shape if isinstance(value, torch.Tensor) else ()
+            free = {d: torch.export.Dim.AUTO for d, size in enumerate(sizes) if not isinstance(size, int)}
+            shapes.append(free or None)
+    return tuple(shapes) if any(shapes) else None
 
 
 @contextmanager
@@ -130,13 +142,3 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, was in before:
             module.training = was
-
-
-def constant(module: fx.GraphModule, node: object) -> torch.Tensor | None:
-    """The tensor behind a ``get_attr`` node, or None when `node` is anything else."""
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    value: Any = module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    return value.detach() if isinstance(value, torch.Tensor) else None

@@ -2,8 +2,8 @@
 
 * ``batch_norm`` after a convolution, a transposed convolution or a linear layer goes into its weights:
   ``w' = w * gamma / sqrt(var + eps)`` and ``b' = (b - mean) * gamma / sqrt(var + eps) + beta``, in float64.
-* A batch norm that stands alone becomes ``x * scale + shift`` with a scale and a shift a channel, for images a
-  depthwise 1x1 convolution.
+* A batch norm that stands alone becomes ``x * scale + shift`` with a scale and a shift a channel, for images and lines
+  a depthwise convolution.
 * Dropout, identity copies and other calls that do nothing in evaluation are removed.
 * Calls whose inputs are all constants are evaluated, except dequantized int8 weights: those stay int8.
 """
@@ -13,52 +13,56 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from pykernels.graph.alias import writes
 from pykernels.graph.batch_norm import constant_scale_and_shift
 from pykernels.graph.nodes import (
-    annotate,
+    aliases_layout,
+    argument,
     arguments,
     aten,
     constant,
-    erase_dead,
     facts,
     is_call,
+    is_move,
     only_user,
     replace,
     set_constant,
 )
 
-__all__ = ["annotate", "fold", "fold_batch_norms", "fold_constants", "remove_no_ops"]
+__all__ = ["DROPOUTS", "fold_batch_norms", "fold_constants", "remove_dropout", "remove_no_ops"]
 
 _CONVS = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
 _TRANSPOSED = ("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")
-_DROPOUTS = ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout")
+DROPOUTS = ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout")
 _COPIES = ("aten.alias", "aten.detach", "aten.clone", "aten.contiguous", "aten.lift_fresh_copy", "aten.lift_fresh")
 
 
-def fold(module: fx.GraphModule) -> int:
-    """Run every folding pass over an annotated plain graph; returns how many batch norms went into weights."""
-    remove_no_ops(module)
-    fold_constants(module)
-    folded = fold_batch_norms(module)
-    erase_dead(module)
-    module.graph.lint()
-    return folded
+def remove_dropout(module: fx.GraphModule) -> None:
+    """Remove dropout that is off. Then it returns its very argument, which its schema does not tell."""
+    for node in list(module.graph.nodes):
+        if is_call(node, *DROPOUTS, *(f"{name}_" for name in DROPOUTS)) and _off(node):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
 
 
-def remove_no_ops(module: fx.GraphModule) -> None:
-    """Remove dropout, copies, casts to the same dtype, and slices of everything."""
+def _off(node: fx.Node) -> bool:
+    return argument(node, "train") is False
+
+
+def remove_no_ops(module: fx.GraphModule, training: bool = False) -> None:
+    """Remove dropout that is off, copies, casts to the same dtype, and slices of everything."""
     for node in list(module.graph.nodes):
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         source = node.args[0]
-        if is_call(node, *_DROPOUTS):
-            useless = len(node.args) < 3 or not node.args[2] or not node.args[1]
+        if is_call(node, *DROPOUTS):
+            useless = _off(node) or (node.args[1] == 0 and not training)
         elif is_call(node, *_COPIES):
             # A clone in another memory format is a layout flip for the sake of a `view` we make a `reshape` of anyway.
-            useless = True
+            useless = not any(aliases_layout(user) for user in node.users) and not _must_own_memory(node)
         elif is_call(node, "aten.to", "aten._to_copy"):
             before, after = facts(source), facts(node)
-            useless = before is not None and after is not None and before.dtype == after.dtype
+            useless = before is not None and after is not None and before.dtype == after.dtype and _stays(source, node)
         elif is_call(node, "aten.slice"):
             before, after = facts(source), facts(node)
             values = arguments(node)
@@ -66,9 +70,24 @@ def remove_no_ops(module: fx.GraphModule) -> None:
             useless = before is not None and after is not None and whole and values["step"] == 1
         else:
             useless = False
-        if useless:
+        if useless and not writes(node):
             node.replace_all_uses_with(source)
             module.graph.erase_node(node)
+
+
+def _stays(source: fx.Node, node: fx.Node) -> bool:
+    """Whether both are on one device: `to` also moves."""
+    return source.meta["val"].device == node.meta["val"].device
+
+
+def _must_own_memory(node: fx.Node) -> bool:
+    """Whether a copy can be told from what it copies: an input or a constant that is returned, or is written later."""
+    source = node.args[0]
+    while is_move(source):
+        source = source.args[0]
+    if source.op not in ("placeholder", "get_attr"):
+        return False
+    return any(user.op == "output" for user in node.users) or any(source in writes(user) for user in source.users)
 
 
 def fold_constants(module: fx.GraphModule) -> None:
@@ -77,7 +96,7 @@ def fold_constants(module: fx.GraphModule) -> None:
         inputs = node.all_input_nodes
         if node.op != "call_function" or not inputs or not isinstance(node.target, torch._ops.OpOverload):
             continue
-        if any(source.op != "get_attr" for source in inputs) or node.target._schema.is_mutable:
+        if any(constant(module, source) is None for source in inputs) or node.target._schema.is_mutable:
             continue
         if torch.Tag.nondeterministic_seeded in node.target.tags or "dequantize" in str(node.target):
             continue
@@ -156,22 +175,23 @@ def _fold_into(module: fx.GraphModule, layer: fx.Node, scale: torch.Tensor, shif
 def _make_affine(module: fx.GraphModule, node: fx.Node, scale: torch.Tensor, shift: torch.Tensor) -> None:
     """``batch_norm(x)`` becomes a scale and a shift a channel.
 
-    Of images that is a depthwise 1x1 convolution, which takes the activation after it into the same pass; of anything
-    else ``addcmul(shift, x, scale)`` with constants of shape [C, 1, ...].
+    Of images and lines that is a depthwise convolution, which takes the activation after it into the same pass; of
+    anything else ``addcmul(shift, x, scale)`` with constants of shape [C, 1, ...].
     """
     shape = facts(node)
     if shape is None:
         return
-    source = node.args[0]
+    source, dims = node.args[0], len(shape.shape)
     node.meta["spelled"] = "batch_norm"
-    if len(shape.shape) == 4:
-        weight = set_constant(module, node, scale.to(shape.dtype).view(-1, 1, 1, 1), node.name + "_scale")
-        bias = set_constant(module, node, shift.to(shape.dtype), node.name + "_shift")
-        replace(
-            node, aten.conv2d.default, (source, weight, bias, [1, 1], [0, 0], [1, 1], weight.meta["facts"].shape[0])
-        )
+    scale, shift = scale.to(shape.dtype), shift.to(shape.dtype)
+    if dims in (3, 4):
+        flat = [1] * (dims - 2)
+        weight = set_constant(module, node, scale.view(-1, 1, *flat), node.name + "_scale")
+        bias = set_constant(module, node, shift, node.name + "_shift")
+        target = aten.conv2d.default if dims == 4 else aten.conv1d.default
+        replace(node, target, (source, weight, bias, flat, [0] * len(flat), flat, scale.numel()))
         return
-    view = [-1] + [1] * (len(shape.shape) - 2)
-    shift_node = set_constant(module, node, shift.to(shape.dtype).view(view), node.name + "_shift")
-    scale_node = set_constant(module, node, scale.to(shape.dtype).view(view), node.name + "_scale")
+    view = [-1] + [1] * (dims - 2)
+    shift_node = set_constant(module, node, shift.view(view), node.name + "_shift")
+    scale_node = set_constant(module, node, scale.view(view), node.name + "_scale")
     replace(node, aten.addcmul.default, (shift_node, source, scale_node))

@@ -1,34 +1,41 @@
-"""Small helpers over torch.fx graphs that every pass of the surgery shares.
+"""Small helpers over torch.fx graphs that every pass shares.
 
-A *plain* graph module, the form all passes work on, has one placeholder for each flat input, ``get_attr`` nodes for
-parameters, buffers and constants, ``call_function`` nodes with ATen (or ``quantized_decomposed``) overloads, and one
-``output``. Shapes are those of an example run (`annotate`), so that a pass may ask for a node's rank and dtype.
+A *plain* graph module, the form all passes work on, has one placeholder for each flat input, one ``get_attr`` node for
+each parameter, buffer or constant, ``call_function`` nodes with ATen (or ``quantized_decomposed``) overloads, and one
+``output``. ``meta["val"]`` of a node is the fake tensor (or the tuple of them) that it yields; `infer` gives one to the
+nodes that a pass has made.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
-from pykernels.graph.export import constant
+from pykernels.graph.alias import is_view, writes
 
 aten = torch.ops.aten
 
 __all__ = [
-    "MOVES",
-    "ON_BYTES",
     "Facts",
-    "annotate",
+    "aliases_layout",
     "argument",
     "arguments",
+    "aten",
+    "attribute",
     "constant",
     "erase_dead",
     "facts",
+    "in_memory_order",
+    "infer",
     "is_call",
+    "is_copy_of_values",
+    "is_move",
     "module_path",
     "name_of",
     "names",
@@ -39,11 +46,10 @@ __all__ = [
 
 
 class Facts(NamedTuple):
-    """What an example run told about the tensor a node yields."""
+    """What is known of the tensor a node yields. Sizes that may vary are symbolic expressions (sympy's)."""
 
-    shape: tuple[int, ...]
+    shape: tuple[Any, ...]
     dtype: torch.dtype
-    contiguous: bool
 
 
 def names(text: str) -> frozenset[str]:
@@ -51,18 +57,8 @@ def names(text: str) -> frozenset[str]:
     return frozenset("aten." + word for word in text.split())
 
 
-# Operations that only move or rename elements: values, hence quantization parameters, pass through them untouched.
-MOVES: frozenset[str] = names(
-    """
-    view _unsafe_view reshape flatten unflatten permute transpose t squeeze unsqueeze expand slice select narrow
-    chunk split split_with_sizes unbind contiguous clone alias detach index_select flip pixel_shuffle
-    pixel_unshuffle channel_shuffle movedim swapaxes
-    """
-)
-
-
-# What the lowering runs on an 8-bit tensor itself; torch interpolates uint8 and no int8.
-ON_BYTES = MOVES | {"getitem", "aten.upsample_nearest2d"}
+# Calls that copy, reorder or repeat elements into memory of their own; those that do so without a copy are views.
+_COPIES = names("clone contiguous flip roll repeat index_select pixel_shuffle pixel_unshuffle channel_shuffle")
 
 
 def name_of(node: fx.Node) -> str:
@@ -82,11 +78,49 @@ def is_call(node: object, *names: str) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and name_of(node) in names
 
 
+def is_move(node: object) -> bool:
+    """Whether `node` only moves or renames the elements of its first argument: a view, or a copy in another order.
+
+    Values, hence quantization parameters, pass through it untouched. A piece of a tuple of moved values is moved too.
+    """
+    if not isinstance(node, fx.Node) or node.op != "call_function" or not node.args:
+        return False
+    source = node.args[0]
+    if node.target is operator.getitem:
+        return is_move(source)
+    if name_of(node) in _COPIES:
+        return True
+    if not is_view(node.target) or aliases_layout(node) or not isinstance(source, fx.Node):
+        return False
+    before, after = _dtypes(source), _dtypes(node)
+    return not before or not after or before == after  # `to` may be a view, and changes values
+
+
+def is_copy_of_values(node: object) -> bool:
+    """Whether every element of the result is one of the first argument's: a move, a maximum, or nearest upsampling.
+
+    Rounding before it is rounding after it, to the bit.
+    """
+    return is_move(node) or is_call(node, "aten.max_pool2d", "aten.upsample_nearest2d")
+
+
+def _dtypes(node: fx.Node) -> set[torch.dtype]:
+    return {leaf.dtype for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)}
+
+
+def aliases_layout(node: fx.Node) -> bool:
+    """Whether the meaning of a call depends on how its argument lies in memory, as that of ``as_strided`` does."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    given = {argument.name for argument in node.target._schema.arguments}
+    strided = {"self", "size", "stride"} <= given and not name_of(node).startswith("aten.new_")
+    return strided or node.target is aten.view.dtype or name_of(node) in names("sym_stride sym_storage_offset stride")
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments of an ATen call by name, defaults filled in."""
-    schema = node.target._schema
     values: dict[str, Any] = {}
-    for position, argument in enumerate(schema.arguments):
+    for position, argument in enumerate(node.target._schema.arguments):
         if position < len(node.args):
             values[argument.name] = node.args[position]
         elif argument.name in node.kwargs:
@@ -97,8 +131,21 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def argument(node: fx.Node, name: str) -> Any:
-    """One argument of an ATen call by its name in the schema."""
-    return arguments(node)[name]
+    """One argument of an ATen call by its name in the schema; None where the overload has none of that name."""
+    return arguments(node).get(name)
+
+
+def constant(module: fx.GraphModule, node: object) -> torch.Tensor | None:
+    """The tensor behind a ``get_attr`` node that no call writes, or None when `node` is anything else."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr" or any(node in writes(user) for user in node.users):
+        return None
+    return attribute(module, node)
+
+
+def attribute(module: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
+    """The tensor that a ``get_attr`` node names, or None where it names something else."""
+    value = operator.attrgetter(str(node.target))(module)
+    return value.detach() if isinstance(value, torch.Tensor) else None
 
 
 def set_constant(module: fx.GraphModule, before: fx.Node, value: torch.Tensor, hint: str) -> fx.Node:
@@ -110,7 +157,9 @@ def set_constant(module: fx.GraphModule, before: fx.Node, value: torch.Tensor, h
     module.register_buffer(name, value.detach())
     with module.graph.inserting_before(before):
         node = module.graph.get_attr(name)
-    node.meta["facts"] = _facts_of(value)
+    mode = _fake_mode(module)
+    if mode is not None:
+        node.meta["val"] = mode.from_tensor(value.detach(), static_shapes=True)
     return node
 
 
@@ -122,14 +171,16 @@ def only_user(node: fx.Node) -> fx.Node | None:
 def replace(
     node: fx.Node, target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any] | None = None
 ) -> None:
-    """Turn a call into another one in place; users, name and metadata stay."""
+    """Turn a call into another one of the same value in place; users, name and metadata stay."""
     node.target, node.args, node.kwargs = target, tuple(args), kwargs or {}
 
 
 def erase_dead(module: fx.GraphModule) -> None:
-    """Remove calls nobody reads, and constants only they read."""
+    """Remove calls that nobody reads and that write nothing, and constants only they read."""
     for node in reversed(list(module.graph.nodes)):
-        if node.users or node.op in ("placeholder", "output"):
+        if node.users or node.op in ("placeholder", "output") or writes(node):
+            continue
+        if isinstance(node.target, torch._ops.OpOverload) and "_assert" in str(node.target):
             continue
         module.graph.erase_node(node)
 
@@ -148,27 +199,62 @@ def module_path(node: fx.Node) -> str:
 
 
 def facts(node: object) -> Facts | None:
-    """Shape, dtype and contiguity of the tensor `node` yields; None for tuples, numbers and the unknown."""
-    return node.meta.get("facts") if isinstance(node, fx.Node) else None
-
-
-def _facts_of(value: object) -> Facts | None:
+    """Shape and dtype of the tensor `node` yields; None for tuples, numbers and the unknown."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
     if not isinstance(value, torch.Tensor):
         return None
-    return Facts(tuple(int(size) for size in value.shape), value.dtype, value.is_contiguous())
+    return Facts(tuple(_size(size) for size in value.shape), value.dtype)
 
 
-class _Recorder(fx.Interpreter):
-    def run_node(self, node: fx.Node) -> Any:
-        value = super().run_node(node)
-        node.meta["facts"] = _facts_of(value)
-        return value
+def _size(size: Any) -> Any:
+    """A number, or the expression of a symbolic size: to compare that adds no guard."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_number else expression
 
 
-def annotate(module: fx.GraphModule, example: Iterable[Any]) -> None:
-    """Run the graph once on flat example inputs and note the facts of every value.
+def in_memory_order(node: fx.Node) -> torch.memory_format | None:
+    """How the tensor of `node` lies in memory in the model: contiguous, channels_last, or None for another order."""
+    value = node.meta["val"]
+    if value.is_contiguous():
+        return torch.contiguous_format
+    if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return None
 
-    Raises whatever the graph raises on these inputs.
-    """
-    with torch.no_grad():
-        _Recorder(module).run(*example)
+
+def _fake_mode(module: fx.GraphModule) -> FakeTensorMode | None:
+    for node in module.graph.nodes:
+        for leaf in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(leaf, FakeTensor):
+                return leaf.fake_mode
+    return None
+
+
+def infer(module: fx.GraphModule, example: Sequence[Any] = ()) -> None:
+    """Give every node that has none its fake value; `example` stands for inputs that have none."""
+    mode = _fake_mode(module) or FakeTensorMode(allow_non_fake_inputs=True)
+    given: Iterator[Any] = iter(example)
+    with mode, torch.no_grad():
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                value = next(given, None)
+                if "val" not in node.meta:
+                    node.meta["val"] = mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+            elif node.op == "get_attr" and "val" not in node.meta:
+                tensor = attribute(module, node)
+                if tensor is not None:
+                    node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+            elif node.op == "call_function" and "val" not in node.meta:
+                _infer_call(node)
+
+
+def _infer_call(node: fx.Node) -> None:
+    if any("val" not in source.meta for source in node.all_input_nodes):
+        return
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    try:
+        node.meta["val"] = node.target(*args, **kwargs)
+    except Exception:  # a fake may refuse anything; what is unknown is left to torch
+        return

@@ -1,91 +1,26 @@
 """Bring a captured graph to one spelling, so that matching has to know only one.
 
-`functionalize` turns ``relu_`` into ``relu`` where no alias can tell the difference; `normalize` rewrites the variants
-of an operation (``convolution``, ``addmm``, ``hardtanh(0, 6)``, ``x * sigmoid(x)``, ``mean((2, 3))`` ...) into the one
-the matcher reads; `share_quantizers` merges equal quantize/dequantize calls; `raise_quantizers` moves a quantize in
-front of the moves, maxima and concatenations before it, so that these run on the 8-bit tensor.
+`normalize` rewrites the variants of an operation (``convolution``, ``addmm``, ``hardtanh(0, 6)``, ``x * sigmoid(x)``,
+``mean((2, 3))`` ...) into the one that is matched.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import Any
 
-import torch
 from torch import fx
 
-from pykernels.graph.nodes import (
-    MOVES,
-    argument,
-    arguments,
-    aten,
-    constant,
-    erase_dead,
-    facts,
-    is_call,
-    name_of,
-    only_user,
-    replace,
-)
+from pykernels.graph.nodes import argument, arguments, aten, erase_dead, facts, is_call, name_of, only_user, replace
 
-__all__ = ["functionalize", "normalize", "raise_quantizers", "share_quantizers"]
-
-QUANTIZE = "quantized_decomposed.quantize_per_tensor"
-DEQUANTIZE = "quantized_decomposed.dequantize_per_tensor"
-DEQUANTIZE_CHANNEL = "quantized_decomposed.dequantize_per_channel"
-# Monotonic or copying operations: quantizing before them is quantizing after them, to the bit.
-_COMMUTE = MOVES | {"aten.max_pool2d", "aten.upsample_nearest2d"}
-_MULTI_OUTPUT = {"aten.chunk", "aten.split", "aten.split_with_sizes", "aten.unbind"}
-_MAY_ALIAS = MOVES | {"getitem", "aten.dropout", "aten.to"}
+__all__ = ["normalize"]
 
 
-def functionalize(module: fx.GraphModule) -> list[fx.Node]:
-    """Replace in-place calls by functional ones; returns those an alias makes unsafe to replace, as they were."""
-    order = {node: index for index, node in enumerate(module.graph.nodes)}
-    left: list[fx.Node] = []
-    for node in module.graph.nodes:
-        target = node.target
-        if node.op != "call_function" or not hasattr(target, "_schema") or not target._schema.is_mutable:
-            continue
-        functional = _functional(target)
-        source = node.args[0] if node.args else None
-        if functional is None or not isinstance(source, fx.Node) or not _owned(source, node, order):
-            left.append(node)
-            continue
-        for user in list(source.users):
-            if user is not node and order[user] > order[node]:
-                user.replace_input_with(source, node)
-        node.target = functional
-    return left
-
-
-def _functional(target: Any) -> Any:
-    packet, overload = str(target.overloadpacket).removeprefix("aten."), target._overloadname
-    if not packet.endswith("_") or not hasattr(aten, packet[:-1]):
-        return None
-    return getattr(getattr(aten, packet[:-1]), overload, None)
-
-
-def _owned(source: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether nothing that lives after `node` can see the memory of `source` except through `source` itself."""
-    if source.op != "call_function":
-        return False
-    if any(name_of(user) in _MAY_ALIAS and order[user] < order[node] for user in source.users if user is not node):
-        return False
-    while name_of(source) in _MAY_ALIAS:
-        parent = source.args[0]
-        if not isinstance(parent, fx.Node) or only_user(parent) is not source or parent.op != "call_function":
-            return False
-        source = parent
-    return True
-
-
-def normalize(module: fx.GraphModule) -> None:
-    """Rewrite variants of an operation to the spelling the matcher reads. Needs an annotated graph."""
+def normalize(module: fx.GraphModule, training: bool = False) -> None:
+    """Rewrite variants of an operation to the spelling that is matched; `training` leaves batch norms as they are."""
     for node in list(module.graph.nodes):
         if node.op == "call_function":
             rule = _RULES.get(name_of(node))
-            if rule is not None:
+            if rule is not None and not (training and rule is _inference_batch_norm):
                 rule(module, node)
     for node in list(module.graph.nodes):
         if is_call(node, "aten.div", "aten.mul"):
@@ -96,7 +31,7 @@ def normalize(module: fx.GraphModule) -> None:
 
 
 def _convolution(module: fx.GraphModule, node: fx.Node) -> None:
-    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = node.args[:9]
+    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = list(arguments(node).values())[:9]
     rank = len(stride)
     if rank not in (1, 2, 3):
         return
@@ -113,8 +48,8 @@ def _inference_batch_norm(module: fx.GraphModule, node: fx.Node) -> None:
     readers = list(node.users)
     if any(reader.target is not operator.getitem or reader.args[1] != 0 for reader in readers):
         return
-    x, weight, bias, mean, var, momentum, eps = node.args
-    node.meta["facts"] = facts(readers[0]) if readers else None
+    x, weight, bias, mean, var, momentum, eps = arguments(node).values()
+    node.meta["val"] = node.meta["val"][0]
     replace(node, aten.batch_norm.default, (x, weight, bias, mean, var, False, momentum, eps, False))
     for reader in readers:
         reader.replace_all_uses_with(node)
@@ -123,7 +58,8 @@ def _inference_batch_norm(module: fx.GraphModule, node: fx.Node) -> None:
 
 def _addmm(module: fx.GraphModule, node: fx.Node) -> None:
     bias, x, transposed = node.args[:3]
-    if is_call(transposed, "aten.t") and not node.kwargs:
+    known = facts(bias)
+    if is_call(transposed, "aten.t") and not node.kwargs and known is not None and len(known.shape) == 1:
         replace(node, aten.linear.default, (x, transposed.args[0], bias))
 
 
@@ -151,14 +87,15 @@ def _clamp(module: fx.GraphModule, node: fx.Node) -> None:
 
 def _view(module: fx.GraphModule, node: fx.Node) -> None:
     """Our activations are channels_last, where a `view` may have no strides to express it: `reshape` always works."""
-    replace(node, aten.reshape.default, node.args[:2])
+    if node.target is not aten.view.dtype:
+        replace(node, aten.reshape.default, node.args[:2])
 
 
 def _mean(module: fx.GraphModule, node: fx.Node) -> None:
     """The mean over height and width is the adaptive average pool to 1x1 (and a flatten)."""
     source, known = node.args[0], facts(node.args[0])
     dims = argument(node, "dim")
-    if known is None or len(known.shape) != 4 or dims is None or argument(node, "dtype") is not None:
+    if known is None or len(known.shape) != 4 or not dims or argument(node, "dtype") is not None:
         return
     if not known.dtype.is_floating_point or sorted(dim % 4 for dim in dims) != [2, 3]:
         return
@@ -168,8 +105,7 @@ def _mean(module: fx.GraphModule, node: fx.Node) -> None:
         return
     with module.graph.inserting_before(node):
         pooled = module.graph.call_function(aten.adaptive_avg_pool2d.default, (source, [1, 1]))
-    pooled.meta.update(node.meta)
-    pooled.meta["facts"] = known._replace(shape=(*known.shape[:2], 1, 1))
+    pooled.meta = {key: value for key, value in node.meta.items() if key != "val"}
     replace(node, aten.flatten.using_ints, (pooled, 1))
 
 
@@ -178,7 +114,7 @@ def _max_pool_indices(module: fx.GraphModule, node: fx.Node) -> None:
     readers = list(node.users)
     if any(reader.target is not operator.getitem or reader.args[1] != 0 for reader in readers):
         return
-    node.meta["facts"] = facts(readers[0]) if readers else None
+    node.meta["val"] = node.meta["val"][0]
     replace(node, aten.max_pool2d.default, node.args, dict(node.kwargs))
     for reader in readers:
         reader.replace_all_uses_with(node)
@@ -229,7 +165,7 @@ def _spelled_out_activation(node: fx.Node) -> None:
 
 def _hard_gate(node: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
     """Match ``relu6(x + 3) / 6`` -> (x, None) and ``(y * relu6(x + 3)) / 6`` -> (x, y)."""
-    if len(node.args) != 2 or isinstance(node.args[1], fx.Node):
+    if len(node.args) != 2 or node.kwargs or not isinstance(node.args[1], (int, float)):
         return None
     divided = is_call(node, "aten.div") and node.args[1] == 6
     scaled = is_call(node, "aten.mul") and abs(float(node.args[1]) - 1 / 6) < 1e-7
@@ -251,7 +187,7 @@ def _shifted_relu6(node: object, reader: fx.Node) -> fx.Node | None:
     if not is_call(node, "aten.relu6") or only_user(node) is not reader:
         return None
     shifted = node.args[0]
-    if is_call(shifted, "aten.add") and only_user(shifted) is node and shifted.args[1] == 3:
+    if is_call(shifted, "aten.add") and only_user(shifted) is node and shifted.args[1] == 3 and not shifted.kwargs:
         return shifted.args[0]
     return None
 
@@ -284,63 +220,5 @@ def _channel_shuffle(module: fx.GraphModule, node: fx.Node) -> None:
         swapped = graph.call_function(aten.transpose.int, (parts, 3, 4))
         joined = graph.call_function(aten.reshape.default, (swapped, [n, h, w, groups * channels]))
     for new in (last, parts, swapped, joined):
-        new.meta = {"facts": before, "nn_module_stack": node.meta.get("nn_module_stack")}
+        new.meta = {"nn_module_stack": node.meta.get("nn_module_stack")}
     replace(node, aten.permute.default, (joined, [0, 3, 1, 2]))
-
-
-# --- quantize and dequantize ------------------------------------------------------------------------------------------
-
-
-def share_quantizers(module: fx.GraphModule) -> None:
-    """Merge quantize (dequantize) calls that read the same value with the same parameters."""
-    order = {node: index for index, node in enumerate(module.graph.nodes)}
-    for node in list(module.graph.nodes):
-        seen: dict[Any, fx.Node] = {}
-        for user in sorted(node.users, key=order.__getitem__):
-            if not is_call(user, QUANTIZE, DEQUANTIZE, DEQUANTIZE_CHANNEL) or user.args[0] is not node or user.kwargs:
-                continue
-            first = seen.setdefault((user.target, *user.args[1:]), user)
-            if first is not user:
-                user.replace_all_uses_with(first)
-                module.graph.erase_node(user)
-
-
-def raise_quantizers(module: fx.GraphModule) -> None:
-    """Move quantize calls in front of operations that commute with rounding, so that these run in 8 bits."""
-    graph = module.graph
-    pending = [node for node in graph.nodes if is_call(node, QUANTIZE)]
-    while pending:
-        quantize = pending.pop()
-        source = quantize.args[0]
-        if not isinstance(source, fx.Node) or only_user(source) is not quantize or len(quantize.args) != 6:
-            continue
-        if is_call(source, "aten.cat"):
-            inputs = list(source.args[0])
-        elif name_of(source) in _COMMUTE - _MULTI_OUTPUT:
-            inputs = [source.args[0]]
-        else:
-            continue
-        if any(not isinstance(value, fx.Node) for value in inputs):
-            continue
-        floats = [value for value in inputs if not _quantized(value)]
-        if is_call(source, "aten.cat"):
-            if not floats or any(constant(module, value) is not None for value in floats):
-                continue
-        elif not floats or only_user(floats[0]) is not source or floats[0].op in ("placeholder", "get_attr"):
-            continue
-        dequantize, parameters = torch.ops.quantized_decomposed.dequantize_per_tensor.default, quantize.args[1:]
-        for value in dict.fromkeys(floats):
-            with graph.inserting_before(source):
-                early = graph.call_function(quantize.target, (value, *parameters))
-                back = graph.call_function(dequantize, (early, *parameters))
-            early.meta.update(value.meta)
-            back.meta.update(value.meta)
-            source.replace_input_with(value, back)
-            pending.append(early)
-    share_quantizers(module)
-
-
-def _quantized(node: fx.Node) -> bool:
-    while name_of(node) in _COMMUTE or is_call(node, "getitem"):
-        node = node.args[0]
-    return is_call(node, DEQUANTIZE)

@@ -21,9 +21,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from pykernels.cuda.graphs import CudaGraphs
-from pykernels.graph.capture import Captured, flat_leaves, prepare
-from pykernels.network.emit_fx import lower
-from pykernels.network.report import Report
+from pykernels.graph.capture import Captured, canonicalize, flat_leaves, make_functional
+from pykernels.network.assemble import assemble
+from pykernels.network.emit_fx import emit_fx
+from pykernels.network.report import Report, bytes_of
 from pykernels.ops.dtypes import STORED
 
 __all__ = ["pykernels"]
@@ -136,7 +137,12 @@ class _Compiled:
             self._name_weights(traced, weights)
             module, out_spec = flat_leaves(traced)
             in_spec = pytree.tree_structure((tuple(example), {}))
-            program, report = lower(prepare(Captured(module, in_spec, out_spec, example, True)), self.precision)
+            captured = Captured(module, in_spec, out_spec, example, True)
+            make_functional(captured)
+            network = assemble(canonicalize(captured.module, example), self.precision)
+            program, report = emit_fx(network), Report.of(network)
+            report.bytes_before = bytes_of(weights.values())
+            report.bytes_after = bytes_of(program.buffers())
         if self.on_report is not None:
             self.on_report(report)
         if not self.cuda_graph:

@@ -1,26 +1,37 @@
-"""Find what our kernels can run in a canonical graph: anchors, the epilogue they absorb, and 8-bit operations.
+"""Find what our kernels can run in a canonical graph: steps, each a call and the epilogue that its kernel absorbs.
 
-A `Group` is one future call: a convolution or linear layer with the padding before it and the activation, residual add
-and quantize after it; or a pool, add, multiply, concatenation or lookup table between quantized values. A group absorbs
-a node only when nobody else reads what lies between, so that nothing is computed twice, and stands where its last node
-stood, so that every operand is ready.
+A step absorbs a call only when nobody else reads what lies between, so that nothing is computed twice, and stands where
+its last call stood, so that every operand is ready. A convolution or linear layer takes the padding before it and the
+activation, residual add and quantize after it; pools, adds, products, concatenations and pointwise functions between
+quantized values become 8-bit steps. Float graphs that the quantizer annotates are matched by the same rules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx
 
-from pykernels.graph.nodes import ON_BYTES, arguments, constant, facts, is_call, name_of, names, only_user
-from pykernels.graph.spelling import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from pykernels.graph.alias import writes
+from pykernels.graph.nodes import (
+    argument,
+    arguments,
+    constant,
+    facts,
+    is_call,
+    is_copy_of_values,
+    is_move,
+    name_of,
+    names,
+    only_user,
+)
+from pykernels.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE, QParams, qparams
+from pykernels.network.step import Step, Weight
 from pykernels.ops._sizes import spread
 from pykernels.ops.dtypes import REALS
 
-__all__ = ["ACTIVATIONS", "Group", "QParams", "Weight", "match", "quantized_source", "unary"]
+__all__ = ["ACTIVATIONS", "CURVES", "is_zero_pad", "match", "quantized_source", "runs_on_bytes", "same_shape", "unary"]
 
 ACTIVATIONS = {
     "aten.relu": "relu",
@@ -32,115 +43,86 @@ ACTIVATIONS = {
     "aten.gelu": "gelu",
     "aten.tanh": "tanh",
 }
-# Pointwise functions of one tensor: on an 8-bit tensor each is a table of 256 entries.
-_POINTWISE = names(
+# Activations of networks: those above, and those that only a table of 256 entries computes.
+CURVES = frozenset(ACTIVATIONS) | names(
     """
-    relu relu6 hardtanh clamp clamp_min clamp_max hardswish hardsigmoid sigmoid silu gelu tanh leaky_relu elu selu
-    celu mish softplus softsign logsigmoid log_sigmoid hardshrink softshrink threshold abs neg exp sqrt square pow
-    add sub mul div rsub
+    hardtanh clamp clamp_min clamp_max leaky_relu elu selu celu mish softplus softsign logsigmoid log_sigmoid hardshrink
+    softshrink threshold
     """
 )
-_8BIT = (torch.uint8, torch.int8)
+# Pointwise functions of one tensor: on an 8-bit tensor each is a table.
+_POINTWISE = CURVES | names("abs neg exp sqrt square pow add sub mul div rsub")
+_LAYERS = ("aten.conv2d", "aten.conv1d", "aten.linear")
+_AVERAGES = ("aten.avg_pool2d", "aten.adaptive_avg_pool2d")
+_MAXIMA = {
+    "aten.max_pool2d": "max_pool2d",
+    "aten.max_pool2d_with_indices": "max_pool2d_with_indices",
+    "aten.adaptive_max_pool2d": "adaptive_max_pool2d_with_indices",  # which yields (values, indices)
+}
+_REASONS = {
+    "aten.conv_transpose1d": "transposed convolution: no kernel of ours",
+    "aten.conv_transpose2d": "transposed convolution: no kernel of ours",
+    "aten.conv_transpose3d": "transposed convolution: no kernel of ours",
+    "aten.conv3d": "3-D convolution: no kernel of ours",
+    "aten.upsample_nearest2d": "interpolation: no kernel of ours",
+    "aten.upsample_bilinear2d": "interpolation: no kernel of ours",
+    "aten.addcmul": "batch norm that stands alone: a scale and a shift",
+    "aten.batch_norm": "batch norm with statistics of its own",
+}
+_ELEMENTWISE = frozenset(ACTIVATIONS) | names(
+    "hardtanh clamp leaky_relu elu add sub mul div cat softmax log_softmax mean sum stack constant_pad_nd"
+)
 
 
-class QParams(NamedTuple):
-    """Per-tensor affine parameters of an 8-bit value: real = (q - zero_point) * scale, q within [low, high]."""
+def match(
+    module: fx.GraphModule, *, annotating: bool = False, norms: bool = False, apart: frozenset[str] = frozenset()
+) -> list[Step]:
+    """The steps of a canonical graph, in the order of their last calls; every call is in exactly one.
 
-    scale: float
-    zero_point: int
-    low: int
-    high: int
-    dtype: torch.dtype
-
-    @property
-    def full_range(self) -> bool:
-        """Whether the clamp is the type's own, which is all the kernels know."""
-        return (self.low, self.high) == ((0, 255) if self.dtype is torch.uint8 else (-128, 127))
+    Args:
+        annotating: the steps of a float graph are those that int8 kernels will run.
+        norms: a layer takes the batch norm after it, too: in a graph that trains these are not folded.
+        apart: names of nodes that are never fused to another.
+    """
+    return _Matcher(module, annotating, norms, apart).run()
 
 
-class Weight(NamedTuple):
-    """An int8 weight with one scale an output channel."""
-
-    values: torch.Tensor
-    scale: torch.Tensor
-
-
-@dataclass
-class Group:
-    """One call of ours: which nodes of the graph it stands for and how they are fused."""
-
-    kind: str
-    nodes: list[fx.Node]
-    x: fx.Node
-    activation: str = "none"
-    residual: fx.Node | None = None
-    residual_order: str = "before"
-    padding: tuple[int, int, int, int] | None = None
-    weight: Weight | None = None
-    inputs: Sequence[fx.Node] = ()
-    out: QParams | None = None
-    chain: list[fx.Node] = field(default_factory=list)
-
-    @property
-    def anchor(self) -> fx.Node:
-        """The node the group is named after."""
-        return self.chain[0] if self.chain else self.nodes[0]
-
-    @property
-    def last(self) -> fx.Node:
-        """The node whose value the group yields."""
-        return self.nodes[-1]
-
-
-def qparams(module: fx.GraphModule, node: object) -> QParams | None:
-    """Parameters of a per-tensor quantize or dequantize call when they are constants and 8-bit, else None."""
-    if not is_call(node, QUANTIZE, DEQUANTIZE):
-        return None
-    _, scale, zero_point, low, high, dtype = node.args[:6]
-    if isinstance(scale, fx.Node):
-        value = constant(module, scale)
-        scale = None if value is None or value.numel() != 1 else float(value)
-    if isinstance(zero_point, fx.Node):
-        value = constant(module, zero_point)
-        zero_point = None if value is None or value.numel() != 1 else int(value)
-    if scale is None or zero_point is None or dtype not in _8BIT:
-        return None
-    low = (0 if dtype is torch.uint8 else -128) if low is None else int(low)
-    high = (255 if dtype is torch.uint8 else 127) if high is None else int(high)
-    return QParams(float(scale), int(zero_point), low, high, dtype)
+def same_shape(a: object, b: object) -> bool:
+    """Whether two nodes surely have the same shape: symbolic sizes must be the same expression."""
+    first, second = facts(a), facts(b)
+    return first is not None and second is not None and first.shape == second.shape
 
 
 def quantized_source(module: fx.GraphModule, node: object) -> QParams | None:
     """Parameters of the 8-bit tensor behind a float value that was only moved since its dequantize, else None."""
-    nearest = False
-    while isinstance(node, fx.Node) and _passes(node):
-        nearest = nearest or is_call(node, "aten.upsample_nearest2d")
+    while isinstance(node, fx.Node) and runs_on_bytes(node):
         node = node.args[0]
-    if is_call(node, "aten.cat"):
+    if isinstance(node, fx.Node) and is_call(node, "aten.cat"):
         sources = [quantized_source(module, value) for value in node.args[0]]
         same = len(set(sources)) == 1 and sources[0] is not None and sources[0].full_range
         return sources[0] if same else None
-    found = qparams(module, node) if is_call(node, DEQUANTIZE) else None
-    if found is None or facts(node) is None or facts(node).dtype is not torch.float32:
+    known = facts(node)
+    if not is_call(node, DEQUANTIZE) or known is None or known.dtype is not torch.float32:
         return None
-    if nearest and found.dtype is not torch.uint8:  # torch interpolates u8 and no s8
-        return None
-    return found
+    return qparams(module, node)
 
 
-def _passes(node: fx.Node) -> bool:
-    """Whether the lowering runs this call on the 8-bit tensor itself."""
+def runs_on_bytes(node: fx.Node) -> bool:
+    """Whether this call of a tensor in 8 bits runs on the bytes themselves."""
     if is_call(node, "aten.max_pool2d"):
         known = facts(node)
         return known is not None and len(known.shape) == 4
-    if is_call(node, "aten.constant_pad_nd"):
-        return (node.args[2] if len(node.args) > 2 else 0) == 0
-    return name_of(node) in ON_BYTES
+    return is_zero_pad(node) or is_copy_of_values(node)
+
+
+def is_zero_pad(node: object) -> bool:
+    """Whether `node` pads with constant zeros, which 8 bits hold exactly: the zero point."""
+    return is_call(node, "aten.constant_pad_nd") and argument(node, "value") == 0  # type: ignore[arg-type]
 
 
 def int8_weight(module: fx.GraphModule, node: object) -> Weight | None:
     """The s8 weight behind a dequantize of a constant: symmetric, per output channel or per tensor; else None."""
-    if not is_call(node, DEQUANTIZE, DEQUANTIZE_CHANNEL):
+    if not isinstance(node, fx.Node) or not is_call(node, DEQUANTIZE, DEQUANTIZE_CHANNEL):
         return None
     values = constant(module, node.args[0])
     if values is None or values.dtype is not torch.int8:
@@ -159,157 +141,180 @@ def int8_weight(module: fx.GraphModule, node: object) -> Weight | None:
 
 def unary(node: fx.Node) -> bool:
     """Whether the node is a pointwise function of one tensor and numbers."""
-    if name_of(node) not in _POINTWISE or not isinstance(node.args[0], fx.Node):
+    if name_of(node) not in _POINTWISE or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     return not any(isinstance(value, fx.Node) for value in (*node.args[1:], *node.kwargs.values()))
 
 
-def match(module: fx.GraphModule) -> tuple[dict[fx.Node, Group], dict[fx.Node, str]]:
-    """Group the graph: the groups by their last node, and why a node was left alone where a reason is known."""
-    return _Matcher(module).run()
-
-
 class _Matcher:
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, annotating: bool, norms: bool, apart: frozenset[str]) -> None:
         self.module = module
+        self.annotating, self.norms, self.apart = annotating, norms, apart
+        self.order = {node: index for index, node in enumerate(module.graph.nodes)}
         self.taken: set[fx.Node] = set()
-        self.groups: dict[fx.Node, Group] = {}
+        self.steps: list[Step] = []
         self.reasons: dict[fx.Node, str] = {}
 
-    def run(self) -> tuple[dict[fx.Node, Group], dict[fx.Node, str]]:
+    def run(self) -> list[Step]:
         nodes = [node for node in self.module.graph.nodes if node.op == "call_function"]
+        # To be quantized, backwards: of two layers meeting in an add the later one takes it, and what the other has
+        # written is observed before.
+        for node in reversed(nodes) if self.annotating else nodes:
+            if is_call(node, *_LAYERS) and node.name not in self.apart:
+                self._take(self._layer(node))
         for node in nodes:
-            if node not in self.taken and is_call(node, "aten.conv2d", "aten.conv1d", "aten.linear"):
-                self._layer(node)
+            if node not in self.taken:
+                self._take(self._light(node))
         for node in nodes:
-            if node in self.taken:
-                continue
-            group = None
-            if is_call(node, QUANTIZE):
-                group = self._table(node)
-            elif is_call(node, "aten.add", "aten.mul"):
-                group = self._binary(node)
-            elif is_call(node, "aten.cat"):
-                group = self._cat(node)
-            elif is_call(node, "aten.avg_pool2d", "aten.adaptive_avg_pool2d"):
-                group = self._average(node)
-            elif is_call(node, "aten.max_pool2d", "aten.max_pool2d_with_indices", "aten.adaptive_max_pool2d"):
-                group = self._maximum(node)
-            if group is not None:
-                self._take(group)
-        return self.groups, self.reasons
+            if node not in self.taken:
+                self._take(self._left(node))
+        self.steps.sort(key=lambda step: self.order[step.output])
+        return self.steps
 
-    def _take(self, group: Group) -> None:
-        self.taken.update(group.nodes)
-        self.groups[group.last] = group
+    def _take(self, step: Step | None) -> None:
+        if step is not None:
+            self.taken.update(step.nodes)
+            self.steps.append(step)
+
+    def _left(self, node: fx.Node) -> Step:
+        name = name_of(node)
+        kind = "move" if is_move(node) else "torch"
+        reason = self.reasons.get(node) or _REASONS.get(name)
+        if writes(node):
+            reason = "it writes an input, or state that the network keeps"
+        if reason is None:
+            fusable = name in _ELEMENTWISE
+            reason = "not beside a layer it could be fused into" if fusable else "no kernel of ours"
+        return Step(kind, [node], [(value, node) for value in node.all_input_nodes], reason=reason)
 
     def _free_user(self, node: fx.Node) -> fx.Node | None:
         user = only_user(node)
-        return None if user is None or user in self.taken or user.op != "call_function" else user
+        free = user is not None and user not in self.taken and user.op == "call_function"
+        return user if free and user.name not in self.apart else None  # type: ignore[union-attr]
 
     # --- layers with weights ---
 
-    def _layer(self, node: fx.Node) -> None:
+    def _layer(self, node: fx.Node) -> Step | None:
         known, values = facts(node), arguments(node)
-        x = values["input"]
-        if known is None or known.dtype not in REALS:
+        x, given = values["input"], facts(values["input"])
+        if known is None or given is None or known.dtype not in REALS:
             self.reasons[node] = f"dtype {known.dtype if known else 'unknown'}: float32, bfloat16 and float16 only"
-            return
+            return None
+        if self.annotating and known.dtype is not torch.float32:
+            return None
         linear = is_call(node, "aten.linear")
-        if not linear and len(facts(x).shape) != (3 if is_call(node, "aten.conv1d") else 4):
+        if not linear and len(given.shape) != (3 if is_call(node, "aten.conv1d") else 4):
             self.reasons[node] = "convolution without a batch dimension"
-            return
-        padding = None if linear else conv_padding(self.module, node)
-        if not linear and padding is None:
-            self.reasons[node] = "padding is not constant"
-            return
+            return None
+        if not linear and not _constant_geometry(node):
+            self.reasons[node] = "padding, stride or dilation is not constant"
+            return None
         bias = values["bias"]
-        if bias is not None and constant(self.module, bias) is None:
+        if bias is not None and constant(self.module, bias) is None and not self.norms:
             self.reasons[node] = "the bias is computed at run time"
-            return
-        nodes = [node]
-        source, weight = quantized_source(self.module, x), int8_weight(self.module, values["weight"])
-        if not linear:
-            before = self._zero_pad(x)
-            if before is not None:
-                widths = before.args[1]
-                sides = tuple(int(w) for w in widths) + (0,) * (4 - len(widths))
-                padding = tuple(a + b for a, b in zip(padding, sides, strict=True))
-                nodes.insert(0, before)
-                x = before.args[0]
-                source = quantized_source(self.module, x)
-        quantized = source is not None and weight is not None
-        if weight is None and not self._constant_weight(values["weight"]):
+            return None
+        if self.norms:
+            held = isinstance(values["weight"], fx.Node) and values["weight"].op == "get_attr"
+        else:
+            held = self._constant_weight(values["weight"])
+        weight = facts(values["weight"])
+        if not held or weight is None or len(weight.shape) != (2 if linear else len(given.shape)):
             self.reasons[node] = "the weight is computed at run time"
-            return
-        kind = ("q" if quantized else "") + ("linear" if linear else "conv2d")
-        group = Group(kind, nodes, x, padding=padding, weight=weight if quantized else None, chain=[node])
-        self._absorb_epilogue(group, quantized, residuals=not (linear and quantized))
-        self._take(group)
+            return None
+        nodes, operands = [node], [(x, node)]
+        source = quantized_source(self.module, x)
+        if not linear and self._zero_pad(x, len(given.shape) - 2):
+            nodes, operands = [x, node], [(x.args[0], x)]
+            source = quantized_source(self.module, x.args[0])
+        quantized = source is not None and int8_weight(self.module, values["weight"]) is not None
+        step = Step("linear" if linear else "conv2d", nodes, operands, quantized=quantized)
+        if self.norms and not linear:
+            norm = self._free_user(node)
+            if is_call(norm, "aten.batch_norm"):
+                step.nodes.append(norm)
+        self._absorb_epilogue(step, residuals=not (linear and (quantized or self.annotating)))
+        return step
 
-    def _constant_weight(self, node: fx.Node) -> bool:
+    def _constant_weight(self, node: Any) -> bool:
         """A constant, or the dequantize of one that no int8 kernel takes."""
         if is_call(node, DEQUANTIZE, DEQUANTIZE_CHANNEL):
             node = node.args[0]
         return constant(self.module, node) is not None
 
-    def _zero_pad(self, x: object) -> fx.Node | None:
-        """A zero padding of height and width that only this convolution reads."""
-        if not is_call(x, "aten.constant_pad_nd") or only_user(x) is None:
-            return None
-        widths, value = x.args[1], (x.args[2] if len(x.args) > 2 else 0)
-        plain = all(isinstance(width, int) and width >= 0 for width in widths) and len(widths) in (2, 4)
-        return x if plain and value == 0 else None
+    def _zero_pad(self, x: object, dims: int) -> bool:
+        """A zero padding of the `dims` last dimensions that only this convolution reads."""
+        if not isinstance(x, fx.Node) or not is_zero_pad(x) or only_user(x) is None or x.name in self.apart:
+            return False
+        widths = x.args[1]
+        return len(widths) <= 2 * dims and all(isinstance(width, int) and width >= 0 for width in widths)
 
-    def _absorb_epilogue(self, group: Group, quantized: bool, residuals: bool) -> None:
+    def _absorb_epilogue(self, step: Step, residuals: bool) -> None:
         """Follow the only reader: at most one activation and one residual add in either order, then a quantize."""
-        while (user := self._free_user(group.last)) is not None:
+        while (user := self._free_user(step.output)) is not None:
             activation = self._activation(user)
-            if activation is not None and group.activation == "none":
-                group.activation = activation
-            elif residuals and group.residual is None and (other := self._residual(group.last, user, quantized)):
-                group.residual = other
-                group.residual_order = "after" if group.activation != "none" else "before"
-            elif quantized and is_call(user, QUANTIZE) and (out := qparams(self.module, user)):
+            if activation is not None and step.activation == "none":
+                step.activation = activation
+            elif residuals and step.residual_order is None and (other := self._residual(step, user)):
+                step.operands.append((other, user))
+                step.residual_order = "after" if step.activation != "none" else "before"
+            elif step.quantized and is_call(user, QUANTIZE) and (out := qparams(self.module, user)):
                 if out.full_range:
-                    group.nodes.append(user)
-                    group.out = out
+                    step.nodes.append(user)
+                    step.out = out
                 return
             else:
                 return
-            group.nodes.append(user)
+            step.nodes.append(user)
 
     def _activation(self, node: fx.Node) -> str | None:
         name = ACTIVATIONS.get(name_of(node))
-        if name == "gelu" and arguments(node)["approximate"] != "none":
+        if name == "gelu" and argument(node, "approximate") != "none":
             return None
         return name
 
-    def _residual(self, value: fx.Node, add: fx.Node, quantized: bool) -> fx.Node | None:
+    def _residual(self, step: Step, add: fx.Node) -> fx.Node | None:
         """The other operand of a plain add of equal shapes (an 8-bit one when the layer is quantized)."""
-        if not is_call(add, "aten.add") or len(add.args) != 2 or add.kwargs.get("alpha", 1) != 1:
+        if not _plain(add, "aten.add"):
             return None
+        value = step.output
         other = add.args[1] if add.args[0] is value else add.args[0]
-        if other is value or not isinstance(other, fx.Node) or facts(other) is None:
+        if other is value or other.op == "get_attr" or not same_shape(other, value):
             return None
-        if facts(other)[:2] != facts(value)[:2]:
+        if facts(other).dtype != facts(value).dtype:  # type: ignore[union-attr]
             return None
-        if quantized and quantized_source(self.module, other) is None:
+        if step.quantized and quantized_source(self.module, other) is None:
+            return None
+        # What is observed between two 8-bit kernels must be there before the one that reads it.
+        if self.annotating and self.order[other] > self.order[next(n for n in step.nodes if is_call(n, *_LAYERS))]:
             return None
         return other
 
     # --- between quantized values ---
 
-    def _quantize_after(self, nodes: list[fx.Node]) -> QParams | None:
-        """Absorb the quantize that alone reads the last node."""
-        user = self._free_user(nodes[-1])
-        out = qparams(self.module, user) if is_call(user, QUANTIZE) else None
-        if out is None or not out.full_range:
-            return None
-        nodes.append(user)
-        return out
+    def _light(self, node: fx.Node) -> Step | None:
+        if is_call(node, QUANTIZE):
+            return self._table(node)
+        if is_call(node, "aten.add", "aten.mul"):
+            found = self._binary(node)
+            if found is not None:
+                return found
+        if is_call(node, "aten.cat"):
+            return self._cat(node)
+        if is_call(node, *_AVERAGES, *_MAXIMA):
+            return self._pool(node)
+        if self.annotating and unary(node):
+            return Step("lookup", [node], [(node.args[0], node)])
+        return None
 
-    def _table(self, node: fx.Node) -> Group | None:
+    def _quantize_after(self, step: Step) -> None:
+        """Absorb the quantize that alone reads the last call."""
+        user = self._free_user(step.output)
+        out = qparams(self.module, user)
+        if out is not None and is_call(user, QUANTIZE) and out.full_range:
+            step.nodes.append(user)  # type: ignore[arg-type]
+            step.out = out
+
+    def _table(self, node: fx.Node) -> Step | None:
         """quantize(f(dequantize(q))) for pointwise f is one lookup; so is a change of parameters (f = identity)."""
         out = qparams(self.module, node)
         if out is None:
@@ -322,99 +327,108 @@ class _Matcher:
         found = quantized_source(self.module, source)
         if found is None or (not chain and found == out):
             return None
-        return Group("qlookup", [*chain, node], source, out=out, chain=chain)
+        return Step("lookup", [*chain, node], [(source, (*chain, node)[0])], quantized=True, out=out)
 
-    def _binary(self, node: fx.Node) -> Group | None:
-        if len(node.args) != 2 or node.kwargs or any(not isinstance(value, fx.Node) for value in node.args):
+    def _binary(self, node: fx.Node) -> Step | None:
+        kind = name_of(node).removeprefix("aten.")
+        if not _plain(node, "aten.add", "aten.mul"):
             return None
         a, b = node.args
-        if any(quantized_source(self.module, value) is None for value in (a, b)):
+        eight = all(quantized_source(self.module, value) is not None for value in (a, b))
+        if not eight and not self.annotating:
             return None
-        shape_a, shape_b = facts(a).shape, facts(b).shape
-        kind = "qadd" if is_call(node, "aten.add") else "qmul"
-        if shape_a != shape_b:
-            gate_b, gate_a = _gates(shape_b, shape_a), _gates(shape_a, shape_b)
-            if kind == "qadd" or not (gate_a or gate_b):
+        if not same_shape(a, b):
+            if kind == "add" or not (_gates(a, b) or _gates(b, a)):
                 self.reasons[node] = "8-bit operands of different shapes"
                 return None
-            if gate_a:
+            if _gates(a, b) and eight:
                 a, b = b, a
-        nodes, activation = [node], "none"
+        step = Step(kind, [node], [(a, node), (b, node)], quantized=eight)
         user = self._free_user(node)
-        if kind == "qadd" and user is not None and (name := self._activation(user)) is not None:
-            nodes.append(user)
-            activation = name
-        out = self._quantize_after(nodes)
-        if out is None:
-            return None
-        return Group(kind, nodes, a, activation=activation, inputs=(a, b), out=out)
+        activation = None if user is None or kind != "add" else self._activation(user)
+        if activation is not None and (eight or activation in ("relu", "relu6")):
+            step.nodes.append(user)  # type: ignore[arg-type]
+            step.activation = activation
+        if eight:
+            self._quantize_after(step)
+        return step if step.out is not None or self.annotating else None
 
-    def _cat(self, node: fx.Node) -> Group | None:
-        sources = [quantized_source(self.module, value) for value in node.args[0]]
-        if not sources or any(source is None for source in sources) or len({s.dtype for s in sources if s}) != 1:
+    def _cat(self, node: fx.Node) -> Step | None:
+        values = node.args[0]
+        if not isinstance(values, (list, tuple)) or not values or not all(isinstance(v, fx.Node) for v in values):
             return None
-        nodes = [node]
-        out = self._quantize_after(nodes)
-        if out is None:
-            if len(set(sources)) != 1 or not sources[0].full_range:
+        step = Step("cat", [node], [(value, node) for value in values])
+        if self.annotating:
+            return step
+        sources = [quantized_source(self.module, value) for value in values]
+        if any(source is None for source in sources) or len({s.dtype for s in sources if s}) != 1:
+            return None
+        step.quantized = True
+        self._quantize_after(step)
+        if step.out is None:
+            if len(set(sources)) != 1 or not sources[0].full_range:  # type: ignore[union-attr]
                 return None
-            out = sources[0]  # a plain copy; whoever wants floats dequantizes the result
-        return Group("qcat", nodes, node.args[0][0], inputs=tuple(node.args[0]), out=out)
+            step.out = sources[0]  # a plain copy; whoever wants floats dequantizes the result
+        return step
 
-    def _average(self, node: fx.Node) -> Group | None:
+    def _pool(self, node: fx.Node) -> Step | None:
         known = facts(node.args[0])
         if known is None or len(known.shape) != 4 or known.dtype not in REALS:
             self.reasons[node] = "not a 4-D float32, bfloat16 or float16 tensor"
             return None
-        adaptive = is_call(node, "aten.adaptive_avg_pool2d")
-        kind = "adaptive_avg_pool2d" if adaptive else "avg_pool2d"
-        if adaptive and any(not isinstance(size, int) for size in node.args[1]):
-            self.reasons[node] = "output size is not constant"
+        if not _constant_geometry(node):
+            self.reasons[node] = "the size is not constant"
             return None
-        if quantized_source(self.module, node.args[0]) is None:
-            return Group(kind, [node], node.args[0])
-        nodes = [node]
-        out = self._quantize_after(nodes)
-        return Group("q" + kind, nodes, node.args[0], out=out)
-
-    def _maximum(self, node: fx.Node) -> Group | None:
-        known = facts(node.args[0])
-        if known is None or len(known.shape) != 4 or known.dtype not in REALS:
-            self.reasons[node] = "not a 4-D float32, bfloat16 or float16 tensor"
-            return None
-        if is_call(node, "aten.max_pool2d_with_indices"):
-            return Group("max_pool2d_with_indices", [node], node.args[0])
-        if is_call(node, "aten.adaptive_max_pool2d"):  # yields (values, indices)
-            return Group("adaptive_max_pool2d_with_indices", [node], node.args[0])
-        return Group("max_pool2d", [node], node.args[0])
+        name = name_of(node)
+        step = Step(_MAXIMA.get(name) or name.removeprefix("aten."), [node], [(node.args[0], node)])
+        step.quantized = quantized_source(self.module, node.args[0]) is not None
+        if step.quantized and name in _AVERAGES:
+            self._quantize_after(step)
+        elif step.quantized and name != "aten.max_pool2d":
+            step.quantized = False
+        return step
 
 
-def _gates(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
+def _plain(node: fx.Node, *calls: str) -> bool:
+    """A call of two tensors and nothing else: ``add`` has an ``alpha``."""
+    two = len(node.args) == 2 and all(isinstance(value, fx.Node) and facts(value) is not None for value in node.args)
+    return two and is_call(node, *calls) and not node.kwargs
+
+
+def _gates(small: fx.Node, large: fx.Node) -> bool:
     """[N, C, 1, 1] against [N, C, H, W]: squeeze-excite."""
-    return len(small) == len(large) == 4 and small[:2] == large[:2] and small[2:] == (1, 1)
+    few, many = facts(small).shape, facts(large).shape  # type: ignore[union-attr]
+    return len(few) == len(many) == 4 and few[:2] == many[:2] and few[2:] == (1, 1)
 
 
-def conv_padding(module: fx.GraphModule, node: fx.Node) -> tuple[int, int, int, int] | None:
-    """(left, right, top, bottom) of a conv1d or conv2d call, also for ``padding="same"`` and ``"valid"``."""
-    values: dict[str, Any] = arguments(node)
-    one_d = is_call(node, "aten.conv1d")
-    padding, dilation = values["padding"], values["dilation"]
-    weight = facts(values["weight"])
+def _constant_geometry(node: fx.Node) -> bool:
+    """Whether no size among the arguments of a layer or pool is computed at run time."""
+    sizes = ("stride", "padding", "dilation", "kernel_size", "output_size", "groups")
+    return not any(
+        isinstance(item, fx.Node)
+        for name, value in arguments(node).items()
+        if name in sizes
+        for item in ([value] if isinstance(value, (int, str, fx.Node)) else value or [])
+    )
+
+
+def conv_padding(node: fx.Node, pad: fx.Node | None) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom) of a convolution, ``"same"`` and ``"valid"`` too, and of the padding before it."""
+    values = arguments(node)
+    dims = 1 if is_call(node, "aten.conv1d") else 2
+    padding, kernel = values["padding"], facts(values["weight"]).shape[2:]  # type: ignore[union-attr]
     if padding == "valid":
-        return (0, 0, 0, 0)
-    if padding == "same":
-        if weight is None:
-            return None
-        kernel = weight.shape[2:]
-        sides: list[int] = []
-        for size, step in reversed(list(zip(kernel, spread(dilation, len(kernel)), strict=True))):
-            total = step * (size - 1)
-            sides += [total // 2, total - total // 2]
-        return tuple(sides + [0] * (4 - len(sides)))
-    if any(not isinstance(value, int) for value in spread(padding, 1 if one_d else 2)):
-        return None
-    if one_d:
-        (left,) = spread(padding, 1)
-        return (left, left, 0, 0)
-    top, left = spread(padding, 2)
-    return (left, left, top, top)
+        pairs = [(0, 0)] * dims
+    elif padding == "same":
+        reach = [step * (size - 1) for size, step in zip(kernel, spread(values["dilation"], dims), strict=True)]
+        pairs = [(total // 2, total - total // 2) for total in reach]
+    else:
+        pairs = [(side, side) for side in spread(padding, dims)]
+    sides = [side for pair in reversed(pairs) for side in pair]
+    widths = [] if pad is None else list(pad.args[1])
+    left, right, top, bottom = (a + b for a, b in zip(_four(sides), _four(widths), strict=True))
+    return left, right, top, bottom
+
+
+def _four(sides: list[int]) -> list[int]:
+    return sides + [0] * (4 - len(sides))

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 
 from pykernels.cuda import registry
+from pykernels.network.step import Network
 
 __all__ = ["Fused", "Left", "Report", "bytes_of"]
 
@@ -63,6 +64,21 @@ class Report:
     bytes_after: int = 0
     notes: list[str] = field(default_factory=list)
     device: str = "cpu"
+
+    @classmethod
+    def of(cls, network: Network) -> Report:
+        """The account of a network; its bytes are the caller's to count."""
+        report = cls(precision=network.precision)
+        for step in network.steps:
+            if step.kind in ("quantize", "dequantize"):
+                report.conversions += 1
+            elif step.op is not None:
+                report.fused.append(Fused(step.op, step.what, step.where))
+            elif step.kind == "move":
+                report.moves += step.what != "getitem"
+            elif step.kind == "torch" and step.what != "getitem":
+                report.left.append(Left(step.what, step.where, step.reason))
+        return report.on(network.device)
 
     def on(self, device: torch.device) -> Report:
         """The account of the same network on `device`."""

@@ -9,12 +9,11 @@ except ImportError as error:
         "pykernels.quantization builds on torchao's PT2E flow, which could not be imported: pip install 'torchao>=0.14'"
     ) from error
 
-from .quantizer import Group, Int8Quantizer
+from .quantizer import Int8Quantizer
 from .recipes import QuantizationRecord, export_graph, quantize
 from .training import convert_qat, eval_mode, prepare_qat, train_mode
 
 __all__ = [
-    "Group",
     "Int8Quantizer",
     "QuantizationRecord",
     "convert_qat",

@@ -10,16 +10,19 @@ what the int8 kernels compute; ``pykernels.optimize`` lowers it to them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from pykernels.graph.export import export
+from pykernels.graph.alias import writes
+from pykernels.graph.capture import Captured, capture, with_pytree
+from pykernels.graph.nodes import attribute
 
 from .quantizer import Int8Quantizer
 from .refine import float_weights
@@ -73,34 +76,39 @@ def export_graph(
         ValueError: ``example_inputs`` holds no tensor.
         NotExportable: ``torch.export`` cannot capture the model.
     """
-    return captured(
-        model, example_inputs, QuantizationRecord(""), dynamic_batch, dynamic_shapes, training=training, stacklevel=3
+    found = capture_noting(
+        model, example_inputs, {}, QuantizationRecord(""), dynamic_batch, dynamic_shapes, training=training
     )
+    return with_pytree(found.module, found.in_spec, found.out_spec)
 
 
-def captured(
+def capture_noting(
     model: torch.nn.Module | ExportedProgram,
     example_inputs: Sequence[Any] | torch.Tensor,
+    example_kwargs: Mapping[str, Any],
     record: QuantizationRecord,
     dynamic_batch: bool,
     dynamic_shapes: Any,
     *,
     training: bool = False,
-    stacklevel: int = 3,
-) -> GraphModule:
-    """`export_graph`, and what became of the batch size in ``record``."""
-    if isinstance(model, ExportedProgram):
-        record.dynamic = bool(model.range_constraints)
-        return model.module()
+) -> Captured:
+    """The model as a plain graph; what became of the batch size goes into ``record``, and is a warning."""
     inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
-    if not any(isinstance(x, torch.Tensor) for x in inputs):
+    if not any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves((inputs, dict(example_kwargs)))):
         raise ValueError("example_inputs: expected a tuple holding at least one tensor, such as (x,)")
-    exported = export(model, inputs, dynamic_batch=dynamic_batch, dynamic_shapes=dynamic_shapes, training=training)
-    record.dynamic = exported.dynamic
-    for note in exported.notes:
-        record.notes.append(note)
-        warnings.warn(note, UserWarning, stacklevel=stacklevel)
-    return exported.program.module()
+    found = capture(
+        model,
+        inputs,
+        dict(example_kwargs),
+        dynamic_batch=dynamic_batch,
+        dynamic_shapes=dynamic_shapes,
+        training=training,
+    )
+    record.dynamic = found.dynamic
+    record.notes += found.notes
+    for note in found.notes:
+        warnings.warn(note, UserWarning, stacklevel=3)
+    return found
 
 
 def quantize(
@@ -112,6 +120,7 @@ def quantize(
     dynamic_shapes: Any = None,
     keep_float: Iterable[str] = (),
     refine: bool = True,
+    example_kwargs: Mapping[str, Any] | None = None,
 ) -> GraphModule:
     """Quantize a trained fp32 model to int8 after training.
 
@@ -120,13 +129,15 @@ def quantize(
         example_inputs: a tuple of inputs, as for ``torch.export``; a lone tensor stands for a tuple of one.
         calibration: inputs that look like those of production, 50 to 500 samples: an iterable of tensors, or of tuples
             of which the first ``len(example_inputs)`` entries are used (so a loader of ``(image, label)`` serves as it
-            is). None: ranges come from generated inputs, with a warning; expect to lose accuracy.
+            is), or of dictionaries of keyword inputs; where a model takes both, of ``(args, kwargs)``. None: ranges
+            come from generated inputs, with a warning; expect to lose accuracy.
         dynamic_batch: accept any batch size. Where the model fixes it, a warning and the record say why.
         dynamic_shapes: as for ``torch.export``, in place of the batch size alone.
         keep_float: names of graph nodes to leave in fp32.
         refine: choose weights and biases layer by layer to reproduce the fp32 network on the calibration inputs
             (GPTQ rounding and bias correction, see ``refine``) instead of rounding each weight by itself. Halves the
             error for a minute or so of time; skipped without calibration data.
+        example_kwargs: keyword inputs of one call.
 
     Returns:
         A graph module with quantize/dequantize nodes; ``meta["pykernels_quantization"]`` tells what was done.
@@ -136,11 +147,42 @@ def quantize(
         TypeError: an entry of ``calibration`` is not a tensor or a tuple of tensors.
         NotExportable: ``torch.export`` cannot capture the model.
     """
+    found, _ = quantize_captured(
+        model,
+        example_inputs,
+        example_kwargs or {},
+        calibration,
+        dynamic_batch=dynamic_batch,
+        dynamic_shapes=dynamic_shapes,
+        keep_float=keep_float,
+        refine=refine,
+    )
+    return with_pytree(found.module, found.in_spec, found.out_spec)
+
+
+def quantize_captured(
+    model: torch.nn.Module | ExportedProgram,
+    example_inputs: Sequence[Any] | torch.Tensor,
+    example_kwargs: Mapping[str, Any],
+    calibration: Iterable[Any] | None,
+    *,
+    dynamic_batch: bool,
+    dynamic_shapes: Any = None,
+    keep_float: Iterable[str] = (),
+    refine: bool = True,
+) -> tuple[Captured, QuantizationRecord]:
+    """`quantize`, as a plain graph with what is needed to call it like the model."""
     inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     record = QuantizationRecord("post-training")
-    graph = captured(model, inputs, record, dynamic_batch, dynamic_shapes)
-    device = next(t.device for t in (*graph.parameters(), *graph.buffers(), *inputs) if isinstance(t, torch.Tensor))
-    samples = _generated(inputs, record) if calibration is None else _samples(calibration, len(inputs), record, device)
+    found = capture_noting(model, inputs, example_kwargs, record, dynamic_batch, dynamic_shapes)
+    graph = found.module
+    leaves = pytree.tree_leaves((inputs, dict(example_kwargs)))
+    device = next(t.device for t in (*graph.parameters(), *graph.buffers(), *leaves) if isinstance(t, torch.Tensor))
+    if calibration is None:
+        samples = _generated(leaves, record)
+    else:
+        samples = _samples(calibration, len(inputs), found.in_spec, record, device)
+    state = _state(graph)
     quantizer = Int8Quantizer(keep_float=keep_float)
     prepared = prepare_pt2e(graph, quantizer)
     with torch.no_grad():
@@ -150,38 +192,73 @@ def quantize(
     converted = convert_pt2e(prepared)
     if refine and not record.data_free:
         record.refined = refine_weights(converted, weights, samples)
-    record.groups, record.left_float = len(quantizer.groups), dict(quantizer.left_float)
+    for name, tensor in state.items():  # calibration is no call of the user's
+        converted.get_buffer(name).copy_(tensor)
+    record.groups, record.left_float = len(quantizer.layers), dict(quantizer.left_float)
     converted.meta[RECORD] = record
-    return converted
+    found.module = converted
+    return found, record
+
+
+def _state(graph: GraphModule) -> dict[str, torch.Tensor]:
+    """The buffers that the graph writes, as they are now."""
+    written = {value for node in graph.graph.nodes for value in writes(node) if value.op == "get_attr"}
+    return {str(node.target): attribute(graph, node).clone() for node in written}
 
 
 def _samples(
-    calibration: Iterable[Any], count: int, record: QuantizationRecord, device: torch.device
+    calibration: Iterable[Any],
+    count: int,
+    in_spec: pytree.TreeSpec,
+    record: QuantizationRecord,
+    device: torch.device,
 ) -> list[tuple[Any, ...]]:
-    """The calibration inputs, on `device`."""
+    """The calibration inputs as flat inputs of the graph, on `device`."""
     samples = []
     for position, item in enumerate(calibration):
-        sample = (item,) if isinstance(item, torch.Tensor) else item
-        if not isinstance(sample, list | tuple) or len(sample) < count:
+        args, kwargs = _as_call(item, count)
+        if args is None:
             raise TypeError(
                 f"calibration: entry {position} is {type(item).__name__}; "
-                f"expected a tensor or a tuple of {count} inputs"
+                f"expected a tensor, a tuple of {count} inputs or a dictionary of keyword inputs"
             )
-        samples.append(tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in sample[:count]))
-        record.samples += samples[-1][0].shape[0]
+        names = list(in_spec.child(1).context)
+        try:
+            kwargs = {name: kwargs[name] for name in names}
+        except KeyError as missing:
+            raise TypeError(f"calibration: entry {position} has no keyword input {missing}") from None
+        leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
+        if spec != in_spec:
+            raise TypeError(f"calibration: entry {position} is nested as {spec}, the example inputs as {in_spec}")
+        samples.append(tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in leaves))
+        first = next((x for x in leaves if isinstance(x, torch.Tensor) and x.dim()), None)
+        record.samples += 1 if first is None else first.shape[0]
     if not samples:
         raise ValueError("calibration: no inputs; give an iterable that yields some, or None")
     return samples
 
 
-def _generated(inputs: tuple[Any, ...], record: QuantizationRecord) -> list[tuple[Any, ...]]:
+def _as_call(item: Any, count: int) -> tuple[Any, Mapping[str, Any]]:
+    """Positional and keyword inputs of an entry; None for the former where it is none."""
+    if isinstance(item, torch.Tensor):
+        item = (item,)
+    if isinstance(item, Mapping):
+        return (), item
+    if not isinstance(item, list | tuple):
+        return None, {}
+    if len(item) == 2 and isinstance(item[0], list | tuple) and isinstance(item[1], Mapping):
+        return item[0][:count], item[1]
+    return (item[:count], {}) if len(item) >= count else (None, {})
+
+
+def _generated(inputs: list[Any], record: QuantizationRecord) -> list[tuple[Any, ...]]:
     """The example inputs, and noise with their mean and spread: coarse ranges for want of calibration data."""
     note = "no calibration data: ranges come from the example inputs and noise like them, so accuracy will suffer"
     warnings.warn(f"calibration: {note}; give 50 to 500 real inputs", UserWarning, stacklevel=3)
     record.data_free = True
     record.notes.append(note)
     generator = torch.Generator().manual_seed(0)
-    samples = [inputs]
+    samples = [tuple(inputs)]
     for _ in range(4):
         samples.append(tuple(_noise_like(x, generator) for x in inputs))
     return samples

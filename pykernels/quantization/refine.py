@@ -22,15 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from pykernels.graph.export import constant
+from pykernels.graph.nodes import argument, constant, is_call
+from pykernels.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
 from pykernels.ops._sizes import spread
 
-from .patterns import CONVOLUTIONS, HEAVY, LINEARS, argument, is_call
-
-quantized = torch.ops.quantized_decomposed
-QUANTIZES = frozenset({quantized.quantize_per_tensor.default})
-DEQUANTIZES = frozenset({quantized.dequantize_per_tensor.default})
-WEIGHT_DEQUANTIZES = frozenset({quantized.dequantize_per_channel.default})
+CONVOLUTIONS = ("aten.conv1d", "aten.conv2d")
+LAYERS = (*CONVOLUTIONS, "aten.linear")
 
 MEMORY = 2 << 30  # bytes of activations kept at once, about
 MAX_SAMPLES = 48
@@ -44,7 +41,7 @@ def float_weights(model: GraphModule) -> dict[str, torch.Tensor]:
     """The constant weight of every convolution and linear of a prepared (not yet converted) graph, by node name."""
     weights = {}
     for node in model.graph.nodes:
-        if is_call(node, HEAVY):
+        if is_call(node, *LAYERS):
             source = node.args[1]
             while isinstance(source, Node) and source.op == "call_module":  # the weight's observer
                 source = source.args[0]
@@ -122,7 +119,7 @@ class _Reconstruction:
         return batches
 
     def _refinable(self, node: Node) -> bool:
-        if node.name not in self.weights or not is_call(node.args[1], WEIGHT_DEQUANTIZES):
+        if node.name not in self.weights or not is_call(node.args[1], DEQUANTIZE_CHANNEL):
             return False
         stored = node.args[1].args[0]
         return constant(self.model, stored) is not None and len(stored.users) == 1 and len(node.args[1].users) == 1
@@ -135,10 +132,10 @@ class _Reconstruction:
         if all(self._refinable(user) and user.args[1] is node for user in node.users):
             return  # a weight about to be rounded anew
         function = self.model.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-        if is_call(node, WEIGHT_DEQUANTIZES):
+        if is_call(node, DEQUANTIZE_CHANNEL):
             self.exact[node] = self.inexact[node] = [_call(function, node, self.exact, 0)] * count
             return
-        if is_call(node, QUANTIZES | DEQUANTIZES):  # the fp32 network has none
+        if is_call(node, QUANTIZE, DEQUANTIZE):  # the fp32 network has none
             self.exact[node] = self.exact[node.args[0]]
         else:
             self.exact[node] = [_call(function, node, self.exact, i) for i in range(count)]
@@ -154,7 +151,7 @@ class _Reconstruction:
         stored.copy_(rounded.to(torch.int8))
         in_effect = stored.float() * scale.float().reshape(-1, *[1] * (weight.ndim - 1))
 
-        channel = 1 if is_call(node, CONVOLUTIONS) else -1
+        channel = 1 if is_call(node, *CONVOLUTIONS) else -1
 
         def apply(inputs: list[Any], kernel: torch.Tensor) -> list[torch.Tensor]:
             return [node.target(inputs[i], kernel, *self._rest(node, i), **node.kwargs) for i in range(count)]
@@ -173,7 +170,7 @@ class _Reconstruction:
         return [torch.fx.map_arg(a, lambda n: self.exact[n][batch]) for a in node.args[2:]]
 
     def _add_to_bias(self, node: Node, shift: torch.Tensor) -> None:
-        bias = constant(self.model, argument(node, 2, "bias"))
+        bias = constant(self.model, argument(node, "bias"))
         name = f"{node.name}_corrected_bias"
         self.model.register_buffer(name, shift if bias is None else bias + shift)
         with self.model.graph.inserting_before(node):
@@ -294,14 +291,14 @@ class _Rows:
         self, node: Node, weight: torch.Tensor, values: list[torch.Tensor], generator: torch.Generator
     ) -> None:
         self.groups = 1
-        if is_call(node, LINEARS):
+        if is_call(node, "aten.linear"):
             wanted = self._wanted(weight.shape[1])
             flat = [value.reshape(-1, value.shape[-1]) for value in values]
             each = -(-wanted // len(flat))
             picked = [torch.randperm(len(rows), generator=generator)[:each] for rows in flat]
             self.inputs = torch.cat([rows[at] for rows, at in zip(flat, picked, strict=True)])[:, None]
         else:
-            self.groups = int(argument(node, 6, "groups", 1))
+            self.groups = int(argument(node, "groups"))
             wanted = self._wanted(weight[0].numel())
             each = -(-wanted // len(values))
             patches = [_patches(node, weight, value, each, generator) for value in values]
@@ -350,7 +347,7 @@ def _patches(
     """``wanted`` random receptive fields of a convolution: [positions, C, taps]."""
     kernel = list(weight.shape[2:])
     spatial = len(kernel)
-    stride, padding, dilation = (argument(node, i, n, d) for i, n, d in _GEOMETRY)
+    stride, padding, dilation = (argument(node, name) for name in ("stride", "padding", "dilation"))
     stride, dilation = spread(stride, spatial), spread(dilation, spatial)
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if isinstance(padding, str):
@@ -373,9 +370,6 @@ def _patches(
     windows = windows.permute(0, *range(2 + spatial, 2 + 2 * spatial), 1, *range(2, 2 + spatial))
     at = [torch.randint(size, (wanted,), generator=generator) for size in windows.shape[: 1 + spatial]]
     return windows[tuple(at)].flatten(2)
-
-
-_GEOMETRY = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
 
 
 def _call(function: Callable[..., Any], node: Node, values: dict[Node, list[Any]], batch: int) -> Any:

@@ -18,10 +18,12 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import disable_observer, enable_observer
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
 
-from .patterns import BATCH_NORMS, CONVOLUTIONS, DROPOUTS, argument, aten, is_call
+from pykernels.graph.capture import with_pytree
+from pykernels.graph.fold import DROPOUTS, remove_no_ops
+from pykernels.graph.nodes import argument, infer, is_call
+
 from .quantizer import Int8Quantizer
-from .recipes import RECORD, QuantizationRecord, captured
-from .transforms import remove_dropout
+from .recipes import RECORD, QuantizationRecord, capture_noting
 
 TORCHAO_EPSILON = 1e-5
 EPSILONS = "pykernels_batch_norm_epsilons"
@@ -49,20 +51,21 @@ def prepare_qat(
         :func:`train_mode` and :func:`eval_mode`.
     """
     record = QuantizationRecord("quantization-aware training")
-    graph = captured(model, example_inputs, record, dynamic_batch, dynamic_shapes, training=True)
+    captured = capture_noting(model, example_inputs, {}, record, dynamic_batch, dynamic_shapes, training=True)
+    graph = captured.module
     _own_parameters(graph)
     epsilons = {
-        node.args[4].target: float(argument(node, 7, "eps", TORCHAO_EPSILON))
+        node.args[4].target: float(argument(node, "eps"))
         for node in graph.graph.nodes
-        if is_call(node, BATCH_NORMS) and is_call(node.args[0], CONVOLUTIONS)
+        if is_call(node, "aten.batch_norm") and is_call(node.args[0], "aten.conv1d", "aten.conv2d")
     }
     quantizer = Int8Quantizer(qat=True, keep_float=keep_float)
     prepared = prepare_qat_pt2e(graph, quantizer)
     _restore_epsilons(prepared, epsilons)
-    record.groups, record.left_float = len(quantizer.groups), dict(quantizer.left_float)
+    record.groups, record.left_float = len(quantizer.layers), dict(quantizer.left_float)
     prepared.meta[RECORD] = record
     prepared.meta[EPSILONS] = epsilons
-    return train_mode(prepared)
+    return train_mode(with_pytree(prepared, captured.in_spec, captured.out_spec))
 
 
 def train_mode(prepared: GraphModule) -> GraphModule:
@@ -78,9 +81,9 @@ def eval_mode(prepared: GraphModule) -> GraphModule:
 def _switch(prepared: GraphModule, *, training: bool) -> GraphModule:
     """torchao's ``move_exported_model_to_train`` would also reset every dropout to 0.5 and every epsilon to 1e-5."""
     for node in prepared.graph.nodes:
-        if is_call(node, DROPOUTS):
+        if is_call(node, *DROPOUTS):
             node.args = (*node.args[:2], training)
-        elif is_call(node, frozenset({aten.batch_norm.default})):
+        elif is_call(node, "aten.batch_norm"):
             node.args = (*node.args[:5], training, *node.args[6:])
     prepared.recompile()
     prepared.apply(enable_observer if training else disable_observer)
@@ -98,7 +101,8 @@ def convert_qat(prepared: GraphModule) -> GraphModule:
         prepared.get_buffer(name).add_(epsilon - TORCHAO_EPSILON)
     record = prepared.meta.get(RECORD)
     converted = convert_pt2e(prepared)
-    remove_dropout(converted)
+    infer(converted)
+    remove_no_ops(converted)
     converted.recompile()
     if record is not None:
         kept = {node.name for node in converted.graph.nodes}
@@ -122,7 +126,7 @@ def _own_parameters(graph: GraphModule) -> None:
 def _restore_epsilons(graph: GraphModule, epsilons: dict[Any, float]) -> None:
     """Write each fused batch norm's own epsilon where torchao wrote 1e-5: in the norm and in the weight's scaling."""
     for node in graph.graph.nodes:
-        if not is_call(node, BATCH_NORMS):
+        if not is_call(node, "aten.batch_norm"):
             continue
         variance = node.args[4]
         epsilon = epsilons.get(variance.target) if isinstance(variance, Node) else None
@@ -130,6 +134,6 @@ def _restore_epsilons(graph: GraphModule, epsilons: dict[Any, float]) -> None:
             continue
         node.args = (*node.args[:7], epsilon, *node.args[8:])
         for user in variance.users:  # sqrt(running_var + 1e-5)
-            if is_call(user, frozenset({aten.add.Tensor})) and user.args[1] == TORCHAO_EPSILON:
+            if is_call(user, "aten.add") and user.args[1] == TORCHAO_EPSILON:
                 user.args = (user.args[0], epsilon)
     graph.recompile()

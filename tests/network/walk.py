@@ -6,18 +6,17 @@ op it is found at, and is judged by how close to a tie the exact result lies, th
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from pykernels.graph.capture import capture, prepare
+from pykernels.graph.capture import canonicalize, capture
 from pykernels.graph.nodes import is_call
-from pykernels.graph.spelling import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
-
-_Lowering = importlib.import_module("pykernels.network.emit_fx")._Lowering
+from pykernels.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from pykernels.network import Report, assemble
+from pykernels.network.emit_fx import _Emitter
 
 
 @dataclass(frozen=True)
@@ -42,30 +41,21 @@ class Walk:
     """
 
     def __init__(self, simulated: fx.GraphModule, x: torch.Tensor) -> None:
-        source = prepare(capture(simulated, (x,), {}, True))
-        lowering = _Watched(source, "int8")
-        self.program, self.report = lowering.run()
+        captured = capture(simulated, (x,))
+        source = canonicalize(captured.module, captured.example)
+        network = assemble(source, "int8")
+        emitter = _Emitter(network)
+        self.program, self.report = emitter.run(), Report.of(network)
         self.steps: list[Step] = []
+        named = {node.name: node for node in source.graph.nodes}
+        values = [value for step in network.steps for value in step.outputs if value.quantization is not None]
+        holds = {emitter.nodes[value]: (named[value.name], value.quantization) for value in values}
         with torch.no_grad():
             recorder = _Recorder(source, garbage_collect_values=False)
             (expected,) = recorder.run(x)
             assert torch.equal(expected, simulated(x)), "what is lowered is no longer the simulation"
-            (answer,) = _Guided(self.program, recorder.values, lowering.holds, self.steps).run(x)
+            (answer,) = _Guided(self.program, recorder.values, holds, self.steps).run(x)
         self.answer_error = float((answer - expected).norm() / expected.norm())
-
-
-class _Watched(_Lowering):
-    """Notes which value of the source graph each 8-bit value of the lowered one stands for."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.holds: dict[fx.Node, tuple[fx.Node, Any]] = {}
-
-    def _emit(self, node: fx.Node) -> Any:
-        value = super()._emit(node)
-        if value.quantized is not None:
-            self.holds.setdefault(value.quantized, (node, value.params))
-        return value
 
 
 class _Recorder(fx.Interpreter):
