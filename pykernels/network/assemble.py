@@ -262,7 +262,7 @@ class _Assembler:
             if self.real is not None and not region:
                 args, kwargs = _in_dtype(args, self.real), _in_dtype(kwargs, self.real)
             left.details = Call(node.target, args, kwargs)
-            result = self._value(node, dtype=facts(node).dtype if _of_region(node) else None)  # type: ignore[union-attr]
+            result = self._value(node, dtype=facts(node).dtype if _of_region(node) else None)
             self._add(left, [], result)
             self.forms[node] = _Forms(make=lambda n=node, v=result: self._stored(n, v))
 

@@ -117,7 +117,7 @@ def runs_on_bytes(node: fx.Node) -> bool:
 
 def is_zero_pad(node: object) -> bool:
     """Whether `node` pads with constant zeros, which 8 bits hold exactly: the zero point."""
-    return is_call(node, "aten.constant_pad_nd") and argument(node, "value") == 0  # type: ignore[arg-type]
+    return is_call(node, "aten.constant_pad_nd") and argument(node, "value") == 0
 
 
 def int8_weight(module: fx.GraphModule, node: object) -> Weight | None:
@@ -190,7 +190,7 @@ class _Matcher:
     def _free_user(self, node: fx.Node) -> fx.Node | None:
         user = only_user(node)
         free = user is not None and user not in self.taken and user.op == "call_function"
-        return user if free and user.name not in self.apart else None  # type: ignore[union-attr]
+        return user if free and user.name not in self.apart else None
 
     # --- layers with weights ---
 
@@ -280,7 +280,7 @@ class _Matcher:
         other = add.args[1] if add.args[0] is value else add.args[0]
         if other is value or other.op == "get_attr" or not same_shape(other, value):
             return None
-        if facts(other).dtype != facts(value).dtype:  # type: ignore[union-attr]
+        if facts(other).dtype != facts(value).dtype:
             return None
         if step.quantized and quantized_source(self.module, other) is None:
             return None
@@ -311,7 +311,7 @@ class _Matcher:
         user = self._free_user(step.output)
         out = qparams(self.module, user)
         if out is not None and is_call(user, QUANTIZE) and out.full_range:
-            step.nodes.append(user)  # type: ignore[arg-type]
+            step.nodes.append(user)
             step.out = out
 
     def _table(self, node: fx.Node) -> Step | None:
@@ -347,7 +347,7 @@ class _Matcher:
         user = self._free_user(node)
         activation = None if user is None or kind != "add" else self._activation(user)
         if activation is not None and (eight or activation in ("relu", "relu6")):
-            step.nodes.append(user)  # type: ignore[arg-type]
+            step.nodes.append(user)
             step.activation = activation
         if eight:
             self._quantize_after(step)
@@ -366,7 +366,7 @@ class _Matcher:
         step.quantized = True
         self._quantize_after(step)
         if step.out is None:
-            if len(set(sources)) != 1 or not sources[0].full_range:  # type: ignore[union-attr]
+            if len(set(sources)) != 1 or not sources[0].full_range:
                 return None
             step.out = sources[0]  # a plain copy; whoever wants floats dequantizes the result
         return step
@@ -397,7 +397,7 @@ def _plain(node: fx.Node, *calls: str) -> bool:
 
 def _gates(small: fx.Node, large: fx.Node) -> bool:
     """[N, C, 1, 1] against [N, C, H, W]: squeeze-excite."""
-    few, many = facts(small).shape, facts(large).shape  # type: ignore[union-attr]
+    few, many = facts(small).shape, facts(large).shape
     return len(few) == len(many) == 4 and few[:2] == many[:2] and few[2:] == (1, 1)
 
 
@@ -416,7 +416,7 @@ def conv_padding(node: fx.Node, pad: fx.Node | None) -> tuple[int, int, int, int
     """(left, right, top, bottom) of a convolution, ``"same"`` and ``"valid"`` too, and of the padding before it."""
     values = arguments(node)
     dims = 1 if is_call(node, "aten.conv1d") else 2
-    padding, kernel = values["padding"], facts(values["weight"]).shape[2:]  # type: ignore[union-attr]
+    padding, kernel = values["padding"], facts(values["weight"]).shape[2:]
     if padding == "valid":
         pairs = [(0, 0)] * dims
     elif padding == "same":
