@@ -11,8 +11,12 @@ graph.
 from __future__ import annotations
 
 import re
+import threading
 import warnings
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from pykernels.cuda.graphs import CudaGraphs
+from pykernels.graph.alias import writes
 from pykernels.graph.capture import Captured, canonicalize, flat_leaves, make_functional
 from pykernels.network.assemble import assemble
 from pykernels.network.emit_fx import emit_fx
@@ -78,8 +83,27 @@ def _weight_path(node: fx.Node) -> str | None:
     return ".".join(path[1:] if path[:1] in (["self"], ["fn"]) else path) or node.name
 
 
+KEPT = 8  # lowered programs of one graph: Dynamo shares it among the instances of a class
+
+
+@dataclass(frozen=True)
+class _Lowered:
+    """A program, and the weights that it was made of: these tensors in these versions."""
+
+    program: Callable[..., Any]
+    weights: tuple[weakref.ref[torch.Tensor], ...]
+    versions: tuple[int, ...]
+
+    def of(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the weights, unchanged. An id alone may have come to another tensor since."""
+        return all(
+            known() is weight and version == _version(weight)
+            for known, weight, version in zip(self.weights, weights, self.versions, strict=True)
+        )
+
+
 class _Compiled:
-    """A graph of Dynamo's that is lowered when first called, and again when a weight changed."""
+    """A graph of Dynamo's that is lowered when first called, for each set of weights, and again when one changed."""
 
     def __init__(
         self,
@@ -95,8 +119,9 @@ class _Compiled:
         self.on_report = on_report
         self.weights = {position: path for position, path in enumerate(weight_paths) if path is not None}
         self.inputs = [position for position, path in enumerate(weight_paths) if path is None]
-        self.program: Callable[..., Any] | None = None
-        self.state: list[tuple[int, int]] = []
+        self._lowered: OrderedDict[tuple[int, ...], _Lowered] = OrderedDict()  # by the ids of the weights
+        self._lock = threading.Lock()
+        self.plain = False  # whether the graph writes, and so stays as it is
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
@@ -105,14 +130,36 @@ class _Compiled:
                 stacklevel=2,
             )
             return self.module(*arguments)
-        state = [(id(arguments[position]), _version(arguments[position])) for position in self.weights]
-        if self.program is None or state != self.state:
-            self.program, self.state = self.lower(arguments), state
-        return self.program(*[arguments[position] for position in self.inputs])
+        if self.plain:
+            return self.module(*arguments)
+        weights = [arguments[position] for position in self.weights]
+        key = tuple(map(id, weights))
+        found = self._lowered.get(key)
+        if found is None or not found.of(weights):
+            found = self._lower_once(key, weights, arguments)
+            if self.plain:
+                return self.module(*arguments)
+        return found.program(*[arguments[position] for position in self.inputs])
+
+    def _lower_once(self, key: tuple[int, ...], weights: Sequence[torch.Tensor], arguments: Sequence[Any]) -> _Lowered:
+        """One thread lowers, the others wait for what it made."""
+        with self._lock:
+            found = self._lowered.get(key)
+            if found is None or not found.of(weights):
+                versions = tuple(map(_version, weights))
+                found = _Lowered(self.lower(arguments), tuple(map(weakref.ref, weights)), versions)
+                self._lowered[key] = found
+                while len(self._lowered) > KEPT:
+                    self._lowered.popitem(last=False)
+        return found
 
     def lower(self, arguments: Sequence[Any]) -> Callable[..., Any]:
         """Trace the graph to ATen with its weights as constants, then lower it."""
-        weights = {position: arguments[position].detach() for position in self.weights}
+        # Buffers may be written, and tracing runs the writes: parameters are never.
+        weights = {
+            position: value.detach() if isinstance(value := arguments[position], torch.nn.Parameter) else value.clone()
+            for position in self.weights
+        }
 
         written = False
 
@@ -129,11 +176,14 @@ class _Compiled:
         # What is left of the context of a compilation in progress must not reach this trace.
         with torch.no_grad(), torch._guards.tracing(None):
             traced = make_fx(run, tracing_mode="symbolic", pre_dispatch=True, _allow_non_fake_inputs=True)(*example)
-            if written:  # what is lowered returns new values, and writes nothing
-                note = "runs in plain torch: it writes into its inputs"
+            state = any(value.op == "get_attr" for node in traced.graph.nodes for value in writes(node))
+            if written or state:  # what is lowered returns new values, and writes nothing
+                what = "its inputs" if written else "buffers of the model"
                 if self.on_report is not None:
+                    note = f"runs in plain torch: it writes into {what}"
                     self.on_report(Report(precision=self.precision, notes=[note]))
-                return run
+                self.plain = True
+                return self.module
             self._name_weights(traced, weights)
             module, out_spec = flat_leaves(traced)
             in_spec = pytree.tree_structure((tuple(example), {}))

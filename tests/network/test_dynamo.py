@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from networks import Function, Mixed, close, lively
@@ -41,6 +43,57 @@ def test_a_changed_weight_is_packed_again() -> None:
         model.stem[1].running_mean.add_(1)
     close(fast, model, x)
     assert len(reports) == 2
+
+
+def test_instances_of_one_class_are_lowered_once_each() -> None:
+    models, x, reports = [lively(Mixed(), *X) for _ in range(3)], torch.randn(2, *X), []
+    with torch.no_grad():
+        for factor, model in enumerate(models, start=1):
+            model.head.weight.mul_(factor)
+    options = {"on_report": reports.append}
+    fast = [torch.compile(model, backend=backend, options=options) for model in models]
+    for _ in range(3):
+        for model, network in zip(models, fast, strict=True):
+            close(network, model, x)
+    assert len(reports) == 3
+
+
+def test_a_tensor_that_took_the_place_of_a_dead_one_is_not_taken_for_it() -> None:
+    lowered, graph = [], torch.fx.symbolic_trace(lambda w, x: x * w)
+    program = dynamo._Compiled(graph, ["w", None], "fp32", False, lowered.append)
+    for value in range(20):  # the allocator gives the same address, and the object the same id, again and again
+        weight = torch.full((3,), float(value))
+        assert torch.equal(program(weight, torch.ones(3)), torch.full((3,), float(value)))
+        del weight
+    assert len(lowered) == 20 and len(program._lowered) <= dynamo.KEPT
+
+
+def test_threads_that_come_together_lower_once() -> None:
+    traced, reports = torch.fx.symbolic_trace(lambda w, x: torch.nn.functional.linear(x, w)), []
+    weight, x = torch.randn(3, 4), torch.randn(2, 4)
+    program = dynamo._Compiled(traced, ["w", None], "fp32", False, reports.append)
+    with ThreadPoolExecutor(4) as pool, torch.no_grad():
+        answers = list(pool.map(lambda _: program(weight, x), range(8)))
+    assert len(reports) == 1 and all(torch.equal(answer, answers[0]) for answer in answers)
+
+
+def test_a_model_that_writes_its_buffers_runs_in_plain_torch() -> None:
+    class Counting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.layer(x) * self.calls
+
+    model, x = Counting().eval(), torch.randn(2, 4)
+    fast, reports = compiled(model)
+    with torch.no_grad():
+        for count in (1, 2, 3):
+            torch.testing.assert_close(fast(x), model.layer(x) * count)
+    assert model.calls == 3 and "buffers of the model" in str(reports[0])
 
 
 def test_gradients_are_recorded_in_plain_torch_and_that_is_said() -> None:
