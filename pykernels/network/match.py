@@ -19,19 +19,10 @@ from pykernels.graph.nodes import ON_BYTES, arguments, constant, facts, is_call,
 from pykernels.graph.spelling import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
 from pykernels.ops._sizes import spread
 from pykernels.ops.dtypes import REALS
+from pykernels.ops.names import BY_ATEN as ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "Group", "QParams", "Weight", "match", "quantized_source", "unary"]
 
-ACTIVATIONS = {
-    "aten.relu": "relu",
-    "aten.relu6": "relu6",
-    "aten.hardswish": "hardswish",
-    "aten.hardsigmoid": "hardsigmoid",
-    "aten.silu": "silu",
-    "aten.sigmoid": "sigmoid",
-    "aten.gelu": "gelu",
-    "aten.tanh": "tanh",
-}
 # Pointwise functions of one tensor: on an 8-bit tensor each is a table of 256 entries.
 _POINTWISE = names(
     """
