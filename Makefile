@@ -106,7 +106,7 @@ $(VENV)/.bench: $(VENV)/.packages
 	@touch $@
 
 # The build folder lives in the environment it is configured for.
-$(VENV)/.installed: $(VENV)/.packages CMakeLists.txt cmake/cuda.cmake $(shell find csrc tests/emulator -name '*.*' ! -name '*.so')
+$(VENV)/.installed: $(VENV)/.packages CMakeLists.txt pykernels/ops/names.json $(shell find cmake csrc tests/emulator -name '*.*' ! -name '*.so')
 	$(PIP) --no-build-isolation --no-deps --config-settings=build-dir=$(abspath $(VENV))/build \
 	  --config-settings=cmake.define.PYKERNELS_CUDA_TESTS=ON -e .
 	@touch $@

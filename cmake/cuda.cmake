@@ -78,7 +78,7 @@ function(pykernels_cuda_kernels target architectures)
   add_library(${target} OBJECT ${ARGN})
   set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES "${architectures}" CUDA_STANDARD 17
                                              CUDA_STANDARD_REQUIRED ON JOB_POOL_COMPILE nvcc)
-  target_include_directories(${target} PRIVATE csrc)
+  target_include_directories(${target} PRIVATE csrc ${names_folder})
   target_include_directories(${target} SYSTEM PRIVATE ${CUTLASS_INCLUDE})
   target_compile_definitions(${target} PRIVATE NDEBUG PYKERNELS_ISA_NS=cuda PYKERNELS_ISA_CUDA)
   target_compile_options(${target} PRIVATE -fmad=false --expt-relaxed-constexpr -Xcompiler=-Wno-psabi

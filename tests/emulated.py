@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from pykernels.ops.names import ACTIVATIONS
+
 LIBRARY = pathlib.Path(__file__).parent / "emulator" / "pykernels_cuda_emulated.so"
-ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid", "gelu", "tanh")  # activation.h
 FAMILIES = {"int8_gemm": "gemm", "int8_conv": "conv"}  # private ops and their folders in csrc/cuda
 
 _Int, _Float, _Pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
@@ -198,7 +199,7 @@ class Emulator:
         for name in ("column_scale", "column_sum", "bias"):
             setattr(e, name, self._memory(given[name]))
         f = e.finish
-        f.activation = ACTIVATIONS.index(given["activation"])
+        f.activation = list(ACTIVATIONS).index(given["activation"])
         f.residual = 0 if r is None else ("before", "after").index(given["residual_order"]) + 1
         f.bfloat16 = out.dtype == torch.bfloat16
         if not out.is_floating_point():

@@ -15,12 +15,17 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/lists.h"
+
 namespace pykernels {
 
-enum class Element : int32_t { s8, bf16, f32, f16 };
+enum class Element : int32_t { PK_ELEMENTS(PK_NAME) };  // its number stands in the header
 inline int64_t element_bytes(Element e) { return e == Element::s8 ? 1 : e == Element::f32 ? 4 : 2; }
-inline const char* element_name(Element e) {
-  return e == Element::s8 ? "int8" : e == Element::bf16 ? "bfloat16" : e == Element::f16 ? "float16" : "float32";
+inline const char* element_name(Element e) {  // the dtype's, as torch calls it
+#define PK_DTYPE(name, dtype, ...) #dtype,
+  constexpr const char* names[] = {PK_ELEMENTS(PK_DTYPE)};
+#undef PK_DTYPE
+  return names[static_cast<int>(e)];
 }
 
 enum class PackKind : int32_t { dot, depthwise };  // 2 and 3 are the CUDA device's: pykernels/ops/packed.py

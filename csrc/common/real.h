@@ -3,9 +3,11 @@
 
 #include <cstdint>
 
+#include "common/lists.h"
+
 namespace pykernels {
 
-enum class Real : int { fp32, bf16, fp16 };
+enum class Real : int { PK_REALS(PK_NAME) };
 inline int64_t real_bytes(Real type) { return type == Real::fp32 ? 4 : 2; }
 
 }  // namespace pykernels

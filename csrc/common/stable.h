@@ -69,8 +69,7 @@ inline void check_cpu(const char* op, const char* name, const Tensor& t) {
 
 inline void check_real(const char* op, const char* name, const Tensor& t) {
   check_cpu(op, name, t);
-  PK_CHECK(is_real(t.scalar_type()), op, ": ", name, " must be float32, bfloat16 or float16, not ",
-           dtype_name(t.scalar_type()));
+  PK_CHECK(is_real(t.scalar_type()), op, ": ", name, " must be " PK_REAL_WORDS ", not ", dtype_name(t.scalar_type()));
 }
 
 inline void check_byte(const char* op, const char* name, const Tensor& t) {
@@ -102,9 +101,7 @@ inline Activation activation_by_name(const char* op, const std::string& name) {
     if (name == known) return static_cast<Activation>(i);
     ++i;
   }
-  PK_CHECK(false, op,
-           ": activation must be one of none, relu, relu6, hardswish, hardsigmoid, silu, sigmoid, gelu, tanh, not '",
-           name, "'");
+  PK_CHECK(false, op, ": activation must be one of " PK_ACTIVATION_WORDS ", not '", name, "'");
 }
 
 // The pair of an int[2] argument.

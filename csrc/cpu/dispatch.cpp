@@ -13,7 +13,7 @@
 namespace pykernels {
 namespace {
 
-// Chosen once; what was wrong with PYKERNELS_ISA is told at import (pykernels/_load.py), not here.
+// Chosen once; what was wrong with PYKERNELS_ISA is told at import (pykernels/ops/_load.py), not here.
 std::atomic<int>& choice() {
   static std::atomic<int> isa = [] {
     const char* complaint = nullptr;

@@ -80,7 +80,7 @@ Isa choose_isa(const char** error) {
   if (wanted == nullptr || *wanted == '\0') return best;
   const int found = isa_by_name(wanted);
   if (found < 0) {
-    *error = "PYKERNELS_ISA must be one of scalar, avx2, avxvnni, avx512, avx512vnni";
+    *error = "PYKERNELS_ISA must be one of " PK_ISA_WORDS;
     return best;
   }
   if (!isa_available(static_cast<Isa>(found))) {

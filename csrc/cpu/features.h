@@ -3,12 +3,14 @@
 
 #include <cstdint>
 
+#include "common/lists.h"
+
 namespace pykernels {
 
 // In order of preference; each one includes what stands before it except that avxvnni and avx512 are siblings.
-enum class Isa : int { scalar, avx2, avxvnni, avx512, avx512vnni };
-inline constexpr int kIsaCount = 5;
-inline constexpr const char* kIsaNames[kIsaCount] = {"scalar", "avx2", "avxvnni", "avx512", "avx512vnni"};
+enum class Isa : int { PK_ISAS(PK_NAME) };
+inline constexpr int kIsaCount = PK_ISAS(PK_COUNTED);
+inline constexpr const char* kIsaNames[kIsaCount] = {PK_ISAS(PK_QUOTED)};
 
 // CPUID and XGETBV agree that this isa may run here (always true of scalar; of every isa in an emulating build).
 bool isa_available(Isa isa);

@@ -38,7 +38,7 @@ PYBIND11_MODULE(_host, m) {
         facts["compiler"] = PYKERNELS_COMPILER;
         facts["sanitizers"] = PYKERNELS_SANITIZED;
 #ifdef PYKERNELS_EMULATE
-        facts["emulated"] = "avxvnni avx512 avx512vnni";
+        facts["emulated"] = PYKERNELS_EMULATE;
 #else
         facts["emulated"] = "";
 #endif

@@ -14,16 +14,10 @@ from torch import nn
 from pykernels import reference
 from pykernels.bench import zoo
 from pykernels.bench.case import Case, QuantizedLayer, pairs_saturate, qdq_ops
+from pykernels.ops.names import ACTIVATIONS
 
 SHAPES = pathlib.Path(__file__).parent / "shapes"
 SIZES = {"fp32": 4, "bf16": 2, "int8": 1}
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "none": nn.Identity,
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-}
 Make = Callable[[], Case]
 _REQUIRED = {
     "gemm": {"m", "k", "n"},
@@ -102,6 +96,11 @@ def _gemm(group: str, s: dict[str, Any], data: dict[str, Any]) -> Iterator[tuple
     yield name, make
 
 
+def _activation(name: str) -> nn.Module:
+    module: nn.Module = getattr(nn, ACTIVATIONS[name].module or "Identity")()
+    return module
+
+
 def _linear(group: str, s: dict[str, Any], data: dict[str, Any]) -> Iterator[tuple[str, Make]]:
     k, n = s["k"], s["n"]
     for rows in data["rows"]:
@@ -109,7 +108,7 @@ def _linear(group: str, s: dict[str, Any], data: dict[str, Any]) -> Iterator[tup
 
         def make(rows: int = rows, name: str = name) -> Case:
             with _seeded():
-                model = nn.Sequential(nn.Linear(k, n), ACTIVATIONS[s["activation"]]()).eval()
+                model = nn.Sequential(nn.Linear(k, n), _activation(s["activation"])).eval()
                 x = torch.randn(rows, k)
             # A dynamic int8 linear reads and writes fp32; only its weights are bytes.
             traffic = {p: float((rows * (k + n) + n) * (2 if p == "bf16" else 4) + n * k * z) for p, z in SIZES.items()}
@@ -129,7 +128,7 @@ def _conv(group: str, s: dict[str, Any], data: dict[str, Any]) -> Iterator[tuple
     def make() -> Case:
         with _seeded():
             conv = nn.Conv2d(s["in"], s["out"], s["kernel"], s["stride"], s["padding"], groups=s["groups"])
-            model = nn.Sequential(conv, ACTIVATIONS[s["activation"]]()).eval()
+            model = nn.Sequential(conv, _activation(s["activation"])).eval()
             x = torch.randn(1, s["in"], s["size"], s["size"]).contiguous(memory_format=torch.channels_last)
         layer = _quantized_conv(conv, x, s["activation"])
         out = (s["size"] + 2 * s["padding"] - s["kernel"]) // s["stride"] + 1

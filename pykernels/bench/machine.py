@@ -13,6 +13,7 @@ import torch
 import pykernels
 from pykernels.cuda import registry
 from pykernels.ops import _load
+from pykernels.ops.names import ISAS
 
 __all__ = ["Machine", "OpSupport", "machine", "op_support"]
 
@@ -88,7 +89,7 @@ def machine() -> Machine:
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         isa=isa,
-        isas={name: bool(host.isas()[name]) for name in _by_preference(host.isas())} if host else {},
+        isas={name: bool(host.isas()[name]) for name in ISAS} if host else {},
         isa_reason=reason,
         build=dict(host.build()) if host else {},
         cpu_error=_load.CPU_ERROR,
@@ -115,11 +116,6 @@ def op_support() -> list[OpSupport]:
         for name in sorted(names)
         if not name.startswith("pykernels::_")
     ]
-
-
-def _by_preference(isas: dict[str, bool]) -> list[str]:
-    order = ["scalar", "avx2", "avxvnni", "avx512", "avx512vnni"]
-    return sorted(isas, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
 def _cpu_name() -> str:

@@ -30,20 +30,11 @@ from pykernels.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE, QParam
 from pykernels.network.step import Step, Weight
 from pykernels.ops._sizes import spread
 from pykernels.ops.dtypes import REALS
+from pykernels.ops.names import BY_ATEN as ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "CURVES", "is_zero_pad", "match", "quantized_source", "runs_on_bytes", "same_shape", "unary"]
 
-ACTIVATIONS = {
-    "aten.relu": "relu",
-    "aten.relu6": "relu6",
-    "aten.hardswish": "hardswish",
-    "aten.hardsigmoid": "hardsigmoid",
-    "aten.silu": "silu",
-    "aten.sigmoid": "sigmoid",
-    "aten.gelu": "gelu",
-    "aten.tanh": "tanh",
-}
-# Activations of networks: those above, and those that only a table of 256 entries computes.
+# Activations of networks: those that kernels apply, and those that only a table of 256 entries computes.
 CURVES = frozenset(ACTIVATIONS) | names(
     """
     hardtanh clamp clamp_min clamp_max leaky_relu elu selu celu mish softplus softsign logsigmoid log_sigmoid hardshrink

@@ -11,6 +11,7 @@ from pykernels.nn._chain import Chain, Head
 from pykernels.nn._quantize import quantize_weight
 from pykernels.nn.follow import BY_NAME, BatchNorm2d
 from pykernels.ops._sizes import spread
+from pykernels.ops.names import ACTIVATIONS, words
 
 
 class Conv(Head):
@@ -150,7 +151,7 @@ class ConvBNReLU(nn.Module):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as `torch.nn.Conv2d`, but
             `padding` is by default half the dilated kernel, which keeps the size at stride 1, and there is no bias.
-        activation: one of none, relu, relu6, hardswish, hardsigmoid, silu, sigmoid, gelu, tanh.
+        activation: a name in `pykernels.ops.names.ACTIVATIONS`.
         eps, momentum: of the batch norm.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``, see `Conv2d`.
 
@@ -173,8 +174,8 @@ class ConvBNReLU(nn.Module):
         precision: str = "fp32",
     ):
         super().__init__()
-        if activation != "none" and activation not in BY_NAME:
-            raise ValueError(f"activation must be one of none, {', '.join(BY_NAME)}, not '{activation}'")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {words(ACTIVATIONS)}, not '{activation}'")
         if padding is None:
             sizes, steps = spread(kernel_size), spread(dilation)
             padding = (steps[0] * (sizes[0] - 1) // 2, steps[1] * (sizes[1] - 1) // 2)

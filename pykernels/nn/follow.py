@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from pykernels.nn._chain import Follower
+from pykernels.ops import names
 
 
 class Norm(Follower):
@@ -42,58 +43,19 @@ class Activation(Follower):
     kernel_name: ClassVar[str]
 
 
-class ReLU(Activation, nn.ReLU):
-    """`torch.nn.ReLU`, applied by the layer before it in evaluation."""
-
-    original, kernel_name = nn.ReLU, "relu"
-
-
-class ReLU6(Activation, nn.ReLU6):
-    """`torch.nn.ReLU6`, applied by the layer before it in evaluation."""
-
-    original, kernel_name = nn.ReLU6, "relu6"
-
-
-class Hardswish(Activation, nn.Hardswish):
-    """`torch.nn.Hardswish`, applied by the layer before it in evaluation."""
-
-    original, kernel_name = nn.Hardswish, "hardswish"
-
-
-class Hardsigmoid(Activation, nn.Hardsigmoid):
-    """`torch.nn.Hardsigmoid`, applied by the layer before it in evaluation."""
-
-    original, kernel_name = nn.Hardsigmoid, "hardsigmoid"
-
-
-class SiLU(Activation, nn.SiLU):
-    """`torch.nn.SiLU`, applied by the layer before it in evaluation."""
-
-    original, kernel_name = nn.SiLU, "silu"
-
-
-class Sigmoid(Activation, nn.Sigmoid):
-    """`torch.nn.Sigmoid`, applied by the layer before it in evaluation."""
-
-    original, kernel_name = nn.Sigmoid, "sigmoid"
-
-
-class GELU(Activation, nn.GELU):
-    """`torch.nn.GELU` (exact, not the tanh approximation), applied by the layer before it in evaluation."""
-
-    original, kernel_name = nn.GELU, "gelu"
-
-
-class Tanh(Activation, nn.Tanh):
-    """`torch.nn.Tanh`, applied by the layer before it in evaluation."""
-
-    original, kernel_name = nn.Tanh, "tanh"
+def _activation(known: names.Activation) -> type[Activation]:
+    """The subclass of the class of torch.nn that `known` is."""
+    original = getattr(nn, known.module or "")
+    doc = f"`torch.nn.{known.module}`, applied by the layer before it in evaluation."
+    body = {"__doc__": doc, "__module__": __name__, "original": original, "kernel_name": known.name}
+    return type(original.__name__, (Activation, original), body)
 
 
 # Applied twice they do what they do once, so several layers may compute the same module (see `Chain`).
 SHAREABLE: tuple[type[nn.Module], ...] = (nn.ReLU, nn.ReLU6)
-ACTIVATIONS: dict[type[nn.Module], type[Activation]] = {
-    cls.original: cls for cls in (ReLU, ReLU6, Hardswish, Hardsigmoid, SiLU, Sigmoid, GELU, Tanh)
+BY_NAME: dict[str, type[Activation]] = {
+    known.name: _activation(known) for known in names.ACTIVATIONS.values() if known.module
 }
-BY_NAME: dict[str, type[Activation]] = {cls.kernel_name: cls for cls in ACTIVATIONS.values()}
+globals().update({cls.__name__: cls for cls in BY_NAME.values()})  # where pickle looks for them
+ACTIVATIONS: dict[type[nn.Module], type[Activation]] = {cls.original: cls for cls in BY_NAME.values()}
 NORMS: dict[type[nn.Module], type[Follower]] = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d}

@@ -31,53 +31,18 @@ every isa and every device. None has a gradient. Bad arguments raise ``RuntimeEr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-
 import torch
 
+from pykernels.ops._register import fake
+from pykernels.ops.names import CODECS, Codec, words
+
 __all__ = ["CODECS", "Codec", "compress_decode", "compress_encode", "compress_reduce", "record_bytes"]
-
-
-@dataclass(frozen=True)
-class Codec:
-    """What a codec's records look like.
-
-    Attributes:
-        name: as the ops take it.
-        bits: of an element's code.
-        header: bytes before the codes of a record: those of the scale, or 0.
-        stochastic: whether it knows stochastic rounding.
-    """
-
-    name: str
-    bits: int
-    header: int
-    stochastic: bool
-
-
-CODECS: Mapping[str, Codec] = MappingProxyType(
-    {
-        codec.name: codec
-        for codec in (
-            Codec("int8", 8, 4, True),
-            Codec("int4", 4, 4, True),
-            Codec("int2", 2, 4, True),
-            Codec("onebit", 1, 4, False),
-            Codec("fp8", 8, 4, False),
-            Codec("bf16", 16, 0, False),
-            Codec("fp16", 16, 0, False),
-            Codec("fp32", 32, 0, False),
-        )
-    }
-)
 
 
 def record_bytes(codec: str, block: int) -> int:
     """Bytes of a record of ``block`` elements: the header and the codes."""
     if codec not in CODECS:
-        raise ValueError(f"record_bytes: codec must be one of {', '.join(CODECS)}, not {codec!r}")
+        raise ValueError(f"record_bytes: codec must be one of {words(CODECS)}, not {codec!r}")
     if block % 32 or not 32 <= block <= 32768:
         raise ValueError(f"record_bytes: block must be a multiple of 32 in [32, 32768], not {block}")
     return CODECS[codec].header + block * CODECS[codec].bits // 8
@@ -155,3 +120,8 @@ def compress_reduce(
         seed: of that chance, any 64-bit integer.
     """
     torch.ops.pykernels.compress_reduce(payloads, residual, payload, segments, codec, block, factor, stochastic, seed)
+
+
+@fake("compress_encode", "compress_decode", "compress_reduce")
+def _() -> None:
+    """Results are written into arguments."""

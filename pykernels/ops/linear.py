@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import torch
 
+from pykernels.ops._register import fake
+from pykernels.ops.packed import packed_bytes
+
 __all__ = ["int8_linear", "int8_linear_pack", "int8_mm", "linear", "linear_pack"]
 
 
@@ -49,7 +52,7 @@ def linear(
     Args:
         x: [..., K], float32, bfloat16 or float16, as the weights were.
         packed: what `linear_pack` returned; `out_features`: its N.
-        activation: none, relu, relu6, hardswish, hardsigmoid, silu, sigmoid, gelu (erf) or tanh.
+        activation: a name in `pykernels.ops.names.ACTIVATIONS`; gelu is that with erf.
         residual: [..., N], of any of these dtypes, added before or after the activation as `residual_order` says.
 
     Returns:
@@ -95,3 +98,31 @@ def int8_linear(
         x, packed, out_features, x_scale, x_zero_point, out_scale, out_zero_point, out_dtype, activation
     )
     return y
+
+
+# ---- shapes: leading dimensions are kept, the result is contiguous ----
+
+
+def _rows(x: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], columns), dtype=dtype)
+
+
+@fake("linear_pack", "int8_linear_pack")
+def _(weight: torch.Tensor) -> torch.Tensor:
+    return weight.new_empty((packed_bytes(weight),), dtype=torch.uint8)
+
+
+@fake("int8_mm")
+def _(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    torch._check(a.shape[-1] == b.shape[0], lambda: f"int8_mm: a has shape {a.shape}, b {b.shape}")
+    return _rows(a, b.shape[1], torch.int32)
+
+
+@fake("linear")
+def _(x: torch.Tensor, out_features: int) -> torch.Tensor:
+    return _rows(x, out_features, x.dtype)
+
+
+@fake("int8_linear")
+def _(x: torch.Tensor, out_features: int, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    return _rows(x, out_features, out_dtype or (x.dtype if x.dtype.is_floating_point else torch.float32))

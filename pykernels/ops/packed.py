@@ -24,6 +24,8 @@ from functools import cached_property
 
 import torch
 
+from pykernels.ops import names
+
 __all__ = ["Layout", "depthwise", "packed_bytes", "repack", "unpack"]
 
 MAGIC = b"PKPACK01"
@@ -31,7 +33,7 @@ VERSION = 1
 HEADER = struct.Struct("<8s4i12qQ")
 DOT, DEPTHWISE, CUDA_DOT, CUDA_DEPTHWISE = range(4)
 MAX_RUN = 128  # bytes
-ELEMENTS = (torch.int8, torch.bfloat16, torch.float32, torch.float16)  # a header says which by its number
+ELEMENTS = tuple(getattr(torch, dtype) for dtype in names.ELEMENTS.values())  # a header says which by its number
 
 
 def depthwise(groups: int, n: int, k: int) -> bool:

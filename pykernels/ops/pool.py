@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pykernels.ops._register import fake, with_gradient
 from pykernels.ops._sizes import spread
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "qavg_pool2d",
     "qglobal_avg_pool2d",
 ]
+
+aten = torch.ops.aten
 
 
 def _adaptive_size(x: torch.Tensor, output_size: int | Sequence[int | None] | None) -> list[int]:
@@ -206,3 +209,124 @@ def qglobal_avg_pool2d(
         out_zero_point=out_zero_point,
         out_dtype=out_dtype,
     )
+
+
+# ---- shapes: outputs keep the layout of their input ----
+
+
+def _pooled(x: torch.Tensor, size: list[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+    # csrc/cpu/pool/op.cpp decides alike: contiguous wins where the strides of a tensor fit both layouts.
+    channels_last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    return torch.empty(
+        (x.shape[0], x.shape[1], size[0], size[1]),
+        dtype=dtype or x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+
+
+def _pool_size(size: int, kernel_size: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
+    """Outputs along one axis. With ceil_mode a window may overrun the end but not begin there: the minimum."""
+    room = size + 2 * padding - dilation * (kernel_size - 1) - 1
+    if ceil_mode:
+        out = torch.sym_min((room + stride - 1) // stride + 1, (size + padding + stride - 1) // stride)
+    else:
+        out = room // stride + 1
+    torch._check(out > 0, lambda: f"pykernels: kernel_size {kernel_size} does not fit x, of size {size}")
+    return out
+
+
+def _pool_sizes(
+    x: torch.Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+) -> list[int]:
+    torch._check(x.dim() == 4, lambda: f"pykernels: x must have 4 dimensions, not shape {list(x.shape)}")
+    return [_pool_size(x.shape[2 + d], kernel_size[d], stride[d], padding[d], dilation[d], ceil_mode) for d in (0, 1)]
+
+
+@fake("max_pool2d")
+def _(
+    x: torch.Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
+) -> torch.Tensor:
+    return _pooled(x, _pool_sizes(x, kernel_size, stride, padding, dilation, ceil_mode))
+
+
+@fake("max_pool2d_with_indices")
+def _(
+    x: torch.Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    sizes = _pool_sizes(x, kernel_size, stride, padding, dilation, ceil_mode)
+    return _pooled(x, sizes), _pooled(x, sizes, torch.int64)
+
+
+@fake("avg_pool2d", "qavg_pool2d")
+def _(
+    x: torch.Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    return _pooled(x, _pool_sizes(x, kernel_size, stride, padding, [1, 1], ceil_mode), out_dtype)
+
+
+@fake("adaptive_max_pool2d", "adaptive_avg_pool2d", "qadaptive_avg_pool2d")
+def _(x: torch.Tensor, output_size: list[int], out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    return _pooled(x, output_size, out_dtype)
+
+
+@fake("adaptive_max_pool2d_with_indices")
+def _(x: torch.Tensor, output_size: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    return _pooled(x, output_size), _pooled(x, output_size, torch.int64)
+
+
+# ---- gradients; the ops on bytes have none ----
+# The ops that return no indices save none: their gradient finds them again, at the cost of one more forward pass.
+
+
+def _setup_pool(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.x_arguments = inputs[1:]
+    if isinstance(output, tuple):
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], output[1])
+    else:
+        ctx.save_for_backward(inputs[0])
+
+
+def _max_pool_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    x, *rest = ctx.saved_tensors
+    arguments = ctx.x_arguments
+    indices = rest[0] if rest else torch.ops.pykernels.max_pool2d_with_indices(x.detach(), *arguments)[1]
+    return aten.max_pool2d_with_indices_backward(grad, x, *arguments, indices), *[None] * len(arguments)
+
+
+def _adaptive_max_pool_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    x, *rest = ctx.saved_tensors
+    indices = rest[0] if rest else torch.ops.pykernels.adaptive_max_pool2d_with_indices(x.detach(), *ctx.x_arguments)[1]
+    return aten.adaptive_max_pool2d_backward(grad, x, indices), None
+
+
+def _avg_pool_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    (x,) = ctx.saved_tensors
+    kernel_size, stride, padding, ceil_mode, count_include_pad, *divisor = ctx.x_arguments
+    grad_x = aten.avg_pool2d_backward(
+        grad, x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor[0] if divisor else None
+    )
+    return grad_x, *[None] * len(ctx.x_arguments)
+
+
+def _adaptive_avg_pool_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    return aten._adaptive_avg_pool2d_backward(grad, ctx.saved_tensors[0]), None
+
+
+with_gradient("max_pool2d", _max_pool_backward, _setup_pool)
+with_gradient("max_pool2d_with_indices", _max_pool_backward, _setup_pool)
+with_gradient("adaptive_max_pool2d", _adaptive_max_pool_backward, _setup_pool)
+with_gradient("adaptive_max_pool2d_with_indices", _adaptive_max_pool_backward, _setup_pool)
+with_gradient("avg_pool2d", _avg_pool_backward, _setup_pool)
+with_gradient("adaptive_avg_pool2d", _adaptive_avg_pool_backward, _setup_pool)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from pykernels.ops._register import fake
+
 __all__ = [
     "dequantize_per_block",
     "dequantize_per_channel",
@@ -131,7 +133,7 @@ def qadd(
     """``activation(a + b)`` of quantized tensors, requantized in the same pass.
 
     ``a`` and ``b`` are uint8 or int8, each its own; ``b`` has the shape of ``a``, or [N, C, 1, 1] against [N, C, H, W].
-    ``activation``: none, relu, relu6, hardswish, hardsigmoid, silu, sigmoid, gelu (with erf) or tanh.
+    ``activation`` is a name in `pykernels.ops.names.ACTIVATIONS`; gelu is that with erf.
     """
     out: torch.Tensor = torch.ops.pykernels.qadd(
         a, b, a_scale, a_zero_point, b_scale, b_zero_point, out_scale, out_zero_point, out_dtype, activation
@@ -211,3 +213,58 @@ def lookup_table(
             f"lookup_table: fn must work element by element: it turned shape [256] into {list(values.shape)}"
         )
     return quantize_per_tensor(values.to(torch.float32), out_scale, out_zero_point, dtype)
+
+
+# ---- shapes: outputs keep the dense layout of their (first) input, as torch.empty_like does ----
+
+
+def _like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _per_row(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], 1), dtype=dtype)
+
+
+@fake(
+    "quantize_per_tensor",
+    "dequantize_per_tensor",
+    "quantize_per_channel",
+    "dequantize_per_channel",
+    "dequantize_per_token",
+    "dequantize_per_block",
+)
+def _(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return _like(x, dtype)
+
+
+@fake("quantize_per_token")
+def _(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _like(x, dtype), _per_row(x, torch.float32), _per_row(x, torch.int32)
+
+
+@fake("quantize_per_block")
+def _(x: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _like(x, torch.int8), x.new_empty(((x.numel() + block_size - 1) // block_size,), dtype=torch.float32)
+
+
+@fake("qadd", "qmul")
+def _(a: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    return _like(a, out_dtype)
+
+
+@fake("qcat")
+def _(xs: list[torch.Tensor], dim: int, out_dtype: torch.dtype) -> torch.Tensor:
+    first = xs[0]
+    size = list(first.shape)
+    size[dim] = sum(x.shape[dim] for x in xs)
+    channels_last = (
+        first.dim() == 4 and not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last)
+    )
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=out_dtype, device=first.device, memory_format=layout)
+
+
+@fake("qlookup")
+def _(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return _like(x, table.dtype)

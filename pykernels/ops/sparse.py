@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import torch
 
+from pykernels.ops._register import fake
+
 __all__ = ["randomk_decode", "randomk_encode", "sparse_decode", "sparse_encode"]
 
 
@@ -108,3 +110,8 @@ def randomk_decode(
         factor: 1/ranks for the mean; elements / k besides makes the estimate without a residual unbiased.
     """
     torch.ops.pykernels.randomk_decode(values, out, segments, k, seed, factor)
+
+
+@fake("sparse_encode", "sparse_decode", "randomk_encode", "randomk_decode")
+def _() -> None:
+    """Results are written into arguments."""

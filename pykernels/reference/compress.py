@@ -31,6 +31,8 @@ from __future__ import annotations
 
 import torch
 
+from pykernels.ops.names import CODECS
+
 __all__ = [
     "compress_decode",
     "compress_encode",
@@ -42,9 +44,7 @@ __all__ = [
     "sparse_encode",
 ]
 
-CODE_BITS = {"int8": 8, "int4": 4, "int2": 2, "onebit": 1, "fp8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
 LEVELS = {"int8": 127.0, "int4": 7.0, "int2": 1.0, "fp8": 448.0}
-STOCHASTIC = ("int8", "int4", "int2")  # the codecs that know stochastic rounding
 _FLOATS = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _STEPS = 32767.0  # means of abs(v) are sums of whole steps of max/32767, so that the order of the sum cannot matter
 _TINY = torch.finfo(torch.float32).tiny
@@ -52,12 +52,12 @@ EMPTY = 0xFFFFFFFF  # the index of an unused entry of a sparse payload
 
 
 def has_scale(codec: str) -> bool:
-    return codec not in ("bf16", "fp16", "fp32")
+    return CODECS[codec].header > 0
 
 
 def record_bytes(codec: str, block: int) -> int:
     """Bytes of a record: the header, if the codec has one, and `block` codes."""
-    return (4 if has_scale(codec) else 0) + block * CODE_BITS[codec] // 8
+    return CODECS[codec].header + block * CODECS[codec].bits // 8
 
 
 def _mix(h: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,7 @@ def _encode_records(
             scale = scale * 1.5
     small |= scale < _TINY
     t = torch.where(small, 0.0, v * (1.0 / scale))
-    bits = CODE_BITS[codec]
+    bits = CODECS[codec].bits
     if codec == "onebit":
         codes = _pack((v < 0).to(torch.uint8), 1)
     elif codec == "fp8":
@@ -150,7 +150,7 @@ def _decode_records(records: torch.Tensor, codec: str) -> torch.Tensor:
     codes = records[:, 4:].contiguous()
     if codec == "fp8":
         return codes.view(torch.float8_e4m3fn).float() * scale
-    bits = CODE_BITS[codec]
+    bits = CODECS[codec].bits
     q = _unpack(codes, bits)
     if codec == "onebit":
         return torch.where(q == 1, -scale, scale)

@@ -193,8 +193,7 @@ int compare_all(const char* isa, const VecOps& table) {
 
 int main() {
   using namespace pykernels;
-  const VecOps* const tables[kIsaCount] = {&scalar::vec_ops, &avx2::vec_ops, &avxvnni::vec_ops, &avx512::vec_ops,
-                                           &avx512vnni::vec_ops};
+  const VecOps* const tables[kIsaCount] = {PK_ISAS(PYKERNELS_ADDRESS, vec_ops)};
   int failures = 0;
   for (int i = 0; i < kIsaCount; ++i) {
     if (!isa_available(static_cast<Isa>(i))) {

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pykernels.nn as pnn
+from pykernels.ops.names import ACTIVATIONS
 
 
 class Ops(TorchDispatchMode):
@@ -319,9 +320,7 @@ def unfused(block: pnn.ConvBNReLU, x: torch.Tensor) -> torch.Tensor:
     return y if isinstance(block.act, nn.Identity) else block.act.plain(y)
 
 
-@pytest.mark.parametrize(
-    "activation", ["none", "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid", "gelu", "tanh"]
-)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_block_is_one_call_in_evaluation(activation: str) -> None:
     block, x = trained(activation).eval(), torch.randn(2, 5, 9, 9)
     assert ops_of(block, x) == ["conv2d"]

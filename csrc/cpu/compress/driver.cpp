@@ -3,27 +3,35 @@
 namespace pykernels {
 namespace {
 
-constexpr const char* kCodecNames[kCodecs] = {"int8", "int4", "int2", "onebit", "fp8", "bf16", "fp16", "fp32"};
+struct CodecFacts {
+  const char* name;
+  int bits, header;  // of an element's code; bytes before the codes of a record
+  bool stochastic;   // whether it knows stochastic rounding
+};
+#define PK_FACTS(name, bits, header, stochastic, ...) {#name, bits, header, stochastic},
+constexpr CodecFacts kFacts[] = {PK_CODECS(PK_FACTS)};  // in the order of the enum
+#undef PK_FACTS
 
-Codec codec_by_name(const char* op, const std::string& name) {
-  std::string known;
-  for (int i = 0; i < kCodecs; ++i) {
-    if (name == kCodecNames[i]) return static_cast<Codec>(i);
-    known += (i ? ", " : "") + std::string(kCodecNames[i]);
+int codec_by_name(const char* op, const std::string& name) {
+  int i = 0;
+  for (const CodecFacts& known : kFacts) {
+    if (name == known.name) return i;
+    ++i;
   }
-  require(false, op, "codec must be one of ", known, ", not '", name, "'");
-  return Codec::int8;
+  require(false, op, "codec must be one of " PK_CODEC_WORDS ", not '", name, "'");
+  return 0;
 }
 
 }  // namespace
 
 Coding coding_of(const char* op, const std::string& codec, int64_t block, bool stochastic, int64_t seed) {
-  const Codec c = codec_by_name(op, codec);
+  const int number = codec_by_name(op, codec);
+  const CodecFacts& facts = kFacts[number];
   require(block >= 32 && block <= kMaxBlock && block % 32 == 0, op, "block must be a multiple of 32 in [32, ",
           kMaxBlock, "], not ", block);
-  require(!stochastic || c <= Codec::int2, op, "stochastic rounding is for int8, int4 and int2, not ", codec);
-  const int64_t header = c < Codec::bf16 ? 4 : 0;
-  return {op, c, block, header + block * kCodeBits[static_cast<int>(c)] / 8, stochastic, static_cast<uint64_t>(seed)};
+  require(!stochastic || facts.stochastic, op, "stochastic rounding is for " PK_STOCHASTIC_WORDS ", not ", codec);
+  return {op,         static_cast<Codec>(number), block, facts.header + block * facts.bits / 8,
+          stochastic, static_cast<uint64_t>(seed)};
 }
 
 void check_payload(const char* op, const Bytes& payload) {

@@ -13,9 +13,10 @@
 
 namespace pykernels {
 
-enum class Codec : int { int8, int4, int2, onebit, fp8, bf16, fp16, fp32 };
-inline constexpr int kCodecs = 8;
-inline constexpr int kCodeBits[kCodecs] = {8, 4, 2, 1, 8, 16, 16, 32};
+enum class Codec : int { PK_CODECS(PK_NAME) };
+#define PK_BITS(name, bits, ...) bits,
+inline constexpr int kCodeBits[] = {PK_CODECS(PK_BITS)};
+#undef PK_BITS
 inline constexpr int64_t kMaxBlock = 32768;
 
 // A run of consecutive records of one segment.

@@ -17,27 +17,17 @@ void set_isa(Isa isa);
 
 }  // namespace pykernels
 
-#define PYKERNELS_TABLE(Table, name) \
-  namespace scalar {                 \
-  extern const Table name;           \
-  }                                  \
-  namespace avx2 {                   \
-  extern const Table name;           \
-  }                                  \
-  namespace avxvnni {                \
-  extern const Table name;           \
-  }                                  \
-  namespace avx512 {                 \
-  extern const Table name;           \
-  }                                  \
-  namespace avx512vnni {             \
-  extern const Table name;           \
-  }                                  \
+#define PYKERNELS_DECLARE(isa, Table, name) \
+  namespace isa {                           \
+  extern const Table name;                  \
+  }
+#define PYKERNELS_TABLE(Table, name)      \
+  PK_ISAS(PYKERNELS_DECLARE, Table, name) \
   const Table& name();
 
-#define PYKERNELS_DISPATCH(Table, name)                                                                       \
-  const Table& name() {                                                                                       \
-    static const Table* const tables[kIsaCount] = {&scalar::name, &avx2::name, &avxvnni::name, &avx512::name, \
-                                                   &avx512vnni::name};                                        \
-    return *tables[static_cast<int>(current_isa())];                                                          \
+#define PYKERNELS_ADDRESS(isa, name) &isa::name,
+#define PYKERNELS_DISPATCH(Table, name)                                               \
+  const Table& name() {                                                               \
+    static const Table* const tables[kIsaCount] = {PK_ISAS(PYKERNELS_ADDRESS, name)}; \
+    return *tables[static_cast<int>(current_isa())];                                  \
   }

@@ -9,7 +9,7 @@ std::string isa() { return kIsaNames[static_cast<int>(current_isa())]; }
 std::string set_isa_op(std::string name) {
   const std::string before = isa();
   const int found = isa_by_name(name.c_str());
-  PK_CHECK(found >= 0, "_set_isa: isa must be one of scalar, avx2, avxvnni, avx512, avx512vnni, not '", name, "'");
+  PK_CHECK(found >= 0, "_set_isa: isa must be one of " PK_ISA_WORDS ", not '", name, "'");
   PK_CHECK(isa_available(static_cast<Isa>(found)), "_set_isa: this CPU does not have the isa '", name, "'");
   set_isa(static_cast<Isa>(found));
   return before;

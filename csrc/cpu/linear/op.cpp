@@ -146,7 +146,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& packed, int64_t out_features, 
   const char* op = "int8_linear";
   check_cpu(op, "x", x);
   const ScalarType t = x.scalar_type();
-  PK_CHECK(is_real(t) || is_byte(t), op, ": x must be float32, bfloat16, float16, uint8 or int8, not ", dtype_name(t));
+  PK_CHECK(is_real(t) || is_byte(t), op, ": x must be " PK_REAL_LIST ", uint8 or int8, not ", dtype_name(t));
   PK_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension");
   PK_CHECK(is_real(t) || x_scale.has_value(), op, ": x_scale is required for ", dtype_name(t), " x");
   const int64_t k = x.size(x.dim() - 1), rows = rows_of(x);

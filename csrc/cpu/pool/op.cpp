@@ -196,7 +196,7 @@ Tensor empty_output(const Tensor& x, int64_t height, int64_t width, ScalarType d
 void check_poolable(const char* op, const Tensor& x) {
   check_cpu(op, "x", x);
   const ScalarType t = x.scalar_type();
-  PK_CHECK(is_real(t) || is_byte(t), op, ": x must be float32, bfloat16, float16, uint8 or int8, not ", dtype_name(t));
+  PK_CHECK(is_real(t) || is_byte(t), op, ": x must be " PK_REAL_LIST ", uint8 or int8, not ", dtype_name(t));
   check_input(op, x);
 }
 
@@ -289,7 +289,7 @@ void check_affine(const char* op, const Tensor& x, const Affine& q) {
   check_scale(op, "x_scale", q.x_scale);
   check_zero_point(op, "x_zero_point", q.x_zero_point, x.scalar_type());
   PK_CHECK(is_real(q.out_dtype) || is_byte(q.out_dtype), op,
-           ": out_dtype must be float32, bfloat16, float16, uint8 or int8, not ", dtype_name(q.out_dtype));
+           ": out_dtype must be " PK_REAL_LIST ", uint8 or int8, not ", dtype_name(q.out_dtype));
   PK_CHECK(is_byte(q.out_dtype) == q.out_scale.has_value(), op,
            ": out_scale must be given for a uint8 or int8 out_dtype, and only then");
   if (!q.out_scale) return;

@@ -22,7 +22,7 @@ inline void check_byte_dtype(const char* op, const char* name, ScalarType t) {
 }
 
 inline void check_real_dtype(const char* op, const char* name, ScalarType t) {
-  PK_CHECK(is_real(t), op, ": ", name, " must be float32, bfloat16 or float16, not ", dtype_name(t));
+  PK_CHECK(is_real(t), op, ": ", name, " must be " PK_REAL_WORDS ", not ", dtype_name(t));
 }
 
 inline QuantizedInput quantized_input(const Tensor& t, double scale, int64_t zero_point) {

@@ -101,8 +101,8 @@ Epilogue make_epilogue(const char* op, const PackedView& weights, const std::str
 
 void set_out(const char* op, Epilogue& e, ScalarType out_dtype, std::optional<double> out_scale,
              int64_t out_zero_point) {
-  PK_CHECK(is_real(out_dtype) || is_byte(out_dtype), op,
-           ": out_dtype must be float32, bfloat16, float16, uint8 or int8, not ", dtype_name(out_dtype));
+  PK_CHECK(is_real(out_dtype) || is_byte(out_dtype), op, ": out_dtype must be " PK_REAL_LIST ", uint8 or int8, not ",
+           dtype_name(out_dtype));
   if (is_byte(out_dtype)) {
     PK_CHECK(out_scale.has_value(), op, ": out_scale is required for out_dtype ", dtype_name(out_dtype));
     check_scale(op, "out_scale", *out_scale);
@@ -119,8 +119,7 @@ void set_residual(const char* op, Epilogue& e, const Tensor& residual, const std
                   int64_t zero_point) {
   check_cpu(op, "residual", residual);
   const ScalarType t = residual.scalar_type();
-  PK_CHECK(is_real(t) || is_byte(t), op, ": residual must be float32, bfloat16, float16, uint8 or int8, not ",
-           dtype_name(t));
+  PK_CHECK(is_real(t) || is_byte(t), op, ": residual must be " PK_REAL_LIST ", uint8 or int8, not ", dtype_name(t));
   if (is_byte(t)) {
     check_scale(op, "residual_scale", scale);
     check_zero_point(op, "residual_zero_point", zero_point, t);

@@ -31,8 +31,7 @@ epilogue::Arguments checked_epilogue(const char* op, const EpilogueArguments& gi
   epilogue::Arguments e{};
   const ScalarType dtype = given.out.scalar_type();
   const bool byte = is_byte(dtype);
-  PK_CHECK(byte || is_real(dtype), op, ": out must be uint8, int8, float32, bfloat16 or float16, not ",
-           dtype_name(dtype));
+  PK_CHECK(byte || is_real(dtype), op, ": out must be uint8, int8, " PK_REAL_WORDS ", not ", dtype_name(dtype));
   PK_CHECK(n * element_size(dtype) % 16 == 0 && n % 4 == 0, op, ": out must have rows of whole 16 bytes of ",
            dtype_name(dtype), ", not of ", n, " elements");
   PK_CHECK(given.out.numel() == m * n, op, ": out must have ", m, " x ", n, " elements, not shape ",

@@ -16,22 +16,12 @@ using epilogue::Residual;
 // The switch stands outside the loop: it is taken once a fragment.
 template <int N>
 PK_INLINE void activate_all(Activation act, cutlass::Array<float, N>& f) {
-#define PK_CASE(name)                                                    \
+#define PK_CASE(name, ...)                                               \
   case Activation::name:                                                 \
     CUTLASS_PRAGMA_UNROLL                                                \
     for (int i = 0; i < N; ++i) f[i] = activate(Activation::name, f[i]); \
     break;
-  switch (act) {
-    PK_CASE(none)
-    PK_CASE(relu)
-    PK_CASE(relu6)
-    PK_CASE(hardswish)
-    PK_CASE(hardsigmoid)
-    PK_CASE(silu)
-    PK_CASE(sigmoid)
-    PK_CASE(gelu)
-    PK_CASE(tanh)
-  }
+  switch (act) { PK_ACTIVATIONS(PK_CASE) }
 #undef PK_CASE
 }
 

@@ -13,9 +13,8 @@ from pykernels.bench.case import Case
 from pykernels.bench.rivals.base import Absent, Rival, Run
 from pykernels.bench.rivals.torch_rivals import module_of
 from pykernels.nn._quantize import quantize_weight
+from pykernels.nn.follow import ACTIVATIONS
 from pykernels.ops import _load
-
-ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.GELU: "gelu", nn.SiLU: "silu"}
 
 
 class Ours(Rival):
@@ -77,11 +76,11 @@ class Ours(Rival):
             return lambda: ops.qconv2d(x, packed, channels, *geometry, *rest)
         model, (x,) = module_of(case, self.precision)
         conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-        activation = next((ACTIVATIONS[type(m)] for m in model.modules() if type(m) in ACTIVATIONS), "none")
         left = [int(conv.padding[1])] * 2 + [int(conv.padding[0])] * 2
         packed = ops.conv2d_pack(conv.weight, conv.bias, conv.groups)
         geometry = (list(conv.kernel_size), list(conv.stride), left, list(conv.dilation), conv.groups)
         channels = conv.out_channels
+        activation = _activation_of(model)
         return lambda: ops.conv2d(x, packed, channels, *geometry, activation)
 
     def _pool(self, case: Case) -> Run:
@@ -164,5 +163,8 @@ class OursSums(Rival):
 
 
 def _linear_of(model: nn.Module) -> tuple[nn.Linear, str]:
-    linear = next(m for m in model.modules() if isinstance(m, nn.Linear))
-    return linear, next((ACTIVATIONS[type(m)] for m in model.modules() if type(m) in ACTIVATIONS), "none")
+    return next(m for m in model.modules() if isinstance(m, nn.Linear)), _activation_of(model)
+
+
+def _activation_of(model: nn.Module) -> str:
+    return next((ACTIVATIONS[type(m)].kernel_name for m in model.modules() if type(m) in ACTIVATIONS), "none")

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from pykernels.cuda.triton.tiles import check
-from pykernels.ops.dtypes import REALS
+from pykernels.ops.dtypes import REAL_NAMES, REAL_WORDS, REALS
+from pykernels.ops.names import ACTIVATIONS, words
 
 BYTES = (torch.uint8, torch.int8)
 # What a kernel calls a dtype.
@@ -17,11 +18,10 @@ KINDS = {
     torch.uint8: "uint8",
     torch.int8: "int8",
     torch.int32: "int32",
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
+    **REAL_NAMES,
 }
-ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid", "gelu", "tanh")
+
+_ACTIVATIONS = words(ACTIVATIONS)
 
 
 def name(dtype: torch.dtype) -> str:
@@ -33,7 +33,7 @@ def check_device(op: str, argument: str, t: torch.Tensor, like: torch.Tensor) ->
 
 
 def check_real_dtype(op: str, argument: str, dtype: torch.dtype) -> None:
-    check(dtype in REALS, op, f"{argument} must be float32, bfloat16 or float16, not {name(dtype)}")
+    check(dtype in REALS, op, f"{argument} must be {REAL_WORDS}, not {name(dtype)}")
 
 
 def check_byte_dtype(op: str, argument: str, dtype: torch.dtype) -> None:
@@ -57,7 +57,7 @@ def check_zero_point(op: str, argument: str, zero_point: int, dtype: torch.dtype
 
 
 def check_activation(op: str, activation: str) -> None:
-    check(activation in ACTIVATIONS, op, f"activation must be one of {', '.join(ACTIVATIONS)}, not '{activation}'")
+    check(activation in ACTIVATIONS, op, f"activation must be one of {_ACTIVATIONS}, not '{activation}'")
 
 
 def check_pair(op: str, argument: str, pair: Sequence[int], least: int) -> None:

@@ -30,7 +30,8 @@ from pykernels.cuda.triton.reals import (
     store_real,
 )
 from pykernels.cuda.triton.tiles import check, check_flat
-from pykernels.ops.compress import CODECS, record_bytes
+from pykernels.ops.compress import record_bytes
+from pykernels.ops.names import CODECS, words
 
 __all__ = ["compress_decode", "compress_encode", "compress_reduce", "constants"]
 
@@ -38,6 +39,8 @@ MAX_BLOCK = 32768
 TILE = 2048  # elements that a program takes at least
 OPTIONS = {"enable_fp_fusion": False}
 # The greatest code, where codes stand for multiples of the scale; an integer where they are.
+_CODECS = words(CODECS)
+_STOCHASTIC = words((codec.name for codec in CODECS.values() if codec.stochastic), " and ")
 LEVELS: dict[str, float] = {"int8": 127, "int4": 7, "int2": 1, "fp8": 448.0}
 
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds half to even, for numbers up to 2^22
@@ -367,12 +370,11 @@ def options(shape: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_codec(op: str, codec: str, block: int, stochastic: bool = False) -> None:
-    check(codec in CODECS, op, f"codec must be one of {', '.join(CODECS)}, not '{codec}'")
+    check(codec in CODECS, op, f"codec must be one of {_CODECS}, not '{codec}'")
     good = block % 32 == 0 and 32 <= block <= MAX_BLOCK
     check(good, op, f"block must be a multiple of 32 in [32, {MAX_BLOCK}], not {block}")
-    check(
-        not stochastic or CODECS[codec].stochastic, op, f"stochastic rounding is for int8, int4 and int2, not {codec}"
-    )
+    good = not stochastic or CODECS[codec].stochastic
+    check(good, op, f"stochastic rounding is for {_STOCHASTIC}, not {codec}")
 
 
 def _cut(op: str, segments: torch.Tensor, device: torch.device, shape: dict[str, Any]) -> tiles.Tiles:

@@ -55,7 +55,7 @@ from pykernels.cuda.triton.gemm import (
 from pykernels.cuda.triton.linear import check_out
 from pykernels.cuda.triton.pack import Packed, check_groups, checked_packed
 from pykernels.cuda.triton.tiles import check
-from pykernels.ops.dtypes import REALS
+from pykernels.ops.dtypes import ANY_WORDS, REALS
 
 __all__ = ["conv2d", "conv_bn_act", "qconv2d"]
 
@@ -239,7 +239,7 @@ def qconv2d(
     check_residual_shape(op, residual, x, s.out, residual_order)
     if residual is not None:
         good = residual.dtype in (*BYTES, *REALS)
-        words = f"residual must be float32, bfloat16, float16, uint8 or int8, not {name(residual.dtype)}"
+        words = f"residual must be {ANY_WORDS}, not {name(residual.dtype)}"
         check(good, op, words)
         if residual.dtype in BYTES:
             check_scale(op, "residual_scale", residual_scale)

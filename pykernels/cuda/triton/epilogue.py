@@ -116,7 +116,7 @@ def _hard_gate(x):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """The activation of this name (arguments.ACTIVATIONS) of fp32 x."""
+    """The activation of this name (pykernels.ops.names) of fp32 x."""
     if ACTIVATION == "relu":
         return tl.where(x < 0.0, 0.0, x)
     elif ACTIVATION == "relu6":

@@ -273,7 +273,7 @@ class Epilogue:
     Attributes:
         weights: sums, scales and biases of the output channels; None for an int32 output.
         sums: those of an int32 output; None for a zero point of 0.
-        activation: a name of arguments.ACTIVATIONS.
+        activation: a name in pykernels.ops.names.ACTIVATIONS.
         x_scale, x_zero_point: of x as it was given: shifted here where it is uint8.
         row_scale, row_zero_point: fp32 and int32, one a row, instead of those two.
         residual: like the output, in its memory format; residual_scale, residual_zero_point where it is 8 bit.

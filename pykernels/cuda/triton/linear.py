@@ -20,16 +20,14 @@ from pykernels.cuda.triton.gemm import Epilogue, gemm, rows16
 from pykernels.cuda.triton.pack import MAX_REDUCTION, checked_packed, cuda_layout
 from pykernels.cuda.triton.quantize import quantize_per_tensor, quantize_per_token
 from pykernels.cuda.triton.tiles import check
-from pykernels.ops.dtypes import REALS
+from pykernels.ops.dtypes import ANY_WORDS, REALS
 
 __all__ = ["check_out", "int8_linear", "int8_mm", "linear"]
 
 
 def check_out(op: str, dtype: torch.dtype, scale: float | None, zero_point: int) -> None:
     """An output's dtype, and the scale that 8-bit ones must have and others must not."""
-    check(
-        dtype in (*BYTES, *REALS), op, f"out_dtype must be float32, bfloat16, float16, uint8 or int8, not {name(dtype)}"
-    )
+    check(dtype in (*BYTES, *REALS), op, f"out_dtype must be {ANY_WORDS}, not {name(dtype)}")
     if dtype not in BYTES:
         check(scale is None, op, f"out_scale makes no sense for out_dtype {name(dtype)}")
         return
@@ -107,7 +105,7 @@ def int8_linear(
     op = "int8_linear"
     floating = x.dtype in REALS
     good = floating or x.dtype in BYTES
-    check(good, op, f"x must be float32, bfloat16, float16, uint8 or int8, not {name(x.dtype)}")
+    check(good, op, f"x must be {ANY_WORDS}, not {name(x.dtype)}")
     check(x.dim() >= 1, op, "x must have at least 1 dimension")
     check(floating or x_scale is not None, op, f"x_scale is required for {name(x.dtype)} x")
     layout = cuda_layout(torch.int8, 1, out_features, x.shape[-1])

@@ -35,7 +35,7 @@ from pykernels.cuda.triton.planes import TILE, place, tile_shape, tiles
 from pykernels.cuda.triton.reals import INFINITY, load_real, number_of
 from pykernels.cuda.triton.tiles import check, on
 from pykernels.cuda.triton.windows import Windows, adaptive, check_input, longest, plain
-from pykernels.ops.dtypes import REALS
+from pykernels.ops.dtypes import ANY_WORDS, REALS
 
 __all__ = [
     "adaptive_avg_pool2d",
@@ -288,7 +288,7 @@ def _max_pool(x: torch.Tensor, windows: Windows, with_indices: bool) -> tuple[to
 
 def _check_poolable(op: str, x: torch.Tensor) -> None:
     good = x.dtype in REALS or x.dtype in BYTES
-    check(good, op, f"x must be float32, bfloat16, float16, uint8 or int8, not {name(x.dtype)}")
+    check(good, op, f"x must be {ANY_WORDS}, not {name(x.dtype)}")
     check_input(op, x)
 
 
@@ -354,7 +354,7 @@ class Affine:
         check_zero_point(op, "x_zero_point", self.x_zero_point, x.dtype)
         assert self.out_dtype is not None
         good = self.out_dtype in REALS or self.out_dtype in BYTES
-        check(good, op, f"out_dtype must be float32, bfloat16, float16, uint8 or int8, not {name(self.out_dtype)}")
+        check(good, op, f"out_dtype must be {ANY_WORDS}, not {name(self.out_dtype)}")
         good = (self.out_dtype in BYTES) == (self.out_scale is not None)
         check(good, op, "out_scale must be given for a uint8 or int8 out_dtype, and only then")
         if self.out_scale is not None:

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Tiles", "check", "check_flat", "check_real", "cut", "fail", "on", "power_of_two", "real", "stride_of"]
+from pykernels.ops.dtypes import REAL_NAMES, REAL_WORDS
 
-REALS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+__all__ = ["Tiles", "check", "check_flat", "check_real", "cut", "fail", "on", "power_of_two", "real", "stride_of"]
 
 
 @dataclass(frozen=True)
@@ -158,13 +158,13 @@ def check_flat(op: str, name: str, t: torch.Tensor, like: torch.Tensor, dtype: t
 
 
 def check_real(op: str, name: str, t: torch.Tensor) -> None:
-    check(t.dtype in REALS, op, f"{name} must be float32, bfloat16 or float16, not {_name(t.dtype)}")
+    check(t.dtype in REAL_NAMES, op, f"{name} must be {REAL_WORDS}, not {_name(t.dtype)}")
     check(t.is_contiguous(), op, f"{name} must be contiguous")
 
 
 def real(t: torch.Tensor) -> tuple[torch.Tensor, str]:
     """What a kernel gets for real numbers, and their kind; bf16 goes as its bits."""
-    return (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t), REALS[t.dtype]
+    return (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t), REAL_NAMES[t.dtype]
 
 
 def stride_of(op: str, payloads: torch.Tensor, like: torch.Tensor) -> int:
