@@ -40,6 +40,8 @@ class QuantizationRecord:
         dynamic: whether the graph takes other sizes (of the batch, mostly) than the example's.
         left_float: nodes that stay fp32, by name, with the reason.
         refined: layers whose rounding and bias were fitted to the calibration inputs.
+        in_parts: of these, layers too large to be fitted as a whole, with the number of parts.
+        unrefined: layers whose bias alone was fitted, by name, with the reason.
         notes: what a user should know, one sentence each.
     """
 
@@ -50,6 +52,8 @@ class QuantizationRecord:
     dynamic: bool = False
     left_float: dict[str, str] = field(default_factory=dict)
     refined: list[str] = field(default_factory=list)
+    in_parts: dict[str, int] = field(default_factory=dict)
+    unrefined: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -149,7 +153,8 @@ def quantize(
     weights = float_weights(prepared)
     converted = convert_pt2e(prepared)
     if refine and not record.data_free:
-        record.refined = refine_weights(converted, weights, samples)
+        done = refine_weights(converted, weights, samples)
+        record.refined, record.in_parts, record.unrefined = done.refined, done.in_parts, done.unrefined
     record.groups, record.left_float = len(quantizer.groups), dict(quantizer.left_float)
     converted.meta[RECORD] = record
     return converted
