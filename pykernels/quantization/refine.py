@@ -43,8 +43,8 @@ Progress = Callable[
 
 MEMORY = 2 << 30  # bytes of activations kept at once, about
 ROOM = 1 << 30  # bytes that rounding with compensation may take beside the model and its activations
-WORK = 1 << 40  # multiplications that it may take for one layer,
-TOTAL_WORK = 1 << 45  # and for all layers together
+WORK = 1 << 39  # multiplications that it may take for one layer,
+TOTAL_WORK = 1 << 44  # and for all layers together
 SMALLEST_PART = 128  # inputs; among fewer there is too little to make up for an error with
 MAX_SAMPLES = 48
 MIN_SAMPLES = 8
