@@ -8,7 +8,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -160,6 +160,7 @@ def optimize(
     example_kwargs: Mapping[str, Any] | None = None,
     cuda_graph: bool = True,
     dynamic_shapes: Any = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Optimized:
     """Rewrite a model onto our kernels: batch norm folded, activations and residual adds fused, weights packed.
 
@@ -182,6 +183,7 @@ def optimize(
         cuda_graph: on a CUDA device, replay calls as CUDA graphs.
         dynamic_shapes: which sizes are free, as ``torch.export.export`` takes it, in place of the batch size alone:
             ``{"input_ids": {0: Dim("batch"), 1: Dim("length")}}``. A free size must not be 1 in the example.
+        progress: called as ``progress(stage, done, total)`` in the long parts of int8: calibrating, refining.
 
     Returns:
         An `Optimized` module that is called like `model`.
@@ -204,7 +206,7 @@ def optimize(
     edges = None
     if precision == "int8" and not has_quantizers(model):
         edges = _sixteen_bits(model)
-        captured = _quantize(model, args, kwargs, calibration, edges, sizes)
+        captured = _quantize(model, args, kwargs, calibration, edges, {**sizes, "progress": progress})
     else:
         captured = capture(model, args, kwargs, **sizes)
     before = bytes_of((*captured.module.parameters(), *captured.module.buffers()))
@@ -253,7 +255,7 @@ def _quantize(
     kwargs: dict[str, Any],
     calibration: Iterable[Any] | None,
     edges: torch.dtype | None,
-    sizes: dict[str, Any],
+    options: dict[str, Any],
 ) -> Captured:
     """Quantize with our recipe: a graph with quantizers. A model of 16-bit floats is quantized as an fp32 one."""
     from pykernels.quantization import recipes
@@ -261,8 +263,8 @@ def _quantize(
     if edges is not None:
         model, (args, kwargs) = copy.deepcopy(model).float(), _cast((args, kwargs), torch.float32)
         calibration = None if calibration is None else (_cast(sample, torch.float32) for sample in calibration)
-    captured, record = recipes.quantize_captured(model, args, kwargs, calibration, **sizes)
-    captured.notes = list(record.notes)
+    captured, record = recipes.quantize_captured(model, args, kwargs, calibration, **options)
+    captured.notes = [*record.notes, *(f"{name}: {why}" for name, why in record.unrefined.items())]
     captured.example = captured.example if edges is None else _cast(captured.example, edges)
     return captured
 

@@ -7,13 +7,13 @@ import importlib
 import logging
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch.export.passes import move_to_device_pass
 
@@ -154,11 +154,19 @@ def optimize(
     examples = tuple(torch.randn(shape).to(place, dtype) for shape in shapes)
     hush()
     console = Console(stderr=True)
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task(f"optimizing {model} to {precision.value}", total=None)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        what = f"optimizing {model} to {precision.value}"
+        task = progress.add_task(what, total=None)
         try:
-            fast = pykernels.optimize(network, examples, precision=precision.value, calibration=inputs)
-            progress.update(task, description=f"saving {output}")
+            fast = pykernels.optimize(
+                network,
+                examples,
+                precision=precision.value,
+                calibration=inputs,
+                progress=_bar(progress, task, what),
+            )
+            progress.update(task, description=f"saving {output}", total=None)
             fast.save(output)
         except (RuntimeError, ValueError, TypeError) as error:
             progress.stop()
@@ -185,6 +193,15 @@ def _tick(good: bool, reason: str | None = None) -> str:
     if good:
         return "[green]yes[/]"
     return f"[yellow]no[/]: {reason}" if reason else "[dim]no[/]"
+
+
+def _bar(progress: Progress, task: TaskID, what: str) -> Callable[[str, int, int], None]:
+    """A callback ``(stage, done, total)`` that moves the bar of `task` and names the stage behind `what`."""
+
+    def show(stage: str, done: int, total: int) -> None:
+        progress.update(task, description=f"{what}: {stage}", completed=done, total=total)
+
+    return show
 
 
 def _numbers(option: str, text: str, kind: type[Any]) -> list[Any]:

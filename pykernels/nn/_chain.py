@@ -8,10 +8,12 @@ question, `Chain.ready`, so all of a chain always agree.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pykernels.cuda import registry
@@ -19,6 +21,7 @@ from pykernels.graph.batch_norm import scale_and_shift
 from pykernels.ops.dtypes import REALS, STORED
 
 _PLAIN = (nn.Parameter, torch.Tensor)  # no subclass: what such a weight holds is its own affair
+_STEPPED = "_pykernels_stepped"  # attribute of a parameter: see `_mark`
 _ACTIVATED = "_pykernels_activated"  # attribute of a tensor: the shared activation that a head has applied to it
 
 
@@ -161,9 +164,9 @@ class Head(Member):
 
     Packed weights are kept in a plain attribute, no buffer, so that `state_dict`, `buffers()` and what synchronizes
     them stay as they were. They are packed again when a tensor they came from was replaced or changed in place (its
-    data pointer or version differs), and whenever the module enters evaluation, is moved or is loaded. A compiled
-    program cannot look at versions: it reads the packed weights as they are, which every event of the second kind
-    renews in place.
+    data pointer or version differs), when an optimizer that holds one has stepped, and whenever the module enters
+    evaluation, is moved or is loaded. A compiled program cannot look at versions: it reads the packed weights as they
+    are, which every event of the second kind renews in place.
     """
 
     ranks: ClassVar[tuple[int, ...]]
@@ -230,7 +233,8 @@ class Head(Member):
         norm = self.chain.norm
         if norm is not None and norm.num_batches_tracked is not None:
             sources.append(norm.num_batches_tracked)  # counts updates of the statistics, which bump no version
-        key = (_steps, *((t.data_ptr(), _version(t), t.stride()) for t in sources))
+        marks = [_mark(t) for t in sources if t.requires_grad or isinstance(t, nn.Parameter)]
+        key = (_subclass_stepped, *marks, *((t.data_ptr(), _version(t), t.stride()) for t in sources))
         if key != self._key or self.packed is None:
             self._pack()
             self._key = key
@@ -314,15 +318,38 @@ class _Differentiable(torch.autograd.Function):
         return (None, None, *(next(found) if need else None for need in needs))
 
 
-_steps = 0
+_marks = itertools.count()
+_subclass_stepped = next(_marks)
 
 
-def _count_step(*_: Any) -> None:
-    global _steps  # steps of any optimizer: the fused ones change parameters without a new version
-    _steps += 1
+@_disable_dynamo  # for a compiled step; torch.compiler.disable would import the compiler here and now, for seconds
+def _note_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """After every optimizer's step: the fused ones change parameters without a new version, so these get new marks.
+
+    What other tensors a subclass changes (a shard, a flat parameter) is its own affair: its step changes all marks.
+    """
+    global _subclass_stepped
+    for group in optimizer.param_groups:
+        for t in group["params"]:
+            if type(t) not in _PLAIN:
+                _subclass_stepped = next(_marks)
+            elif _STEPPED in t.__dict__:
+                t.__dict__[_STEPPED] = next(_marks)
 
 
-register_optimizer_step_post_hook(_count_step)
+register_optimizer_step_post_hook(_note_step)
+
+
+def _mark(t: torch.Tensor) -> int:
+    """A number that no other tensor has, and that `t` has until an optimizer that holds `t` steps.
+
+    It lies on the tensor: it dies with it, serves all heads that share it, and stands in the way of no swap of tensors
+    (as a weak reference would). Two threads that hand one out at once pack once more than needed.
+    """
+    mark = t.__dict__.get(_STEPPED)
+    if mark is None:
+        mark = t.__dict__[_STEPPED] = next(_marks)
+    return int(mark)
 
 
 def _version(t: torch.Tensor) -> Any:

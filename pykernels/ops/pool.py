@@ -41,6 +41,11 @@ def _adaptive_size(x: torch.Tensor, output_size: int | Sequence[int | None] | No
     return [x.shape[x.dim() - len(sizes) + d] if size is None else size for d, size in enumerate(sizes)]
 
 
+def _steps(stride: int | Sequence[int] | None, kernel: list[int]) -> list[int]:
+    """The stride: the kernel size for None, and for the empty sequence that stands for None in ATen's calls."""
+    return kernel if stride is None else spread(stride) or kernel
+
+
 def _run(op: Callable[..., Any], x: torch.Tensor, *arguments: object) -> Any:
     """Call `op`; past its gradient's Python layer, which costs 10 us a call, where no gradient can be asked for."""
     needs_gradient = torch.is_grad_enabled() and x.requires_grad
@@ -77,7 +82,7 @@ def max_pool2d(
     again: when training, :func:`max_pool2d_with_indices` saves that pass.
     """
     kernel = spread(kernel_size)
-    arguments = kernel, spread(stride) if stride is not None else kernel, spread(padding), spread(dilation), ceil_mode
+    arguments = kernel, _steps(stride, kernel), spread(padding), spread(dilation), ceil_mode
     return _batched(x, lambda x: _run(torch.ops.pykernels.max_pool2d, x, *arguments))
 
 
@@ -94,7 +99,7 @@ def max_pool2d_with_indices(
     What ``torch.nn.functional.max_unpool2d`` takes. A plane must have fewer than 2^31 elements.
     """
     kernel = spread(kernel_size)
-    arguments = kernel, spread(stride) if stride is not None else kernel, spread(padding), spread(dilation), ceil_mode
+    arguments = kernel, _steps(stride, kernel), spread(padding), spread(dilation), ceil_mode
     return _batched_pair(x, lambda x: _run(torch.ops.pykernels.max_pool2d_with_indices, x, *arguments))
 
 
@@ -130,8 +135,7 @@ def avg_pool2d(
     ``divisor_override``.
     """
     kernel = spread(kernel_size)
-    steps = spread(stride) if stride is not None else kernel
-    arguments = kernel, steps, spread(padding), ceil_mode, count_include_pad, divisor_override
+    arguments = kernel, _steps(stride, kernel), spread(padding), ceil_mode, count_include_pad, divisor_override
     return _batched(x, lambda x: _run(torch.ops.pykernels.avg_pool2d, x, *arguments))
 
 
@@ -168,8 +172,7 @@ def qavg_pool2d(
     elements.
     """
     kernel = spread(kernel_size)
-    steps = spread(stride) if stride is not None else kernel
-    window = kernel, steps, spread(padding), ceil_mode, count_include_pad, divisor_override
+    window = kernel, _steps(stride, kernel), spread(padding), ceil_mode, count_include_pad, divisor_override
     affine = x_scale, x_zero_point, out_scale, out_zero_point, out_dtype
     return _batched(x, lambda x: _run(torch.ops.pykernels.qavg_pool2d, x, *window, *affine))
 

@@ -25,7 +25,7 @@ from pykernels.graph.capture import Captured, capture, with_pytree
 from pykernels.graph.nodes import attribute
 
 from .quantizer import Int8Quantizer
-from .refine import float_weights
+from .refine import Progress, float_weights
 from .refine import refine as refine_weights
 
 RECORD = "pykernels_quantization"
@@ -43,6 +43,8 @@ class QuantizationRecord:
         dynamic: whether the graph takes other sizes (of the batch, mostly) than the example's.
         left_float: nodes that stay fp32, by name, with the reason.
         refined: layers whose rounding and bias were fitted to the calibration inputs.
+        in_parts: of these, layers too large to be fitted as a whole, with the number of parts.
+        unrefined: layers whose bias alone was fitted, by name, with the reason.
         notes: what a user should know, one sentence each.
     """
 
@@ -53,6 +55,8 @@ class QuantizationRecord:
     dynamic: bool = False
     left_float: dict[str, str] = field(default_factory=dict)
     refined: list[str] = field(default_factory=list)
+    in_parts: dict[str, int] = field(default_factory=dict)
+    unrefined: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -121,6 +125,7 @@ def quantize(
     keep_float: Iterable[str] = (),
     refine: bool = True,
     example_kwargs: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> GraphModule:
     """Quantize a trained fp32 model to int8 after training.
 
@@ -138,6 +143,7 @@ def quantize(
             (GPTQ rounding and bias correction, see ``refine``) instead of rounding each weight by itself. Halves the
             error for a minute or so of time; skipped without calibration data.
         example_kwargs: keyword inputs of one call.
+        progress: called as ``progress(stage, done, total)`` while it calibrates and refines.
 
     Returns:
         A graph module with quantize/dequantize nodes; ``meta["pykernels_quantization"]`` tells what was done.
@@ -156,6 +162,7 @@ def quantize(
         dynamic_shapes=dynamic_shapes,
         keep_float=keep_float,
         refine=refine,
+        progress=progress,
     )
     return with_pytree(found.module, found.in_spec, found.out_spec)
 
@@ -170,6 +177,7 @@ def quantize_captured(
     dynamic_shapes: Any = None,
     keep_float: Iterable[str] = (),
     refine: bool = True,
+    progress: Progress | None = None,
 ) -> tuple[Captured, QuantizationRecord]:
     """`quantize`, as a plain graph with what is needed to call it like the model."""
     inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
@@ -186,12 +194,15 @@ def quantize_captured(
     quantizer = Int8Quantizer(keep_float=keep_float)
     prepared = prepare_pt2e(graph, quantizer)
     with torch.no_grad():
-        for sample in samples:
+        for number, sample in enumerate(samples, start=1):
             prepared(*sample)
+            if progress is not None:
+                progress("calibrating", number, len(samples))
     weights = float_weights(prepared)
     converted = convert_pt2e(prepared)
     if refine and not record.data_free:
-        record.refined = refine_weights(converted, weights, samples)
+        done = refine_weights(converted, weights, samples, progress)
+        record.refined, record.in_parts, record.unrefined = done.refined, done.in_parts, done.unrefined
     for name, tensor in state.items():  # calibration is no call of the user's
         converted.get_buffer(name).copy_(tensor)
     record.groups, record.left_float = len(quantizer.layers), dict(quantizer.left_float)

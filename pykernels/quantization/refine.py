@@ -10,13 +10,18 @@ layer's result. For ``y = W x + b`` with the layer's real inputs, one pass throu
 
 Inputs are those the *quantized* network sees, corrected layers before it included; the aim is what the fp32 network
 computes for the same samples, so a layer also makes up for some of the error it inherits.
+
+Time and memory of step 1 grow with the cube and the square of the number of terms in a layer's sums, so both are
+bounded, by counts made from shapes (two machines choose alike): a layer beyond `ROOM` or `WORK` is rounded in parts, in
+each of which errors are made up for among its own inputs; one for which that is not enough keeps the nearest values.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +34,15 @@ from pykernels.ops._sizes import spread
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d")
 LAYERS = (*CONVOLUTIONS, "aten.linear")
 
+Progress = Callable[
+    [str, int, int], None
+]  # told (stage, done, total) after each step of a stage, and done = 0 at first
+
 MEMORY = 2 << 30  # bytes of activations kept at once, about
+ROOM = 1 << 30  # bytes that rounding with compensation may take beside the model and its activations
+WORK = 1 << 39  # multiplications that it may take for one layer,
+TOTAL_WORK = 1 << 44  # and for all layers together
+SMALLEST_PART = 128  # inputs; among fewer there is too little to make up for an error with
 MAX_SAMPLES = 48
 MIN_SAMPLES = 8
 DAMPING = 0.01  # of the mean variance of the inputs, added to each variance
@@ -51,18 +64,39 @@ def float_weights(model: GraphModule) -> dict[str, torch.Tensor]:
     return weights
 
 
-def refine(model: GraphModule, weights: dict[str, torch.Tensor], samples: Sequence[tuple[Any, ...]]) -> list[str]:
-    """Replace int8 weights and biases of a converted graph, in place; returns the names of the layers refined.
+@dataclass
+class Refinement:
+    """What `refine` did, by node name.
+
+    Attributes:
+        refined: layers whose weights were rounded with compensation and whose biases were corrected.
+        in_parts: of these, the ones too large to be rounded as a whole, with the number of parts.
+        unrefined: layers whose biases alone were corrected, with the reason; their weights keep the nearest values.
+    """
+
+    refined: list[str] = field(default_factory=list)
+    in_parts: dict[str, int] = field(default_factory=dict)
+    unrefined: dict[str, str] = field(default_factory=dict)
+
+
+def refine(
+    model: GraphModule,
+    weights: dict[str, torch.Tensor],
+    samples: Sequence[tuple[Any, ...]],
+    progress: Progress | None = None,
+) -> Refinement:
+    """Replace int8 weights and biases of a converted graph, in place; tells what became of each layer.
 
     Args:
         model: the result of ``convert_pt2e``: int8 weights in buffers behind ``dequantize_per_channel``.
         weights: the fp32 weights by node name, from :func:`float_weights` before the conversion.
         samples: calibration inputs, each a tuple of the network's inputs; as many are used as memory allows.
+        progress: called as ``progress("refining", done, total)`` with the number of layers, first with 0.
     """
     with torch.no_grad():
-        names = _Reconstruction(model, weights).run(samples)
+        done = _Reconstruction(model, weights).run(samples, progress)
     model.recompile()
-    return names
+    return done
 
 
 class _Reconstruction:
@@ -77,29 +111,34 @@ class _Reconstruction:
         self.exact: dict[Node, list[Any]] = {}
         self.inexact: dict[Node, list[Any]] = {}
         self.generator = torch.Generator().manual_seed(0)
+        self.done = Refinement()
+        self.work = 0  # multiplications so far
 
-    def run(self, samples: Sequence[tuple[Any, ...]]) -> list[str]:
+    def run(self, samples: Sequence[tuple[Any, ...]], progress: Progress | None) -> Refinement:
         nodes = list(self.model.graph.nodes)
         reads = {node: node.all_input_nodes for node in nodes}
         last_use = {used: node for node in nodes for used in reads[node]}
         batches = self._fitting(samples)
         placeholders = [node for node in nodes if node.op == "placeholder"]
-        refined = []
+        refinable = {node for node in nodes if self._refinable(node)}
+        if progress is not None:
+            progress("refining", 0, len(refinable))
         for node in nodes:
             if node.op == "output":
                 break
             if node in placeholders:
                 self.exact[node] = self.inexact[node] = [batch[placeholders.index(node)] for batch in batches]
                 continue
-            if self._refinable(node):
+            if node in refinable:
                 self._refine(node, len(batches))
-                refined.append(node.name)
+                if progress is not None:
+                    progress("refining", len(self.done.refined) + len(self.done.unrefined), len(refinable))
             else:
                 self._compute(node, len(batches))
             for used in reads[node]:
                 if last_use[used] is node:
                     self.exact.pop(used, None), self.inexact.pop(used, None)
-        return refined
+        return self.done
 
     def _fitting(self, samples: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         """As many batches as fit in memory, judged by the largest values of the graph."""
@@ -145,10 +184,8 @@ class _Reconstruction:
         """Round the weight of a convolution or linear anew, then correct its bias; computes the node's values."""
         dequantize = node.args[1]
         weight, scale = self.weights[node.name], constant(self.model, dequantize.args[1])
-        rows = _Rows(node, weight, self.inexact[node.args[0]], self.generator)
-        rounded = rows.round(weight, scale)
         stored = operator.attrgetter(str(dequantize.args[0].target))(self.model)
-        stored.copy_(rounded.to(torch.int8))
+        self._round(_Layer(node, weight, self.inexact[node.args[0]]), scale, stored)
         in_effect = stored.float() * scale.float().reshape(-1, *[1] * (weight.ndim - 1))
 
         channel = 1 if is_call(node, *CONVOLUTIONS) else -1
@@ -164,6 +201,24 @@ class _Reconstruction:
         shape[channel] = -1
         self.exact[node] = exact
         self.inexact[node] = [value.add_(shift.reshape(shape)) for value in inexact]
+
+    def _round(self, layer: _Layer, scale: torch.Tensor, stored: torch.Tensor) -> None:
+        """Round with compensation into ``stored``, which holds the nearest values, if the bounds allow."""
+        name = layer.node.name
+        try:
+            parts, work = layer.divided(TOTAL_WORK - self.work)
+        except _TooLarge as reason:
+            self.done.unrefined[name] = str(reason)
+            return
+        self.work += work
+        codes = stored.reshape(layer.groups, -1, layer.channels * layer.taps)
+        for part in parts:
+            at = (part.groups, slice(None), layer.inputs_of(part))
+            codes[at] = layer.round(part, scale, self.generator).to(torch.int8)
+        stored.copy_(codes.reshape(stored.shape))
+        self.done.refined.append(name)
+        if len(parts) > 1:
+            self.done.in_parts[name] = len(parts)
 
     def _rest(self, node: Node, batch: int) -> list[Any]:
         """Arguments after the weight; the bias is the same in both networks until it is corrected."""
@@ -202,12 +257,16 @@ def round_with_compensation(weight: torch.Tensor, covariance: torch.Tensor, scal
     covariance = covariance.gather(1, order[:, :, None].expand(-1, -1, size)).double()
     covariance = covariance.gather(2, order[:, None, :].expand(-1, size, -1))
     covariance.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
-    factor = torch.linalg.cholesky(covariance.flip(1, 2)).flip(1, 2)
-    influence = (factor / factor.diagonal(dim1=-2, dim2=-1)[:, None, :]).float()
+    covariance = covariance.flip(1, 2)
+    factor = torch.linalg.cholesky(covariance)
+    del covariance  # the largest values there are: at most two at a time
+    factor = factor.flip(1, 2)
+    influence = factor.div_(factor.diagonal(dim1=-2, dim2=-1)[:, None, :].clone()).float()
+    del factor
 
     real, step = _columns(weight, order), scale.float().reshape(groups, rows)
     wanted, codes = real.clone(), torch.empty_like(real)
-    for at in _blocks(size):
+    for at in _slices(size, BLOCK):
         codes[:, at], errors = _round_block(wanted[:, at], real[:, at], influence[:, at, at], step)
         wanted[:, at.stop :].baddbmm_(influence[:, at, at.stop :].transpose(1, 2), errors, alpha=-1)
     return _in_place(codes, order)
@@ -244,7 +303,7 @@ def round_with_few_inputs(
     real, step = _columns(weight, order), scale.float().reshape(groups, rows)
     seen, answer = seen.float(), answer.float()
     disturbance, codes = real.new_zeros(groups, rank, rows), torch.empty_like(real)
-    for at in _blocks(size):
+    for at in _slices(size, BLOCK):
         wanted = torch.baddbmm(real[:, at], answer[:, at], disturbance, alpha=-1)
         influence = seen[:, at] @ answer[:, at].transpose(1, 2)
         codes[:, at], errors = _round_block(wanted, real[:, at], influence, step)
@@ -268,10 +327,6 @@ def _in_place(codes: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return back.transpose(1, 2).contiguous()
 
 
-def _blocks(size: int) -> list[slice]:
-    return [slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
-
-
 def _round_block(
     wanted: torch.Tensor, real: torch.Tensor, influence: torch.Tensor, step: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -284,50 +339,120 @@ def _round_block(
     return codes, errors
 
 
-class _Rows:
-    """A layer as ``y = W x``: samples of its input vectors x, [positions, groups, K]."""
+class _TooLarge(Exception):
+    """Why a layer is not rounded with compensation."""
 
-    def __init__(
-        self, node: Node, weight: torch.Tensor, values: list[torch.Tensor], generator: torch.Generator
-    ) -> None:
-        self.groups = 1
-        if is_call(node, "aten.linear"):
-            wanted = self._wanted(weight.shape[1])
-            flat = [value.reshape(-1, value.shape[-1]) for value in values]
-            each = -(-wanted // len(flat))
-            picked = [torch.randperm(len(rows), generator=generator)[:each] for rows in flat]
-            self.inputs = torch.cat([rows[at] for rows, at in zip(flat, picked, strict=True)])[:, None]
-        else:
-            self.groups = int(argument(node, "groups"))
-            wanted = self._wanted(weight[0].numel())
-            each = -(-wanted // len(values))
-            patches = [_patches(node, weight, value, each, generator) for value in values]
-            self.inputs = torch.cat(patches).reshape(-1, self.groups, weight[0].numel())
 
-    @staticmethod
-    def _wanted(size: int) -> int:
-        """Positions to look at for rows of ``size`` inputs: several for each where that is quick."""
-        return max(1024, size, min(3 * size, 4096))
+class _Part(NamedTuple):
+    """What is rounded together: of these groups each, the weights of these of its channels."""
 
-    def round(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """The int8 values of ``weight``, of its shape, by the inputs' covariance about their mean.
+    groups: slice
+    channels: slice
+
+
+class _Layer:
+    """A convolution or linear as ``y = W x`` of each of its groups, and samples of x: its inputs or receptive fields.
+
+    A group has ``rows`` outputs of ``channels * taps`` inputs.
+    """
+
+    def __init__(self, node: Node, weight: torch.Tensor, values: list[torch.Tensor]) -> None:
+        self.node = node
+        self.weight = weight
+        self.values = values
+        self.linear = is_call(node, "aten.linear")
+        self.groups = 1 if self.linear else int(argument(node, "groups"))
+        self.rows = weight.shape[0] // self.groups
+        self.channels = weight.shape[1]
+        self.taps = weight[0, 0].numel()
+
+    def inputs_of(self, part: _Part) -> slice:
+        """Which columns of W the part has."""
+        return slice(part.channels.start * self.taps, part.channels.stop * self.taps)
+
+    def divided(self, allowed: int) -> tuple[list[_Part], int]:
+        """The fewest parts that `ROOM`, `WORK` and the ``allowed`` multiplications permit, and what these come to.
+
+        Raises `_TooLarge` when there are none.
+        """
+        for width in _shares(self.channels):
+            if width < self.channels and width * self.taps < SMALLEST_PART:
+                break
+            room, work = self._cost(width * self.taps)
+            work *= self.groups * -(-self.channels // width)
+            if room <= ROOM and work <= min(WORK, allowed):
+                together = next(n for n in _shares(self.groups) if n * room <= ROOM)
+                slices = _slices(self.groups, together), _slices(self.channels, width)
+                return [_Part(g, c) for g in slices[0] for c in slices[1]], work
+        if room <= ROOM and work <= WORK:
+            raise _TooLarge("the layers before it took the time that there is for rounding with compensation")
+        limit = "memory" if room > ROOM else "time"
+        size = self.channels * self.taps
+        raise _TooLarge(f"{self.rows} sums of {size} terms take too much {limit} to be rounded with compensation")
+
+    def _cost(self, size: int) -> tuple[int, int]:
+        """Bytes and multiplications, about, for ``size`` inputs of one group."""
+        positions = _wanted(size)
+        if self.linear:
+            positions = min(positions, sum(value.numel() // value.shape[-1] for value in self.values))
+        if _few(positions, size):
+            return 32 * positions * (size + positions), positions * size * (4 * positions + self.rows)
+        sampled, factored = 12 * positions * size + 4 * size**2, 20 * size**2 + 16 * size * self.rows
+        return max(sampled, factored), size**2 * (positions + size + self.rows)
+
+    def _samples(self, part: _Part, generator: torch.Generator) -> torch.Tensor:
+        """Input vectors of the part, about their mean: [groups, positions, inputs]."""
+        size = (part.channels.stop - part.channels.start) * self.taps
+        each = -(-_wanted(size) // len(self.values))
+        picked = []
+        for value in self.values:
+            if self.linear:
+                rows = value.reshape(-1, value.shape[-1])
+                picked.append(rows[torch.randperm(len(rows), generator=generator)[:each], part.channels])
+            else:
+                channels = value.unflatten(1, (self.groups, -1))[:, part.groups, part.channels].flatten(1, 2)
+                picked.append(_patches(self.node, self.weight, channels, each, generator))
+        inputs = torch.cat(picked).reshape(-1, part.groups.stop - part.groups.start, size)
+        del picked
+        return (inputs - inputs.mean(0)).transpose(0, 1)
+
+    def round(self, part: _Part, scale: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """The int8 values of a part of the weight, fp32 [groups, rows, inputs], by its inputs' covariance.
 
         (A shift of the mean is the bias's to correct.) Of few samples no covariance can be learned: it is shrunk
         towards its diagonal by K / (K + positions), so that rounding falls back to the nearest value instead of fitting
         the samples.
         """
-        rows = weight.reshape(self.groups, -1, weight[0].numel())
-        centred = (self.inputs - self.inputs.mean(0)).transpose(0, 1)
-        positions, size = centred.shape[1:]
-        variance = centred.square().mean(1)
+        rows = self.weight.reshape(self.groups, self.rows, -1)[part.groups, :, self.inputs_of(part)]
+        scale = scale.reshape(self.groups, self.rows)[part.groups]
+        samples = self._samples(part, generator)
+        positions, size = samples.shape[1:]
+        variance = samples.square().mean(1)
         kept = positions / (positions + size)
-        if positions * FEW <= size:
-            rounded = round_with_few_inputs(rows, variance * (1 - kept), centred * (kept / positions) ** 0.5, scale)
-        else:
-            covariance = _products(centred).mul_(kept / positions)
-            covariance.diagonal(dim1=1, dim2=2).add_(variance * (1 - kept))
-            rounded = round_with_compensation(rows, covariance, scale)
-        return rounded.reshape(weight.shape)
+        if _few(positions, size):
+            return round_with_few_inputs(rows, variance * (1 - kept), samples * (kept / positions) ** 0.5, scale)
+        covariance = [_products(samples).mul_(kept / positions)]
+        covariance[0].diagonal(dim1=1, dim2=2).add_(variance * (1 - kept))
+        del samples
+        return round_with_compensation(rows, covariance.pop(), scale)  # whose memory is then free for what follows
+
+
+def _wanted(size: int) -> int:
+    """Positions to look at for rows of ``size`` inputs: several for each where that is quick."""
+    return max(1024, size, min(3 * size, 4096))
+
+
+def _few(positions: int, size: int) -> bool:
+    return positions * FEW <= size
+
+
+def _shares(count: int) -> list[int]:
+    """How many of ``count`` are together when they are dealt out to one, two, three ... as evenly as can be."""
+    return sorted({-(-count // parts) for parts in range(1, count + 1)}, reverse=True)
+
+
+def _slices(count: int, length: int) -> list[slice]:
+    return [slice(start, min(start + length, count)) for start in range(0, count, length)]
 
 
 def _products(x: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -69,6 +72,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], type[nn.Module], tuple[int, ...]
         lambda: pnn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.AvgPool2d, (2, 6, 9, 7), "avg_pool2d", 1e-5,
     ),
     "global pool": (lambda: pnn.AdaptiveAvgPool2d(1), nn.AdaptiveAvgPool2d, (2, 6, 9, 7), "adaptive_avg_pool2d", 1e-5),
+    "max pool, empty stride": (lambda: pnn.MaxPool2d(2, ()), nn.MaxPool2d, (2, 6, 9, 7), "max_pool2d", 0),
+    "average pool, empty stride": (lambda: pnn.AvgPool2d(2, ()), nn.AvgPool2d, (2, 6, 9, 7), "avg_pool2d", 1e-5),
     "adaptive max pool": (
         lambda: pnn.AdaptiveMaxPool2d((None, 3)), nn.AdaptiveMaxPool2d, (2, 6, 9, 7), "adaptive_max_pool2d", 0,
     ),
@@ -270,6 +275,134 @@ def test_unchanged_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> N
         module(x)
         monkeypatch.setattr(module, "pack", None)
         module(x)
+
+
+class Packs:
+    """Counts how often the linear layers are packed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.of: collections.Counter[nn.Module] = collections.Counter()
+        pack = pnn.Linear.pack
+
+        def counted(module: pnn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            self.of[module] += 1
+            return pack(module, weight, bias)
+
+        monkeypatch.setattr(pnn.Linear, "pack", counted)
+
+
+def fused_step(parameters: list[nn.Parameter], gradient: float = 1.0) -> None:
+    """One step of an optimizer that changes parameters without a new version."""
+    for p in parameters:
+        p.grad = torch.full_like(p, gradient)
+    versions = [p._version for p in parameters]
+    torch.optim.AdamW(parameters, lr=0.5, fused=True).step()
+    assert [p._version for p in parameters] == versions
+
+
+@torch.no_grad()
+def test_a_step_packs_the_layers_of_its_own_parameters_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    packs, x = Packs(monkeypatch), torch.randn(2, 4)
+    teacher, student = pnn.Linear(4, 3).eval(), pnn.Linear(4, 3).eval()
+    packs.of.clear()
+    for _ in range(3):
+        fused_step(list(student.parameters()))
+        teacher(x)
+        close(student(x), nn.functional.linear(x, student.weight, student.bias))
+    assert packs.of == {student: 3}
+    fused_step([student.bias])  # which is packed with the weight
+    close(student(x), nn.functional.linear(x, student.weight, student.bias))
+    assert packs.of == {student: 4}
+    fused_step([nn.Parameter(torch.randn(3))])  # in no layer of ours
+    teacher(x), student(x)
+    assert packs.of == {student: 4}
+
+
+@torch.no_grad()
+def test_a_parameter_shared_by_two_layers_is_packed_again_in_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    packs, x = Packs(monkeypatch), torch.randn(2, 4)
+    first, second = pnn.Linear(4, 3), pnn.Linear(4, 3)
+    second.weight = first.weight
+    for module in (first.eval(), second.eval()):
+        module(x)
+    packs.of.clear()
+    fused_step([first.weight])
+    for module in (first, second, second, first):
+        close(module(x), nn.functional.linear(x, module.weight, module.bias))
+    assert packs.of == {first: 1, second: 1}
+
+
+@torch.no_grad()
+def test_a_step_on_a_parameter_frozen_meanwhile_is_noticed() -> None:
+    module, x = pnn.Linear(4, 3).eval(), torch.randn(2, 4)
+    module(x)
+    module.requires_grad_(False)
+    module(x)
+    fused_step(list(module.parameters()))
+    close(module(x), nn.functional.linear(x, module.weight, module.bias))
+
+
+@torch.no_grad()
+def test_a_step_on_a_subclass_is_taken_for_one_on_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shard(nn.Parameter):
+        """Stands for a part of parameters that are whole elsewhere, as those of FSDP do."""
+
+    packs, x = Packs(monkeypatch), torch.randn(2, 4)
+    module = pnn.Linear(4, 3).eval()
+    module(x)
+    packs.of.clear()
+    fused_step([Shard(torch.randn(3))])
+    module(x)
+    assert packs.of == {module: 1}
+
+
+@torch.no_grad()
+def test_packing_keeps_no_parameter_alive_and_none_from_being_swapped() -> None:
+    module, x = pnn.Linear(4, 3).eval(), torch.randn(2, 4)
+    module(x)
+    torch.utils.swap_tensors(module.weight, nn.Parameter(torch.randn(3, 4)))
+    close(module(x), nn.functional.linear(x, module.weight, module.bias))
+    gone = weakref.ref(module.weight)
+    module.weight = nn.Parameter(torch.randn(3, 4))
+    gc.collect()
+    assert gone() is None
+    close(module(x), nn.functional.linear(x, module.weight, module.bias))
+
+
+@torch.no_grad()
+def test_a_parameter_in_place_of_another_on_its_memory_is_noticed() -> None:
+    module, x = pnn.Linear(4, 3).eval(), torch.randn(2, 4)
+    module(x)
+    module.weight.mul_(2)
+    module.weight = nn.Parameter(module.weight.data)  # same address, same stride, and its version is 0 again
+    close(module(x), nn.functional.linear(x, module.weight, module.bias))
+
+
+@torch.no_grad()
+def test_copies_follow_their_own_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    packs, x = Packs(monkeypatch), torch.randn(2, 4)
+    module = pnn.Linear(4, 3).eval()
+    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+    for each in (module, *copies):
+        each(x)
+    packs.of.clear()
+    for each in copies:
+        fused_step(list(each.parameters()))
+        for other in (module, *copies):
+            close(other(x), nn.functional.linear(x, other.weight, other.bias))
+    assert packs.of == {each: 1 for each in copies}
+
+
+@torch.no_grad()
+def test_a_compiled_step_is_noticed() -> None:
+    module, x = pnn.Linear(4, 3).eval(), torch.randn(2, 4)
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    for _ in range(2):
+        module(x)
+        torch.compile(optimizer.step, backend="eager")()
+        close(module(x), nn.functional.linear(x, module.weight, module.bias))
 
 
 def test_weights_made_in_inference_mode_are_never_stale() -> None:

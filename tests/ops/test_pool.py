@@ -289,6 +289,18 @@ def test_defaults_are_those_of_torch() -> None:
     assert_average(pool.global_avg_pool2d(x), x.mean((2, 3), keepdim=True))
 
 
+@pytest.mark.parametrize("stride", [(), [], None])
+def test_an_empty_stride_is_the_kernel_size_as_torch_has_it(stride: list[int] | None) -> None:
+    x = torch.randn(2, 3, 13, 11)
+    q = torch.randint(256, x.shape, dtype=torch.uint8)
+    expected, indices = F.max_pool2d(x, (3, 2), stride, return_indices=True)
+    assert_same(pool.max_pool2d(x, (3, 2), stride), expected)
+    for ours, theirs in zip(pool.max_pool2d_with_indices(x, (3, 2), stride), (expected, indices), strict=True):
+        assert_same(ours, theirs)
+    assert_average(pool.avg_pool2d(x, (3, 2), stride), F.avg_pool2d(x, (3, 2), stride))
+    assert_same(pool.qavg_pool2d(q, (3, 2), stride, x_scale=0.1), pool.qavg_pool2d(q, (3, 2), (3, 2), x_scale=0.1))
+
+
 def test_an_image_without_batch_is_pooled_as_torch_does() -> None:
     x = torch.randn(3, 13, 11)
     assert_same(pool.max_pool2d(x, 3), F.max_pool2d(x, 3))
