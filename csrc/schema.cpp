@@ -30,8 +30,8 @@ STABLE_TORCH_LIBRARY(pykernels, m) {
   m.def("qconv2d_pack(Tensor weight, Tensor weight_scale, Tensor? bias=None, int groups=1) -> Tensor");
   m.def(
       "qconv2d(Tensor x, Tensor packed, SymInt out_channels, int[2] kernel_size, int[2] stride, int[4] padding, "
-      "int[2] dilation, int groups, float x_scale, int x_zero_point, float? out_scale=None, int out_zero_point=0, "
-      "ScalarType out_dtype=uint8, str activation=\"none\", Tensor? residual=None, float residual_scale=1.0, "
+      "int[2] dilation, int groups, float x_scale, int x_zero_point, float? out_scale, int out_zero_point, "
+      "ScalarType out_dtype, str activation=\"none\", Tensor? residual=None, float residual_scale=1.0, "
       "int residual_zero_point=0, str residual_order=\"before\") -> Tensor");
   m.def(
       "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, Tensor running_mean, Tensor running_var, Tensor? gamma, "

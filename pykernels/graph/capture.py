@@ -20,6 +20,7 @@ from pykernels.graph.nodes import erase_dead, infer
 from pykernels.graph.qdq import raise_quantizers, share_quantizers
 from pykernels.graph.regions import inline_regions
 from pykernels.graph.spelling import normalize
+from pykernels.ops.errors import reason
 
 __all__ = ["Captured", "canonicalize", "capture", "flat_leaves", "make_functional", "plain", "with_pytree"]
 
@@ -175,7 +176,11 @@ def make_functional(captured: Captured) -> None:
         infer(captured.module, captured.example)
         shapes = shapes_like(captured.module)
         exported = export(captured.module, tuple(captured.example), dynamic_batch=False, dynamic_shapes=shapes)
-        captured.module, _, _ = plain(exported.program.run_decompositions({}).module())
+        try:
+            functional = exported.program.run_decompositions({})
+        except Exception as error:  # whatever torch's functionalization says of the model's calls
+            raise NotExportable(f"torch cannot make the graph functional: {reason(error)}") from error
+        captured.module, _, _ = plain(functional.module())
         inline_regions(captured.module)
     captured.module.graph.lint()
     captured.module.recompile()

@@ -90,7 +90,7 @@ KEPT = 8  # lowered programs of one graph: Dynamo shares it among the instances 
 class _Lowered:
     """A program, and the weights that it was made of: these tensors in these versions."""
 
-    program: Callable[..., Any]
+    program: Callable[..., Any] | None  # None: the graph writes, and runs as it is
     weights: tuple[weakref.ref[torch.Tensor], ...]
     versions: tuple[int, ...]
 
@@ -137,8 +137,8 @@ class _Compiled:
         found = self._lowered.get(key)
         if found is None or not found.of(weights):
             found = self._lower_once(key, weights, arguments)
-            if self.plain:
-                return self.module(*arguments)
+        if found.program is None:
+            return self.module(*arguments)
         return found.program(*[arguments[position] for position in self.inputs])
 
     def _lower_once(self, key: tuple[int, ...], weights: Sequence[torch.Tensor], arguments: Sequence[Any]) -> _Lowered:
@@ -153,8 +153,8 @@ class _Compiled:
                     self._lowered.popitem(last=False)
         return found
 
-    def lower(self, arguments: Sequence[Any]) -> Callable[..., Any]:
-        """Trace the graph to ATen with its weights as constants, then lower it."""
+    def lower(self, arguments: Sequence[Any]) -> Callable[..., Any] | None:
+        """Trace the graph to ATen with its weights as constants, then lower it; None when it writes."""
         # Buffers may be written, and tracing runs the writes: parameters are never.
         weights = {
             position: value.detach() if isinstance(value := arguments[position], torch.nn.Parameter) else value.clone()
@@ -183,7 +183,7 @@ class _Compiled:
                     note = f"runs in plain torch: it writes into {what}"
                     self.on_report(Report(precision=self.precision, notes=[note]))
                 self.plain = True
-                return self.module
+                return None
             self._name_weights(traced, weights)
             module, out_spec = flat_leaves(traced)
             in_spec = pytree.tree_structure((tuple(example), {}))

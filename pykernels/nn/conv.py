@@ -117,7 +117,7 @@ class _Int8Conv(Conv):
         q = torch.ops.pykernels.quantize_per_tensor(self._planes(x), self.x_scale, self.x_zero_point, torch.uint8)
         y = torch.ops.pykernels.qconv2d(
             q, packed, self.out_channels, kernel_size, stride, padding, dilation, self.groups,
-            self.x_scale, self.x_zero_point, out_dtype=x.dtype, activation=self.activation_name,
+            self.x_scale, self.x_zero_point, None, 0, x.dtype, self.activation_name,
         )  # fmt: skip
         return self._unplane(y)
 

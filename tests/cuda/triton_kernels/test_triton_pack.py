@@ -121,7 +121,7 @@ def test_shape_functions_follow_the_device() -> None:
         w, s, b = (torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in (weight, scale, bias))
         packed = ops.qconv2d_pack(w, s, b, groups)
         x = torch.empty(2, 51, 9, 8, dtype=torch.uint8, device="cuda")
-        y = ops.qconv2d(x, packed, 12, [2, 3], [1, 1], [0, 0, 0, 0], [1, 1], groups, 0.1, 0, 0.1)
+        y = ops.qconv2d(x, packed, 12, [2, 3], [1, 1], [0, 0, 0, 0], [1, 1], groups, 0.1, 0, 0.1, 0, torch.uint8)
         assert y.device.type == "cuda" and y.is_contiguous(memory_format=torch.channels_last)
         assert y.shape == (2, 12, 8, 6) and packed.numel() % 64 == 16
         q = ops.int8_linear_pack(w.view(12, -1), s)
