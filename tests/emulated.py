@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import pathlib
 import subprocess
 import tempfile
 from typing import Any
 
+import pytest
 import torch
 
 LIBRARY = pathlib.Path(__file__).parent / "emulator" / "pykernels_cuda_emulated.so"
+if os.environ.get("PYKERNELS_REQUIRE_EMULATOR") and not LIBRARY.exists():
+    raise FileNotFoundError(f"{LIBRARY.name} was not built, and PYKERNELS_REQUIRE_EMULATOR forbids to skip its tests")
+MARKS = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not LIBRARY.exists(), reason="the emulated device was not built: make test-emulated"),
+]
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid", "gelu", "tanh")  # activation.h
 FAMILIES = {"int8_gemm": "gemm", "int8_conv": "conv"}  # private ops and their folders in csrc/cuda
 
