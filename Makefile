@@ -71,7 +71,7 @@ emulate: $(VENV)/.packages  ## the test suite under every isa, those that this C
 sanitize: $(VENV)/.packages  ## the ops' tests with AddressSanitizer and UndefinedBehaviorSanitizer in our libraries (slow)
 	$(call variant,sanitize,-DPYKERNELS_SANITIZE=address$(comma)undefined,\
 	  LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1) $(CURDIR)/$(SANITIZED_TESTS)
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1) $(addprefix $(CURDIR)/,$(SANITIZED_TESTS))
 
 bench: build $(VENV)/.bench  ## the benchmarks beside every rival that installs
 	$(RUN) -m pykernels bench
