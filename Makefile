@@ -50,25 +50,25 @@ demo: build  ## optimise a real network on real photographs: table, chart in out
 train: build  ## two ranks learn Fashion-MNIST, or digits, with compressed gradients; HOOK=... chooses, chart in out/
 	$(RUN) -m torch.distributed.run --standalone --nproc-per-node 2 examples/train_ddp.py --hook $(HOOK)
 
-test: build  ## the test suite but for what takes long; TESTS=... or PYTEST_ADDOPTS=... to choose
+test: build $(VENV)/.test  ## the test suite but for what takes long; TESTS=... or PYTEST_ADDOPTS=... to choose
 	$(RUN) $(PYTEST) -m "$(MARKS)" $(TESTS)
 
 test-all: test test-slow test-emulated emulate sanitize  ## all there is to test: hours on two cores
 
-test-slow: build  ## what `make test` leaves out for its length
+test-slow: build $(VENV)/.test  ## what `make test` leaves out for its length
 	$(RUN) $(PYTEST) -m "slow and not emulated" $(TESTS)
 
 # With PYKERNELS_REQUIRE_EMULATOR no test of what is built here is skipped because it is not there.
-test-emulated: $(VENV)/.packages  ## the CUDA library and its kernels on an emulated device; needs nvcc, builds for ten minutes
+test-emulated: $(VENV)/.test  ## the CUDA library and its kernels on an emulated device; needs nvcc, builds for ten minutes
 	$(MAKE) build PYKERNELS_CUDA=on EMULATOR=ON
 	PYKERNELS_REQUIRE_EMULATOR=1 $(RUN) $(PYTEST) -m emulated tests/cuda
 	PYKERNELS_REQUIRE_EMULATOR=1 $(RUN) $(PYTEST) tests/cuda/test_cuda_library.py tests/test_build.py
 
-emulate: $(VENV)/.packages  ## the test suite under every isa, those that this CPU may lack emulated on AVX2 (slow)
+emulate: $(VENV)/.test  ## the test suite under every isa, those that this CPU may lack emulated on AVX2 (slow)
 	$(call variant,emulate,-DPYKERNELS_EMULATE=ON) $(addprefix $(CURDIR)/,$(TESTS))
 
 # libstdc++ is preloaded, too: the sanitizer looks for __cxa_throw before torch brings it. Python itself leaks.
-sanitize: $(VENV)/.packages  ## the ops' tests with AddressSanitizer and UndefinedBehaviorSanitizer in our libraries (slow)
+sanitize: $(VENV)/.test  ## the ops' tests with AddressSanitizer and UndefinedBehaviorSanitizer in our libraries (slow)
 	$(call variant,sanitize,-DPYKERNELS_SANITIZE=address$(comma)undefined,\
 	  LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1) $(addprefix $(CURDIR)/,$(SANITIZED_TESTS))
@@ -113,9 +113,13 @@ $(VENV)/.lint: $(VENV)/.torch pyproject.toml
 	$(PIP) $$($(RUN) .ci/requirements.py --dependencies lint)
 	@touch $@
 
-# torchvision's own requirement would replace torch by the registry's build; the tests use its model definitions only.
 $(VENV)/.packages: $(VENV)/.torch pyproject.toml
-	$(PIP) $$($(RUN) .ci/requirements.py --dependencies build test demo)
+	$(PIP) $$($(RUN) .ci/requirements.py --dependencies build demo)
+	@touch $@
+
+# torchvision's own requirement would replace torch by the registry's build; the tests use its model definitions only.
+$(VENV)/.test: $(VENV)/.packages
+	$(PIP) $$($(RUN) .ci/requirements.py test)
 	$(PIP) --no-deps torchvision
 	@touch $@
 
@@ -123,7 +127,7 @@ $(VENV)/.packages: $(VENV)/.torch pyproject.toml
 WANTS_CUTLASS = case $$(echo $(CUDA) | tr A-Z a-z) in on) ;; \
   auto) grep -q "^cuda[^=]*= *'[0-9]" $(PACKAGES)/torch/version.py && command -v nvcc > /dev/null ;; *) false ;; esac
 
-$(VENV)/.bench: $(VENV)/.packages
+$(VENV)/.bench: $(VENV)/.test
 	$(PIP) $$($(RUN) .ci/requirements.py bench)
 	@touch $@
 
