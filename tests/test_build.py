@@ -166,31 +166,38 @@ def test_set_isa_names_what_it_takes() -> None:
 
 # ---- which libraries are built --------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("choice", "given", "said"),
+    ("choice", "given", "cuda", "said"),
     [
-        ("auto", "environment", "CUDA library: off, since torch is built without CUDA"),
-        ("off", "environment", "CUDA library: off, as PYKERNELS_CUDA says"),
-        ("on", "environment", "PYKERNELS_CUDA=on, but .*(nvcc|CUTLASS)"),
-        ("ON", "define", "PYKERNELS_CUDA=on, but .*(nvcc|CUTLASS)"),
+        ("auto", "environment", None, "CUDA library: off, since torch is built without CUDA"),
+        ("auto", "define", "12.8", "CUDA library: off, since .*(nvcc|CUTLASS)"),
+        ("off", "environment", "12.8", "CUDA library: off, as PYKERNELS_CUDA says"),
+        ("on", "environment", None, "PYKERNELS_CUDA=on, but .*(nvcc|CUTLASS)"),
+        ("ON", "define", None, "PYKERNELS_CUDA=on, but .*(nvcc|CUTLASS)"),
     ],
 )
 def test_the_cuda_library_is_built_where_torch_has_cuda_or_when_asked_for(
-    choice: str, given: str, said: str, tmp_path: pathlib.Path
+    choice: str, given: str, cuda: str | None, said: str, tmp_path: pathlib.Path
 ) -> None:
+    """Beside a torch of which only the version is there, and without CUTLASS: nvcc makes no difference."""
     path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     cmake = shutil.which("cmake", path=path)
     if cmake is None or shutil.which("ninja", path=path) is None:
         pytest.skip("needs the extra `build`")
-    if choice == "auto" and torch.version.cuda is not None:
-        pytest.skip("this torch has CUDA")
-    environment = {**os.environ, "PATH": path, "PYKERNELS_CUDA": choice if given == "environment" else ""}
-    options = [f"-DPYKERNELS_CUDA={choice}"] if given == "define" else []
-    # without CUTLASS, so that "on" needs no nvcc to end the same
-    options += [f"-DPYKERNELS_CUTLASS={tmp_path / 'none'}", f"-DPython_EXECUTABLE={sys.executable}"]
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").touch()
+    (tmp_path / "torch/version.py").write_text(f"cuda: Optional[str] = {cuda!r}\nhip: Optional[str] = None\n")
+    packages = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": packages, "PYKERNELS_CUDA": ""}
+    options = [f"-DPYKERNELS_CUTLASS={tmp_path / 'none'}", f"-DPython_EXECUTABLE={sys.executable}"]
+    if given == "environment":
+        environment["PYKERNELS_CUDA"] = choice
+    else:
+        options.append(f"-DPYKERNELS_CUDA={choice}")
     command = [cmake, "-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja", *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert (done.returncode == 0) == (choice.lower() != "on"), done.stdout + done.stderr
-    assert re.search(said, re.sub(r"\s+", " ", done.stdout + done.stderr)), done.stdout + done.stderr
+    told = re.sub(r"\s+", " ", done.stdout + done.stderr)
+    assert re.search(said, told), told
+    assert (done.returncode == 0) == (choice.lower() != "on"), told
 
 
 # ---- what is said when the library cannot be used --------------------------------------------------------------------
