@@ -124,8 +124,9 @@ $(VENV)/.test: $(VENV)/.packages
 	@touch $@
 
 # The headers are large, so they come only where the CUDA library is built; cmake/cuda.cmake decides that, and says why.
+NVCC = PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin" command -v nvcc > /dev/null
 WANTS_CUTLASS = case $$(echo $(CUDA) | tr A-Z a-z) in on) ;; \
-  auto) grep -q "^cuda[^=]*= *'[0-9]" $(PACKAGES)/torch/version.py && command -v nvcc > /dev/null ;; *) false ;; esac
+  auto) grep -q "^cuda[^=]*= *'[0-9]" $(PACKAGES)/torch/version.py && $(NVCC) ;; *) false ;; esac
 
 $(VENV)/.bench: $(VENV)/.test
 	$(PIP) $$($(RUN) .ci/requirements.py bench)
