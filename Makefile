@@ -151,7 +151,7 @@ dev:
 	cmake --install $(BUILD) --prefix $(PREFIX) > /dev/null
 
 clean:  ## forget every environment, build and output
-	rm -rf $(VENV) build build-emulate build-sanitize out dist *.egg-info pykernels/*.so
+	rm -rf $(VENV) build build-emulate build-sanitize out dist *.egg-info pykernels/*.so tests/emulator/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .DEFAULT_GOAL := help

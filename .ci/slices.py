@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 GRACE = 30.0  # seconds between the interrupt, at which pytest prints its closing lines, and the kill
+PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])  # where cmake/cuda.cmake looks, too
 FAILURE = re.compile(r"(FAILED|ERROR) \S+\.py|=+ .*\b\d+ (failed|errors?)\b")  # of pytest's closing lines
 
 
@@ -106,7 +107,7 @@ def run_slices(slices: Sequence[Slice], seconds: float, make: Sequence[str]) -> 
     found = []
     for number, (name, goal, minutes, tool) in enumerate(slices):
         left = end - time.monotonic()
-        if tool is not None and shutil.which(tool) is None:
+        if tool is not None and shutil.which(tool, path=PATH) is None:
             found.append((name, f"not run: {tool} is not here"))
         elif left <= 0 or (number and left < 60 * minutes):  # the first has its turn, however slow the machine
             found.append((name, f"not begun: it takes {minutes:g} minutes, and {max(left, 0) / 60:.0f} are left"))
