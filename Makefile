@@ -53,7 +53,7 @@ train: build  ## two ranks learn Fashion-MNIST, or digits, with compressed gradi
 test: build $(VENV)/.test  ## the test suite but for what takes long; TESTS=... or PYTEST_ADDOPTS=... to choose
 	$(RUN) $(PYTEST) -m "$(MARKS)" $(TESTS)
 
-test-all: test test-slow test-emulated emulate sanitize  ## all there is to test: hours on two cores
+test-all: test test-slow test-emulated emulate sanitize  ## all there is to test: the four targets that follow, too
 
 test-slow: build $(VENV)/.test  ## what `make test` leaves out for its length
 	$(RUN) $(PYTEST) -m "slow and not emulated" $(TESTS)
