@@ -50,7 +50,7 @@ demo: build  ## optimise a real network on real photographs: table, chart in out
 train: build  ## two ranks learn Fashion-MNIST, or digits, with compressed gradients; HOOK=... chooses, chart in out/
 	$(RUN) -m torch.distributed.run --standalone --nproc-per-node 2 examples/train_ddp.py --hook $(HOOK)
 
-test: build $(VENV)/.test  ## the test suite but for what takes long; TESTS=... or PYTEST_ADDOPTS=... to choose
+test: build $(VENV)/.test  ## the test suite but for what takes long; TESTS=..., MARKS=... or PYTEST_ADDOPTS=... to choose
 	$(RUN) $(PYTEST) -m "$(MARKS)" $(TESTS)
 
 test-all: test test-slow test-emulated emulate sanitize  ## all there is to test: the four targets that follow, too
