@@ -8,6 +8,8 @@ BUILD ?= build
 PREFIX ?= .
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TESTS ?= tests
+MARKS ?= not slow and not emulated
+WORKERS ?= $(JOBS)
 SANITIZED_TESTS ?= tests/ops
 HOOK ?= int8
 SOURCES := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/emulator/*.h' 'tests/emulator/*.cpp'
@@ -19,13 +21,20 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.
 BASE = $(shell $(RUN) -c 'import os, sys; print(os.path.realpath(sys.executable))')
 PACKAGES = $(shell $(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 comma := ,
+# Several tests at a time; those that must not meet are one xdist_group.
+PYTEST = -m pytest -n $(WORKERS) --dist loadgroup
 # $(call variant,NAME,CMAKE_ARGS,ENVIRONMENT): build into build-NAME a package beside the one in use, and run pytest on it.
 define variant
 PATH="$(abspath $(VENV))/bin:$$PATH" $(MAKE) dev PYTHON=$(RUN) BUILD=build-$(1) PREFIX=$(CURDIR)/build-$(1)/package \
-  CMAKE_ARGS="$(CMAKE_ARGS) $(2)"
+  CMAKE_ARGS="$(CMAKE_ARGS) $(2)" PYKERNELS_CUDA=off
 cd build-$(1)/package && PYTHONPATH="$(CURDIR)/build-$(1)/package:$(PACKAGES):$(CURDIR)" $(3) \
-  $(BASE) -m pytest -o pythonpath= -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR)
+  $(BASE) $(PYTEST) -o pythonpath= -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -m "$(MARKS)"
 endef
+# An environment is built as it was last asked to be: PYKERNELS_CUDA is auto, on or off (docs/install.md); EMULATOR=ON adds
+# the emulated device.
+BUILT_AS := $(shell cat $(VENV)/.built-as 2>/dev/null)
+CUDA := $(or $(PYKERNELS_CUDA),$(word 1,$(BUILT_AS)),auto)
+EMULATOR ?= $(or $(word 2,$(BUILT_AS)),OFF)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 CCACHE := $(shell command -v ccache 2>/dev/null)
 ifneq ($(CCACHE),)
@@ -33,7 +42,7 @@ export CMAKE_CXX_COMPILER_LAUNCHER ?= $(CCACHE)
 endif
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 16
 
 demo: build  ## optimise a real network on real photographs: table, chart in out/
 	$(RUN) -m examples.demo
@@ -41,17 +50,28 @@ demo: build  ## optimise a real network on real photographs: table, chart in out
 train: build  ## two ranks learn Fashion-MNIST, or digits, with compressed gradients; HOOK=... chooses, chart in out/
 	$(RUN) -m torch.distributed.run --standalone --nproc-per-node 2 examples/train_ddp.py --hook $(HOOK)
 
-test: build  ## the whole test suite; TESTS=... or PYTEST_ADDOPTS=... to choose
-	$(RUN) -m pytest $(TESTS)
+test: build $(VENV)/.test  ## the test suite but for what takes long; TESTS=..., MARKS=... or PYTEST_ADDOPTS=... to choose
+	$(RUN) $(PYTEST) -m "$(MARKS)" $(TESTS)
 
-emulate: $(VENV)/.packages  ## the test suite under every isa, those that this CPU may lack emulated on AVX2 (slow)
+test-all: test test-slow test-emulated emulate sanitize  ## all there is to test: the four targets that follow, too
+
+test-slow: build $(VENV)/.test  ## what `make test` leaves out for its length
+	$(RUN) $(PYTEST) -m "slow and not emulated" $(TESTS)
+
+# With PYKERNELS_REQUIRE_EMULATOR no test of what is built here is skipped because it is not there.
+test-emulated: $(VENV)/.test  ## the CUDA library and its kernels on an emulated device; needs nvcc, builds for ten minutes
+	$(MAKE) build PYKERNELS_CUDA=on EMULATOR=ON
+	PYKERNELS_REQUIRE_EMULATOR=1 $(RUN) $(PYTEST) -m emulated tests/cuda
+	PYKERNELS_REQUIRE_EMULATOR=1 $(RUN) $(PYTEST) tests/cuda/test_cuda_library.py tests/test_build.py
+
+emulate: $(VENV)/.test  ## the test suite under every isa, those that this CPU may lack emulated on AVX2 (slow)
 	$(call variant,emulate,-DPYKERNELS_EMULATE=ON) $(addprefix $(CURDIR)/,$(TESTS))
 
 # libstdc++ is preloaded, too: the sanitizer looks for __cxa_throw before torch brings it. Python itself leaks.
-sanitize: $(VENV)/.packages  ## the ops' tests with AddressSanitizer and UndefinedBehaviorSanitizer in our libraries (slow)
+sanitize: $(VENV)/.test  ## the ops' tests with AddressSanitizer and UndefinedBehaviorSanitizer in our libraries (slow)
 	$(call variant,sanitize,-DPYKERNELS_SANITIZE=address$(comma)undefined,\
 	  LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1) $(CURDIR)/$(SANITIZED_TESTS)
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1) $(addprefix $(CURDIR)/,$(SANITIZED_TESTS))
 
 bench: build $(VENV)/.bench  ## the benchmarks beside every rival that installs
 	$(RUN) -m pykernels bench
@@ -80,7 +100,7 @@ format: $(VENV)/.lint  ## rewrite the sources as lint wants them
 	$(RUN) -m ruff format .
 	git ls-files -z $(SOURCES) | xargs -0 $(VENV)/bin/clang-format -i
 
-build: $(VENV)/.installed  ## .venv with pykernels installed in it (editable)
+build: $(VENV)/.installed  ## .venv with pykernels in it (editable); PYKERNELS_CUDA=on builds the CUDA library, too
 
 # ---- what stands behind -------------------------------------------------------------------------------------------
 # Each stamp is newer than what it was made of. torch comes first and alone, so that nothing else decides which one.
@@ -93,35 +113,47 @@ $(VENV)/.lint: $(VENV)/.torch pyproject.toml
 	$(PIP) $$($(RUN) .ci/requirements.py --dependencies lint)
 	@touch $@
 
-# torchvision's own requirement would replace torch by the registry's build; the tests use its model definitions only.
 $(VENV)/.packages: $(VENV)/.torch pyproject.toml
-	$(PIP) $$($(RUN) .ci/requirements.py --dependencies build test demo)
-	$(PIP) --no-deps torchvision
-	@if command -v nvcc > /dev/null; then \
-	  $(PIP) --no-deps $$($(RUN) .ci/requirements.py cuda) || echo "CUTLASS did not install: no CUDA library is built"; fi
+	$(PIP) $$($(RUN) .ci/requirements.py --dependencies build demo)
 	@touch $@
 
-$(VENV)/.bench: $(VENV)/.packages
+# torchvision's own requirement would replace torch by the registry's build; the tests use its model definitions only.
+$(VENV)/.test: $(VENV)/.packages
+	$(PIP) $$($(RUN) .ci/requirements.py test)
+	$(PIP) --no-deps torchvision
+	@touch $@
+
+# The headers are large, so they come only where the CUDA library is built; cmake/cuda.cmake decides that, and says why.
+NVCC = PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin" command -v nvcc > /dev/null
+WANTS_CUTLASS = case $$(echo $(CUDA) | tr A-Z a-z) in on) ;; \
+  auto) grep -q "^cuda[^=]*= *'[0-9]" $(PACKAGES)/torch/version.py && $(NVCC) ;; *) false ;; esac
+
+$(VENV)/.bench: $(VENV)/.test
 	$(PIP) $$($(RUN) .ci/requirements.py bench)
 	@touch $@
 
+$(VENV)/.built-as: always | $(VENV)/.torch
+	@echo $(CUDA) $(EMULATOR) | cmp -s - $@ || echo $(CUDA) $(EMULATOR) > $@
+
 # The build folder lives in the environment it is configured for.
-$(VENV)/.installed: $(VENV)/.packages CMakeLists.txt pykernels/ops/names.json $(shell find cmake csrc tests/emulator -name '*.*' ! -name '*.so')
-	$(PIP) --no-build-isolation --no-deps --config-settings=build-dir=$(abspath $(VENV))/build \
-	  --config-settings=cmake.define.PYKERNELS_CUDA_TESTS=ON -e .
+$(VENV)/.installed: $(VENV)/.packages $(VENV)/.built-as CMakeLists.txt pykernels/ops/names.json \
+  $(shell find cmake csrc $(if $(filter ON,$(EMULATOR)),tests/emulator) -name '*.*' ! -name '*.so')
+	@! { $(WANTS_CUTLASS); } || $(PIP) --no-deps $$($(RUN) .ci/requirements.py cuda)
+	PYKERNELS_CUDA=$(CUDA) $(PIP) --no-build-isolation --no-deps --config-settings=build-dir=$(abspath $(VENV))/build \
+	  --config-settings=cmake.define.PYKERNELS_CUDA_TESTS=$(EMULATOR) -e .
 	@touch $@
 
 # In-place developer build with any interpreter: libraries land in pykernels/, run with PYTHONPATH=.
 dev:
 	cmake -S . -B $(BUILD) -G Ninja -DPython_EXECUTABLE=$(PYTHON) -DCMAKE_EXPORT_COMPILE_COMMANDS=ON \
-	  -DPYKERNELS_CUDA_TESTS=ON $(CMAKE_ARGS) > /dev/null
+	  -DPYKERNELS_CUDA_TESTS=$(EMULATOR) $(CMAKE_ARGS) > /dev/null
 	cmake --build $(BUILD) -j$(JOBS)
 	cmake --install $(BUILD) --prefix $(PREFIX) > /dev/null
 
 clean:  ## forget every environment, build and output
-	rm -rf $(VENV) build build-emulate build-sanitize out dist *.egg-info pykernels/*.so
+	rm -rf $(VENV) build build-emulate build-sanitize out dist *.egg-info pykernels/*.so tests/emulator/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train test emulate sanitize bench gpu-check gpu-bench gpu-tune lint format build dev clean
+.PHONY: always help demo train test test-all test-slow test-emulated emulate sanitize bench gpu-check gpu-bench gpu-tune lint format build dev clean
 .DELETE_ON_ERROR:

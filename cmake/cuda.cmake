@@ -1,5 +1,6 @@
 # The CUDA library, pykernels_cuda.so: CUTLASS kernels behind the LibTorch Stable ABI. It needs nvcc and the CUTLASS headers,
-# but neither a GPU nor a CUDA build of torch. PYKERNELS_CUDA=auto builds it where both are found.
+# but neither a GPU nor a CUDA build of torch. PYKERNELS_CUDA=auto builds it only beside a torch that has CUDA, since no other
+# loads it and nvcc takes ten minutes.
 
 # pykernels_find_cuda(<reason>): sets <reason> to why the library cannot be built here, or to nothing.
 function(pykernels_find_cuda reason)
@@ -50,6 +51,12 @@ if(NOT PYKERNELS_CUDA MATCHES "^(auto|on|off)$")
 elseif(PYKERNELS_CUDA STREQUAL "off")
   message(STATUS "CUDA library: off, as PYKERNELS_CUDA says")
   return()
+elseif(PYKERNELS_CUDA STREQUAL "auto")
+  file(STRINGS ${TORCH_ROOT}/version.py torch_cuda REGEX "^cuda[^=]*= *'[0-9]")
+  if(NOT torch_cuda)
+    message(STATUS "CUDA library: off, since torch is built without CUDA; PYKERNELS_CUDA=on builds it nevertheless")
+    return()
+  endif()
 endif()
 pykernels_find_cuda(missing)
 if(missing AND PYKERNELS_CUDA STREQUAL "on")

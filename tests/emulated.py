@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import pathlib
 import subprocess
 import tempfile
 from typing import Any
 
+import pytest
 import torch
 
 from pykernels.ops.names import ACTIVATIONS
 
 LIBRARY = pathlib.Path(__file__).parent / "emulator" / "pykernels_cuda_emulated.so"
+if os.environ.get("PYKERNELS_REQUIRE_EMULATOR") and not LIBRARY.exists():
+    raise FileNotFoundError(f"{LIBRARY.name} was not built, and PYKERNELS_REQUIRE_EMULATOR forbids to skip its tests")
+MARKS = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not LIBRARY.exists(), reason="the emulated device was not built: make test-emulated"),
+]
 FAMILIES = {"int8_gemm": "gemm", "int8_conv": "conv"}  # private ops and their folders in csrc/cuda
 
 _Int, _Float, _Pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p

@@ -164,6 +164,42 @@ def test_set_isa_names_what_it_takes() -> None:
         torch.ops.pykernels._set_isa("neon")
 
 
+# ---- which libraries are built --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("choice", "given", "cuda", "said"),
+    [
+        ("auto", "environment", None, "CUDA library: off, since torch is built without CUDA"),
+        ("auto", "define", "12.8", "CUDA library: off, since .*(nvcc|CUTLASS)"),
+        ("off", "environment", "12.8", "CUDA library: off, as PYKERNELS_CUDA says"),
+        ("on", "environment", None, "PYKERNELS_CUDA=on, but .*(nvcc|CUTLASS)"),
+        ("ON", "define", None, "PYKERNELS_CUDA=on, but .*(nvcc|CUTLASS)"),
+    ],
+)
+def test_the_cuda_library_is_built_where_torch_has_cuda_or_when_asked_for(
+    choice: str, given: str, cuda: str | None, said: str, tmp_path: pathlib.Path
+) -> None:
+    """Beside a torch of which only the version is there, and without CUTLASS: nvcc makes no difference."""
+    path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    cmake = shutil.which("cmake", path=path)
+    if cmake is None or shutil.which("ninja", path=path) is None:
+        pytest.skip("needs the extra `build`")
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").touch()
+    (tmp_path / "torch/version.py").write_text(f"cuda: Optional[str] = {cuda!r}\nhip: Optional[str] = None\n")
+    packages = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": packages, "PYKERNELS_CUDA": ""}
+    options = [f"-DPYKERNELS_CUTLASS={tmp_path / 'none'}", f"-DPython_EXECUTABLE={sys.executable}"]
+    if given == "environment":
+        environment["PYKERNELS_CUDA"] = choice
+    else:
+        options.append(f"-DPYKERNELS_CUDA={choice}")
+    command = [cmake, "-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja", *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    told = re.sub(r"\s+", " ", done.stdout + done.stderr)
+    assert re.search(said, told), told
+    assert (done.returncode == 0) == (choice.lower() != "on"), told
+
+
 # ---- what is said when the library cannot be used --------------------------------------------------------------------
 def python_files(target: pathlib.Path) -> pathlib.Path:
     """The package without any library, as a checkout that was never built."""
@@ -228,16 +264,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return found
 
 
+@pytest.mark.xdist_group("wheel")  # builds once
 def test_wheel_holds_the_libraries_and_the_package_and_nothing_else(wheel: pathlib.Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "pykernels/pykernels_cpu.so" in names
     assert any(re.match(r"pykernels/_host\..*\.so$", name) for name in names)
-    assert {"pykernels/__init__.py", "pykernels/py.typed", "pykernels/cli.py"} <= names
+    assert {"pykernels/__init__.py", "pykernels/py.typed", "pykernels/cli/main.py"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.split("/")[0] for name in names} == {"pykernels", f"pykernels-{pykernels.__version__}.dist-info"}
     assert not [name for name in names if name.endswith((".cpp", ".h", ".o")) or "__pycache__" in name]
 
 
+@pytest.mark.xdist_group("wheel")
 def test_wheel_runs_without_a_compiler(wheel: pathlib.Path, tmp_path: pathlib.Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = "import torch, pykernels; print(pykernels.__file__); print(torch.ops.pykernels._isa())"

@@ -25,7 +25,8 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.gpu.timing import compare, facts, require_gpu
-from pykernels import _tuned, bench
+from pykernels import bench
+from pykernels.cuda import tables
 from pykernels.cuda.triton import gemm
 from pykernels.cuda.triton.conv import conv_by_formula
 from pykernels.cuda.triton.conv_shape import ConvShape, conv_shape
@@ -58,7 +59,7 @@ def tiles(formula: gemm.Config, candidates: Iterable[list[int]], processors: int
 
 
 def forced(tile: Tile, call: Callable[[], Any]) -> Any:
-    with _tuned.forced(tile):
+    with tables.forced(tile):
         return call()
 
 
@@ -70,8 +71,8 @@ def library_calls(op: str, capability: tuple[int, int], *arguments: Any) -> Call
     """Every configuration of an op of the library that runs here, by name."""
     return {
         name: functools.partial(getattr(ops, f"_cuda_{op}"), *arguments, index)
-        for name, (index, needed) in _tuned.configurations(op).items()
-        if _tuned.runs(needed, capability)
+        for name, (index, needed) in tables.configurations(op).items()
+        if tables.runs(needed, capability)
     }
 
 
@@ -151,7 +152,7 @@ def names_ladder(points: dict[int, str]) -> list[tuple[int | None, str]]:
     rows = ladder(points)
     if rows[-1][1].endswith("swapped"):
         last = next((winner for _, winner in sorted(points.items(), reverse=True) if not winner.endswith("swapped")),
-                    _tuned.TRITON)  # fmt: skip
+                    tables.TRITON)  # fmt: skip
         rows = [*rows[:-1], (max(points), rows[-1][1]), (None, last)]
     return rows
 
@@ -173,7 +174,7 @@ class Tuner:
 
     def __init__(self, name: str, capability: tuple[int, int], processors: int, seconds: float, rounds: int,
                  device: str = "cuda") -> None:  # fmt: skip
-        self.table = json.loads((_tuned.FOLDER / f"{name}.json").read_text())
+        self.table = json.loads((tables.FOLDER / f"{name}.json").read_text())
         self.capability, self.processors, self.rounds, self.device = capability, processors, rounds, device
         self.arch = 10 * capability[0] + capability[1]
         self.end = time.monotonic() + seconds
@@ -207,11 +208,11 @@ class Tuner:
             winner = fastest(taken)
             ours = fastest({name: value for name, value in taken.items() if name.startswith("[")})
             if winner is not None:
-                names[f"{n}x{k}"][m] = _tuned.TRITON if winner.startswith("[") else winner
+                names[f"{n}x{k}"][m] = tables.TRITON if winner.startswith("[") else winner
             if ours is not None:
                 found[f"{n}x{k}"][m] = tuple(json.loads(ours))
         self.table["triton"][kind] |= {width: ladder(points) for width, points in found.items()}
-        if names and _tuned.configurations(op):
+        if names and tables.configurations(op):
             before = self.table.get(op, {}) if self.measured(kind) else {}
             self.table[op] = before | {width: names_ladder(points) for width, points in names.items()}
 
@@ -257,10 +258,10 @@ def main() -> None:
     given = arguments.parse_args()
     require_gpu("tune")
     capability = torch.cuda.get_device_capability()
-    name = _tuned.architecture(capability)
+    name = tables.architecture(capability)
     if name is None:
         raise SystemExit(f"tune: there is no table for compute capability {capability}")
-    if not _tuned.configurations("int8_gemm"):
+    if not tables.configurations("int8_gemm"):
         print("tune: the CUDA library is not loaded: Triton's tiles alone are measured")
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     tuner = Tuner(name, capability, processors, given.seconds, given.rounds)
@@ -270,7 +271,7 @@ def main() -> None:
     if given.dry_run:
         print(text)
     else:
-        path = _tuned.FOLDER / f"{name}.json"
+        path = tables.FOLDER / f"{name}.json"
         path.write_text(text)
         print(f"wrote {path}")
 

@@ -19,8 +19,7 @@ TORCH_FLOOR = (2, 10)  # what the libraries' stable ABI asks for: TORCH_TARGET_V
 BUILD = {
     "pykernels_cpu": "install a wheel, or build it with `pip install --no-build-isolation -e .` in a checkout",
     "pykernels_cuda": (
-        "build it where nvcc is: `pip install --no-deps nvidia-cutlass==4.2.0.0`, then "
-        "`pip install --no-build-isolation -e .` in a checkout"
+        "build it where nvcc is: `PYKERNELS_CUDA=on make build` or `PYKERNELS_CUDA=on pip install .` in a checkout"
     ),
 }
 

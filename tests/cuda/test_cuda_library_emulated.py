@@ -17,9 +17,7 @@ import torch
 from emulated import LIBRARY, Emulator
 from library_calls import Case, Conv, Gemm
 
-pytestmark = pytest.mark.skipif(
-    not LIBRARY.exists(), reason="no nvcc, no CUTLASS headers, or configured without PYKERNELS_CUDA_TESTS"
-)
+pytestmark = emulated.MARKS
 CONFIGURATIONS = Emulator().configurations if LIBRARY.exists() else {op: {} for op in emulated.FAMILIES}
 GEMM, CONV = (list(CONFIGURATIONS[op]) for op in ("int8_gemm", "int8_conv"))
 UNSWAPPED = [config for config in GEMM if not config.endswith("swapped")]

@@ -7,11 +7,9 @@ from collections.abc import Iterator
 import emulated
 import pytest
 import torch
-from emulated import LIBRARY, Emulator
+from emulated import Emulator
 
-pytestmark = pytest.mark.skipif(
-    not LIBRARY.exists(), reason="no nvcc, no CUTLASS headers, or configured without PYKERNELS_CUDA_TESTS"
-)
+pytestmark = emulated.MARKS
 
 HEAD = """.version 8.5
 .target sm_90a

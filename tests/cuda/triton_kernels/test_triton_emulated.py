@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import emulated
 import pytest
 import torch
-from emulated import LIBRARY, Emulator
+from emulated import Emulator
 from emulated_launchers import EmulatedGPU
 from launchers import Launchers
 from test_triton_contract import NAMES, check_call
@@ -20,9 +20,7 @@ from test_triton_conv import Conv, int8_weights, integers
 from pykernels import reference
 from pykernels.cuda.triton import pack
 
-pytestmark = pytest.mark.skipif(
-    not LIBRARY.exists(), reason="no nvcc, no CUTLASS headers, or configured without PYKERNELS_CUDA_TESTS"
-)
+pytestmark = emulated.MARKS
 
 
 @pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])

@@ -147,6 +147,7 @@ def test_a_model_must_be_on_one_device_that_we_know(model: nn.Module) -> None:
     assert "our kernels are for the CPU and for CUDA devices" in report.left[0].reason
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_script_that_checks_networks_on_a_gpu() -> None:
     """Here on the CPU: it finds nothing wrong, and would."""
