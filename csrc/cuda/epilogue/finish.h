@@ -13,14 +13,17 @@ namespace pykernels::PYKERNELS_ISA_NS {
 using epilogue::Finish;
 using epilogue::Residual;
 
+template <Activation act, int N>
+PK_INLINE void activate_each(cutlass::Array<float, N>& f) {
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < N; ++i) f[i] = activate(act, f[i]);
+}
+
 // The switch stands outside the loop: it is taken once a fragment.
 template <int N>
 PK_INLINE void activate_all(Activation act, cutlass::Array<float, N>& f) {
-#define PK_CASE(name, ...)                                               \
-  case Activation::name:                                                 \
-    CUTLASS_PRAGMA_UNROLL                                                \
-    for (int i = 0; i < N; ++i) f[i] = activate(Activation::name, f[i]); \
-    break;
+#define PK_CASE(name, ...) \
+  case Activation::name: return activate_each<Activation::name>(f);
   switch (act) { PK_ACTIVATIONS(PK_CASE) }
 #undef PK_CASE
 }
