@@ -19,7 +19,7 @@ from pykernels.graph.fold import fold_batch_norms, fold_constants, remove_dropou
 from pykernels.graph.nodes import erase_dead, infer
 from pykernels.graph.qdq import raise_quantizers, share_quantizers
 from pykernels.graph.regions import inline_regions
-from pykernels.graph.spelling import normalize
+from pykernels.graph.spelling import normalize, shuffle_last
 from pykernels.ops.errors import reason
 
 __all__ = ["Captured", "canonicalize", "capture", "flat_leaves", "make_functional", "plain", "with_pytree"]
@@ -198,12 +198,16 @@ def _own_state(captured: Captured) -> None:
         captured.notes.append(f"it keeps state of its own, which each call changes: {', '.join(sorted(state))}")
 
 
-def canonicalize(module: fx.GraphModule, example: Sequence[Any] = (), *, training: bool = False) -> fx.GraphModule:
+def canonicalize(
+    module: fx.GraphModule, example: Sequence[Any] = (), *, training: bool = False, channels_last: bool = True
+) -> fx.GraphModule:
     """Bring a functional plain graph to one spelling and fold what is constant, in place; returns it.
 
     Args:
         example: stands for the inputs where the graph holds no fake values of them.
         training: leave dropout and batch norms as they are.
+        channels_last: write moves for activations that lie so. Not before a calibration: torch would then sum in
+            another order than the model does.
     """
     infer(module, example)
     remove_no_ops(module, training)  # a copy in between hides a pattern
@@ -214,6 +218,8 @@ def canonicalize(module: fx.GraphModule, example: Sequence[Any] = (), *, trainin
         fold_batch_norms(module)
     share_quantizers(module)
     raise_quantizers(module)
+    if channels_last:
+        shuffle_last(module)
     erase_dead(module)
     infer(module)
     module.graph.lint()

@@ -29,7 +29,7 @@ from pykernels.graph.nodes import (
     set_constant,
 )
 
-__all__ = ["DROPOUTS", "fold_batch_norms", "fold_constants", "remove_dropout", "remove_no_ops"]
+__all__ = ["DROPOUTS", "fold_batch_norms", "fold_constants", "remove_dropout", "remove_no_ops", "separate_batch_norms"]
 
 _CONVS = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
 _TRANSPOSED = ("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")
@@ -128,6 +128,29 @@ def fold_batch_norms(module: fx.GraphModule) -> int:
         else:
             _make_affine(module, node, scale, shift)
     return folded
+
+
+def separate_batch_norms(module: fx.GraphModule) -> None:
+    """Make affine maps of the batch norms that torchao would fold into a convolution which others read without them.
+
+    Its folding looks at a batch norm's argument alone: not whether somebody else reads the convolution, not whether
+    what looks like one now was a batch norm before, nor whether another one has gone into the same weight already.
+    """
+    for node in list(module.graph.nodes):
+        if is_call(node, "aten.batch_norm") and _shares_its_layer(node):
+            affine = _scale_and_shift(module, node)
+            if affine is not None:
+                _make_affine(module, node, *affine)
+
+
+def _shares_its_layer(norm: fx.Node) -> bool:
+    layer = norm.args[0]
+    if not is_call(layer, *_CONVS, *_TRANSPOSED, "aten.linear"):
+        return is_call(layer, "aten.batch_norm")
+    if len(layer.users) > 1:
+        return True
+    alike = [next(iter(user.users), None) for user in layer.args[1].users]
+    return any(not is_call(other, "aten.batch_norm") or other.args[1:5] != norm.args[1:5] for other in alike)
 
 
 def _scale_and_shift(module: fx.GraphModule, node: fx.Node) -> tuple[torch.Tensor, torch.Tensor] | None:

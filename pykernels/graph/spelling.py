@@ -12,7 +12,7 @@ from torch import fx
 
 from pykernels.graph.nodes import argument, arguments, aten, erase_dead, facts, is_call, name_of, only_user, replace
 
-__all__ = ["normalize"]
+__all__ = ["normalize", "shuffle_last"]
 
 
 def normalize(module: fx.GraphModule, training: bool = False) -> None:
@@ -25,7 +25,13 @@ def normalize(module: fx.GraphModule, training: bool = False) -> None:
     for node in list(module.graph.nodes):
         if is_call(node, "aten.div", "aten.mul"):
             _spelled_out_activation(node)
-        elif is_call(node, "aten.reshape"):
+    erase_dead(module)
+
+
+def shuffle_last(module: fx.GraphModule) -> None:
+    """Shuffle channels where they lie last: see `_channel_shuffle`."""
+    for node in list(module.graph.nodes):
+        if is_call(node, "aten.reshape"):
             _channel_shuffle(module, node)
     erase_dead(module)
 

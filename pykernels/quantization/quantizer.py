@@ -95,7 +95,7 @@ class Int8Quantizer(Quantizer):
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Bring the graph to the spelling that is matched; the function stays the same."""
-        return canonicalize(model, training=self.qat)
+        return canonicalize(model, training=self.qat, channels_last=False)
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Write a ``QuantizationAnnotation`` on every node that runs in int8."""

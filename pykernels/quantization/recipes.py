@@ -22,6 +22,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from pykernels.graph.alias import writes
 from pykernels.graph.capture import Captured, capture, with_pytree
+from pykernels.graph.fold import separate_batch_norms
 from pykernels.graph.nodes import attribute
 
 from .quantizer import Int8Quantizer
@@ -190,6 +191,7 @@ def quantize_captured(
         samples = _generated(leaves, record)
     else:
         samples = _samples(calibration, len(inputs), found.in_spec, record, device)
+    separate_batch_norms(graph)
     state = _state(graph)
     quantizer = Int8Quantizer(keep_float=keep_float)
     prepared = prepare_pt2e(graph, quantizer)

@@ -241,3 +241,17 @@ def no_float_between_int8_calls(graph: GraphModule) -> bool:
         ):
             return False
     return True
+
+
+def test_a_batch_norm_goes_into_no_convolution_that_others_read() -> None:
+    def forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = net.norm(net.a(x))
+        z = net.b(y) + net.again(y)  # a batch norm of a batch norm, whose convolution `b` reads, too
+        w = net.c(z)
+        return net.last(net.other(w) + F.relu(w)) + net.last(net.own(net.d(z)) + net.its(net.d(z)))
+
+    norms = {name: nn.BatchNorm2d(8) for name in ("norm", "again", "other", "own", "its")}
+    for norm in norms.values():
+        for tensor, low, high in ((norm.weight, 0.5, 2), (norm.running_var, 0.3, 2), (norm.running_mean, -1, 1)):
+            nn.init.uniform_(tensor, low, high)
+    int8(Net(forward, a=conv(8, 8), b=conv(8, 8), c=conv(8, 8), d=conv(8, 8), last=conv(8, 4), **norms))
