@@ -78,6 +78,9 @@ class Optimized(nn.Module):
         if not kwargs and self._flat:
             outputs = self._run(*args)
         else:
+            names = self._in_spec.child(1).context
+            if list(kwargs) != names and set(kwargs) == set(names):
+                kwargs = {name: kwargs[name] for name in names}
             leaves, spec = pytree.tree_flatten((args, kwargs))
             if spec != self._in_spec:
                 raise ValueError(f"inputs are nested as {spec}, the model was optimized for {self._in_spec}")
@@ -191,6 +194,7 @@ def optimize(
     Raises:
         ValueError: unknown `precision`, `calibration` given for a precision that has no use for it, or a model on
             several devices or on one that our ops do not run on.
+        TypeError: an entry of `calibration` does not fit the inputs.
         NotExportable: torch.export cannot capture the model; `pykernels.swap` works on any module.
     """
     if precision not in _PRECISIONS:
@@ -300,7 +304,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Op
         report = Report.from_json(facts["report"])
         in_spec, out_spec = pytree.treespec_loads(facts["in_spec"]), pytree.treespec_loads(facts["out_spec"])
         free = [[int(d) for d in dims] for dims in facts["free"]]
-    except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile) as error:
         raise ValueError(f"path: {path} cannot be loaded: {error}") from error
     module, _, _ = plain(program.module())
     example = pytree.tree_leaves(program.example_inputs)

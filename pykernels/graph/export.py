@@ -17,7 +17,7 @@ __all__ = ["Exported", "NotExportable", "example_for_export", "export", "mode", 
 
 
 class NotExportable(RuntimeError):
-    """``torch.export`` cannot capture the model as one graph; ``pykernels.swap`` needs no graph."""
+    """torch cannot capture the model as one functional graph; ``pykernels.swap`` needs no graph."""
 
 
 @dataclass(frozen=True)

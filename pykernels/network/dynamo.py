@@ -3,9 +3,9 @@
 ``options={"precision": "bf16"}`` or ``"fp16"`` computes in 16-bit floats. A converted PT2E model (quantize/dequantize
 calls in its graph) runs in int8 whatever the precision says. Each graph that Dynamo captures is lowered at its first
 call, when the weights are at hand; if a parameter is changed afterwards (``load_state_dict``, an optimizer step) it is
-lowered again. Graphs that must record gradients (packed weights cannot be trained) or write into their inputs run as
-they are. On a CUDA device ``mode="reduce-overhead"``, or ``options={"cuda_graph": True}``, replays each graph as a CUDA
-graph.
+lowered again. Graphs that must record gradients (packed weights cannot be trained) or that write into their inputs or
+into buffers run as they are. On a CUDA device ``mode="reduce-overhead"``, or ``options={"cuda_graph": True}``, replays
+each graph as a CUDA graph.
 """
 
 from __future__ import annotations

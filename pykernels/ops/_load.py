@@ -6,16 +6,17 @@ Importing pykernels never fails for a missing library: the first call of an op d
 from __future__ import annotations
 
 import pathlib
+import sys
 import warnings
 from typing import Any, NoReturn
 
 import torch
 
-import pykernels
-
 TORCH_FLOOR = (2, 10)  # what the libraries' stable ABI asks for: TORCH_TARGET_VERSION in CMakeLists.txt
 
 
+# Of an editable installation there are two, the sources and what was built of them.
+FOLDERS: list[str] = list(sys.modules["pykernels"].__path__)
 BUILD = {
     "pykernels_cpu": "install a wheel, or build it with `pip install --no-build-isolation -e .` in a checkout",
     "pykernels_cuda": (
@@ -26,7 +27,7 @@ BUILD = {
 
 def library_path(name: str) -> pathlib.Path | None:
     """The file of the ops library `name` in this installation, or None."""
-    for folder in pykernels.__path__:
+    for folder in FOLDERS:
         path = pathlib.Path(folder) / f"{name}.so"
         if path.exists():
             return path
@@ -37,7 +38,7 @@ def load(name: str) -> str | None:
     """Load one ops library; None when it is loaded, else the reason, as a sentence the user can act on."""
     path = library_path(name)
     if path is None:
-        return f"{name}.so is not in {', '.join(pykernels.__path__)}: {BUILD[name]}"
+        return f"{name}.so is not in {', '.join(FOLDERS)}: {BUILD[name]}"
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < TORCH_FLOOR:
         floor = ".".join(map(str, TORCH_FLOOR))

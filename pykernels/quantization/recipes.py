@@ -151,7 +151,7 @@ def quantize(
 
     Raises:
         ValueError: ``example_inputs`` holds no tensor, ``calibration`` is empty or holds NaN or infinity.
-        TypeError: an entry of ``calibration`` is not a tensor or a tuple of tensors.
+        TypeError: an entry of ``calibration`` does not fit the inputs.
         NotExportable: ``torch.export`` cannot capture the model.
     """
     found, _ = quantize_captured(

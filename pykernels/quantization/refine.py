@@ -154,7 +154,8 @@ class _Reconstruction:
             if count >= limit:
                 break
             batches.append(sample)
-            count += sample[0].shape[0]
+            first = next((x for x in sample if isinstance(x, torch.Tensor) and x.dim()), None)
+            count += 1 if first is None else first.shape[0]
         return batches
 
     def _refinable(self, node: Node) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import network
 from networks import Function, Mixed, close, lively
 from torch import nn
 from torch.export import Dim
@@ -112,11 +113,11 @@ def test_a_model_that_writes_its_buffers_keeps_them_and_so_does_what_it_became(p
     assert model.calls == 0 and not model.last.any(), "the model is left as it was"
     assert any("calls" in note and "last" in note for note in fast.report().notes)
     fast.save(tmp_path / "net.pk")
-    for network in (fast, pk.load(tmp_path / "net.pk")):
+    for net in (fast, pk.load(tmp_path / "net.pk")):
         twin = Counting().eval()
         twin.load_state_dict(model.state_dict())
         for batch in (2, 3, 2):
-            close(network, twin, torch.randn(batch, *X), tolerance=1e-5 if precision == "fp32" else 0.05)
+            close(net, twin, torch.randn(batch, *X), tolerance=1e-5 if precision == "fp32" else 0.05)
         assert twin.calls == 3
 
 
@@ -273,11 +274,11 @@ def test_keyword_inputs_any_length_and_outputs_as_they_were(precision: str, by: 
         dynamic_shapes={"input_ids": sizes, "attention_mask": sizes},
     )
     fast.save(tmp_path / "net.pk")
-    for network in (fast, pk.load(tmp_path / "net.pk")):
+    for net in (fast, pk.load(tmp_path / "net.pk")):
         for rows, length in ((2, 7), (1, 4), (5, 11)):
             inputs = batch(rows, length)
             with torch.no_grad():
-                answer, expected = network(**inputs), model(**inputs)
+                answer, expected = net(**inputs), model(**inputs)
             assert type(answer) is Output and list(answer) == list(expected)
             for name in expected:
                 error = (answer[name] - expected[name]).norm() / expected[name].norm()
@@ -291,6 +292,30 @@ def test_calibration_that_does_not_fit_the_inputs_is_named() -> None:
         pk.optimize(model, example, "int8", [{"input_ids": example["input_ids"]}])
     with pytest.raises(TypeError, match="calibration: entry 0"):
         pk.optimize(model, example, "int8", [3])
+
+
+def test_keywords_may_come_in_any_order() -> None:
+    model, example = Encoder().eval(), batch(2, 7)
+    fast = pk.optimize(model, example, dynamic_batch=False)
+    torch.testing.assert_close(fast(**dict(reversed(example.items())))["pooled"], model(**example)["pooled"])
+
+
+def test_an_input_may_be_a_number() -> None:
+    model = Function(lambda m, factor, x: m.conv(x) * factor, conv=conv()).eval()
+    x = torch.randn(2, *X)
+    fast = pk.optimize(model, (2.0, x), "int8", [(2.0, x), (2.0, torch.randn(3, *X))])
+    close(fast, model, 2.0, x, tolerance=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_whole_networks_run_in_an_aotinductor_package(precision: str, tmp_path) -> None:
+    model, x = network("resnet18")
+    fast = pk.optimize(model, (x,), precision, [x] if precision == "int8" else None)
+    with torch.no_grad():
+        exported = torch.export.export(fast, (x,))
+        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "net.pt2"))
+        assert torch.equal(torch._inductor.aoti_load_package(path)(x), fast(x))
 
 
 def test_two_instances_of_a_network_do_not_know_each_other() -> None:
