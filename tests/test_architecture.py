@@ -16,6 +16,10 @@ def modules() -> dict[str, ast.Module]:
     return {name.removesuffix(".__init__"): ast.parse(path.read_text()) for path, name in names.items()}
 
 
+def _for_types(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
 def imported(tree: ast.Module, name: str, known: set[str]) -> Iterator[str]:
     """What a file imports when it is imported itself, by names below `pykernels`."""
     pending: list[ast.stmt] = list(tree.body)
@@ -33,7 +37,7 @@ def imported(tree: ast.Module, name: str, known: set[str]) -> Iterator[str]:
                 inner = f"{base}.{alias.name}".removeprefix(".")
                 yield inner if inner in known else base
         for field in ("body", "orelse", "handlers", "finalbody"):
-            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not _for_types(node):
                 pending += getattr(node, field, [])
 
 
