@@ -76,9 +76,15 @@ def export(
                     return Exported(program, example, named, shapes is not None, notes)
     assert failure is not None
     raise NotExportable(
-        f"torch.export cannot capture {type(model).__name__} as one graph: {reason(failure)}\n"
+        f"torch.export cannot capture {type(model).__name__} as one graph: {reason(failure)}\n{_suggested(failure)}"
         "pykernels.swap(model) works module by module and needs no graph."
     ) from failure
+
+
+def _suggested(failure: Exception) -> str:
+    """What torch proposes in place of the given dynamic shapes, as lines of a message."""
+    _, heading, fixes = str(failure).partition("Suggested fixes:")
+    return f"{heading}{fixes.rstrip()}\n" if heading else ""
 
 
 def example_for_export(
