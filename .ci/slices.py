@@ -37,7 +37,13 @@ def sanitize(name: str, minutes: float, *tests: str) -> Slice:
     return Slice(f"sanitizers: {name}", ["sanitize", f"SANITIZED_TESTS={' '.join(tests)}"], minutes)
 
 
-CONV = ("tests/ops/test_conv.py", "tests/ops/test_conv_bn_act.py", "tests/ops/test_linear.py", "tests/ops/test_pool.py")
+CONV = (
+    "tests/ops/test_names.py",
+    "tests/ops/test_conv.py",
+    "tests/ops/test_conv_bn_act.py",
+    "tests/ops/test_linear.py",
+    "tests/ops/test_pool.py",
+)
 CODECS = ("tests/ops/test_compress.py", "tests/ops/test_sparse.py")
 QUANTIZE = ("tests/ops/test_arithmetic.py", "tests/ops/test_quantize.py", "tests/ops/test_quantize_contract.py")
 SLICES = [

@@ -67,6 +67,7 @@ def layouts(t: torch.Tensor) -> list[tuple[str, Callable[[torch.Tensor], torch.T
 GEOMETRY = {"kernel_size": [3, 3], "stride": [2, 1], "padding": [1, 0, 1, 1], "dilation": [1, 1], "groups": 1}
 POOL = {"kernel_size": [3, 2], "stride": [2, 2], "padding": [1, 1], "ceil_mode": True}
 QUANT = {"x_scale": 0.05, "x_zero_point": 128}
+FLOAT_OUT = {"out_scale": None, "out_zero_point": 0}
 OUT = {"out_scale": 0.1, "out_zero_point": 3, "out_dtype": torch.uint8}
 
 
@@ -127,14 +128,15 @@ def samples() -> list[Sample]:
                                  "beta": bias},
             label, eps=1e-5, **geometry)  # fmt: skip
     add("qconv2d", lambda n: {"x": bytes_(images(n)), "packed": q_conv_packed, "residual": bytes_(images(n, 16, 5, 6))},
-        "residual, float out", batched=["x", "residual"], out_channels=16, **GEOMETRY, **QUANT, out_dtype=torch.float32,
-        residual_scale=0.02, residual_zero_point=128)  # fmt: skip
+        "residual, float out", batched=["x", "residual"], out_channels=16, **GEOMETRY, **QUANT, **FLOAT_OUT,
+        out_dtype=torch.float32, residual_scale=0.02, residual_zero_point=128)  # fmt: skip
 
     half_packed = ops.conv2d_pack(weight.half(), bias)
     add("conv2d", lambda n: {"x": images(n).half(), "packed": half_packed}, "float16", out_channels=16, **GEOMETRY)
     add("qconv2d",
         lambda n: {"x": bytes_(images(n)), "packed": q_conv_packed, "residual": images(n, 16, 5, 6).half()},
-        "float16", batched=["x", "residual"], out_channels=16, **GEOMETRY, **QUANT, out_dtype=torch.half)  # fmt: skip
+        "float16", batched=["x", "residual"], out_channels=16, **GEOMETRY, **QUANT, **FLOAT_OUT,
+        out_dtype=torch.half)  # fmt: skip
     add("conv_bn_act",
         lambda n: {"x": images(n).half(), "weight": weight.half(), "bias": bias, **statistics, "gamma": bias,
                    "beta": bias},

@@ -241,7 +241,7 @@ def test_float_residual_and_activation(isa: str, activation: str, order: str) ->
 def test_strided_and_expanded_inputs(isa: str) -> None:
     c = CONVS["3x3"]
     w, scale, b = int8_weights(c)
-    arguments = (0.02, 3, 0.3, 7)
+    arguments = (0.02, 3, 0.3, 7, torch.uint8)
     for x in (
         integers((4, 32, 9, 20), torch.uint8)[::2, ::2, :, 1::2],
         integers((1, 16, 9, 1), torch.uint8).expand(2, 16, 9, 9),
@@ -307,11 +307,11 @@ class TestBadArguments:
         c = CONVS["3x3"]
         x, (w, scale, b) = integers((1, 16, 8, 8), torch.uint8), int8_weights(c)
         with pytest.raises(RuntimeError, match="x_scale must be a positive number"):
-            run_quantized(x, w, scale, b, c, float("nan"), 0, 0.1)
+            run_quantized(x, w, scale, b, c, float("nan"), 0, 0.1, 0, torch.uint8)
         with pytest.raises(RuntimeError, match=r"x_zero_point must lie in \[0, 255\]"):
-            run_quantized(x, w, scale, b, c, 0.1, -1, 0.1)
+            run_quantized(x, w, scale, b, c, 0.1, -1, 0.1, 0, torch.uint8)
         with pytest.raises(RuntimeError, match="out_scale is required"):
-            run_quantized(x, w, scale, b, c, 0.1, 0)
+            run_quantized(x, w, scale, b, c, 0.1, 0, None, 0, torch.uint8)
         with pytest.raises(RuntimeError, match="residual must have the output's shape"):
             run_quantized(x, w, scale, b, c, 0.1, 0, 0.1, 0, torch.uint8, "none", x)
 

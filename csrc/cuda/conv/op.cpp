@@ -1,4 +1,5 @@
-// _cuda_int8_conv: checks and runs one configuration of conv.h. Private: pykernels/cuda/triton chooses the configuration.
+// _cuda_int8_conv: checks and runs one configuration of conv.h. Private: pykernels/cuda/triton chooses the
+// configuration.
 #include <torch/csrc/stable/accelerator.h>
 
 #include <climits>

@@ -1,4 +1,5 @@
-// _cuda_int8_gemm: checks and runs one configuration of gemm.h. Private: pykernels/cuda/triton chooses the configuration.
+// _cuda_int8_gemm: checks and runs one configuration of gemm.h. Private: pykernels/cuda/triton chooses the
+// configuration.
 #include <torch/csrc/stable/accelerator.h>
 
 #include <climits>
