@@ -170,6 +170,41 @@ def test_moves_act_on_the_bytes_and_change_no_value(move) -> None:
     assert steps_apart(fast, model, 0.02, torch.randn(3, *X)) <= 1e-3
 
 
+def test_signed_bytes_are_upsampled_as_bytes() -> None:
+    def forward(m, x):
+        return q(F.interpolate(q(x, 0.02, 3, -128, 127), scale_factor=2, mode="nearest"), 0.02, 3, -128, 127)
+
+    fast, model = lowered(forward, *X)
+    assert ops(fast).count("aten.upsample_nearest2d") == 1 and fast.report().conversions == 2
+    assert steps_apart(fast, model, 0.02, torch.randn(3, *X)) <= 1e-3
+
+
+@pytest.mark.parametrize("low", [0, -128])
+def test_a_constant_may_be_an_8_bit_operand(low: int) -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer(
+                "codes", torch.randint(low, low + 256, (1, *X)).to(torch.uint8 if low == 0 else torch.int8)
+            )
+
+        def forward(self) -> torch.Tensor:
+            return quantized.dequantize_per_tensor(self.codes, 0.01, low + 99, low, low + 255, self.codes.dtype)
+
+    model = Function(lambda m, x: q(q(x, 0.03, 110) + m.constant(), 0.04, 100), constant=Constant()).eval()
+    x = torch.randn(1, *X)
+    fast = pk.optimize(torch.export.export(model, (x,)).module(), x, "int8", dynamic_batch=False)
+    assert steps_apart(fast, model, 0.04, x) <= 1.001
+
+
+def test_a_padding_of_channels_too_is_not_taken_for_one_of_the_line() -> None:
+    def forward(m, x):
+        return F.conv1d(F.pad(q(x, 0.02, 128), (1, 2, 0, 1)), m.w(), None)
+
+    fast, model = lowered(forward, 3, 12, w=weight((8, 4, 3)))
+    close(fast, model, torch.randn(3, 3, 12))
+
+
 def test_channel_shuffle_stays_channels_last() -> None:
     def forward(m, x):
         y = F.conv2d(q(x, 0.02, 128), m.w(), None, 1, 1)
