@@ -19,6 +19,9 @@ from torch.utils import _pytree as pytree
 import pykernels as pk
 from pykernels.graph.export import NotExportable
 
+# Importing torch's test suite forbids to set flags of torch.backends, in this process and for every other test.
+torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+
 SAMPLES = 4  # of each op, drawn at random
 FAMILIES = ("pool", "conv", "linear", "interpolate", "upsample", "pixel_", "pad", "norm", "unfold", "fold", "dropout")
 SHAPES = set(
