@@ -513,5 +513,5 @@ def _elements_of_one(value: torch.Tensor) -> int:
     """Elements of one sample's share of a value: everything but the first dimension."""
     elements = 1
     for size in value.shape[1:]:
-        elements *= int(size) if isinstance(size, int) else 1
+        elements *= size if isinstance(size, int) else size.node.hint or 1  # of a free size the example's
     return elements
