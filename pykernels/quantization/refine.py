@@ -34,9 +34,8 @@ from pykernels.ops._sizes import spread
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d")
 LAYERS = (*CONVOLUTIONS, "aten.linear")
 
-Progress = Callable[
-    [str, int, int], None
-]  # told (stage, done, total) after each step of a stage, and done = 0 at first
+# Told (stage, done, total) after each step of a stage, and done = 0 at first.
+Progress = Callable[[str, int, int], None]
 
 MEMORY = 2 << 30  # bytes of activations kept at once, about
 ROOM = 1 << 30  # bytes that rounding with compensation may take beside the model and its activations
