@@ -122,7 +122,7 @@ def test_programs_that_share_a_tile(interpret: Interpreter) -> None:
     for machine in ((80, 32), (90, 32)):
         shape = conv_shape.conv_shape("qconv2d", x, c.out, c.kernel, *c.geometry)
         assert conv.conv_by_formula(*machine, shape, 256).split > 1
-        arguments = (0.02, 7, 0.3, 5)
+        arguments = (0.02, 7, 0.3, 5, torch.uint8)
         y = run(interpret, x, w, scale, b, c, *arguments, machine=machine)
         assert torch.equal(y, reference.qconv2d(x, w, scale, b, *c.geometry, *arguments))
 
@@ -139,14 +139,14 @@ def test_strided_expanded_and_misaligned_inputs(interpret: Interpreter, n: int) 
         shifted,
     ):
         expected = reference.qconv2d(x, w, scale, b, *c.geometry, 0.02, 3, 0.3, 7)
-        assert torch.equal(run(interpret, x, w, scale, b, c, 0.02, 3, 0.3, 7), expected)
+        assert torch.equal(run(interpret, x, w, scale, b, c, 0.02, 3, 0.3, 7, torch.uint8), expected)
 
 
 @pytest.mark.parametrize("name", ["1x1", "a whole tap a tile", "depthwise", "first layer"])
 def test_an_empty_batch(interpret: Interpreter, name: str) -> None:
     c = CONVS[name]
     x, (w, scale, b) = integers((0, c.channels, 9, 9), torch.uint8), int8_weights(c)
-    assert run(interpret, x, w, scale, b, c, 0.02, 3, 0.3, 7).shape[:2] == (0, c.out)
+    assert run(interpret, x, w, scale, b, c, 0.02, 3, 0.3, 7, torch.uint8).shape[:2] == (0, c.out)
 
 
 class TestFloats:
