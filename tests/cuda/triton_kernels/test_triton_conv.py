@@ -266,7 +266,7 @@ class TestBadArguments:
 
         def call(message: str, *rest: object, data: torch.Tensor = x) -> None:
             with pytest.raises(RuntimeError, match=message):
-                conv.qconv2d(data, packed, 32, [3, 3], *c.geometry, *rest)
+                conv.qconv2d(data, packed, 32, [3, 3], *c.geometry, *rest, *(None, 0, torch.uint8)[len(rest) - 2 :])
 
         call("x must be uint8 or int8, not float32", 0.1, 0, 0.1, data=x.float())
         call("x_scale must be a positive number", float("nan"), 0, 0.1)
