@@ -48,10 +48,10 @@ CODECS = ("tests/ops/test_compress.py", "tests/ops/test_sparse.py")
 QUANTIZE = ("tests/ops/test_arithmetic.py", "tests/ops/test_quantize.py", "tests/ops/test_quantize_contract.py")
 SLICES = [
     Slice("the emulated device", ["test-emulated"], 30, tool="nvcc"),
-    Slice("slow tests", ["test-slow"], 7),
     emulate("convolutions, products, pools", 30, *CONV),
     sanitize("codecs, quantization", 30, *CODECS, *QUANTIZE),
     emulate("codecs, quantization", 30, *CODECS, *QUANTIZE),
+    Slice("slow tests", ["test-slow"], 7),
     sanitize("convolutions, products, pools", 30, *CONV),
     emulate("networks and modules", 30, "tests/network", "tests/nn", "tests/quantization", "tests/bench"),
     emulate("ranks, command line, contracts", 30, "tests/comm", "tests/test_*.py"),
