@@ -10,6 +10,7 @@ import itertools
 import random
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
@@ -19,8 +20,10 @@ from torch.utils import _pytree as pytree
 import pykernels as pk
 from pykernels.graph.export import NotExportable
 
-# Importing torch's test suite forbids to set flags of torch.backends, in this process and for every other test.
+# Importing torch's test suite forbids to set flags of torch.backends and loads a Hypothesis profile of its own, in this
+# process and for every other test.
 torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+hypothesis.settings.load_profile("pykernels")
 
 SAMPLES = 4  # of each op, drawn at random
 FAMILIES = ("pool", "conv", "linear", "interpolate", "upsample", "pixel_", "pad", "norm", "unfold", "fold", "dropout")
