@@ -1,5 +1,5 @@
 // What the families' op.cpp share on top of the LibTorch Stable ABI: checks that name the argument, memory formats, and
-// allocation. No kernel includes this.
+// allocation. No kernel and no driver includes this.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -13,9 +13,8 @@
 #include <vector>
 
 #include "common/activation.h"
+#include "common/check.h"
 #include "common/real.h"
-
-#define PK_CHECK(condition, ...) STD_TORCH_CHECK(condition, "pykernels: ", __VA_ARGS__)
 
 namespace pykernels {
 

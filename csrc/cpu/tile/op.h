@@ -5,7 +5,7 @@
 #include <optional>
 #include <string>
 
-#include "common/stable.h"
+#include "cpu/op.h"
 #include "cpu/tile/driver.h"
 
 namespace pykernels {
@@ -39,11 +39,5 @@ void set_residual(const char* op, Epilogue& e, const Tensor& residual, const std
 
 // Runs the whole problem on the host framework's threads.
 void run(TileProblem& problem);
-
-// memcpy of whole tensors' rows and the like, split over threads: f(begin, end) over [0, n).
-template <class F>
-void parallel(int64_t n, int64_t grain, const F& f) {
-  if (n > 0) torch::stable::parallel_for(0, n, grain, f);
-}
 
 }  // namespace pykernels
