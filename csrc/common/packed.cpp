@@ -1,6 +1,7 @@
 #include "common/packed.h"
 
 #include <cstddef>
+#include <initializer_list>
 
 namespace pykernels {
 namespace {
@@ -70,9 +71,20 @@ const char* read_packed(const void* data, int64_t bytes, PackedView* view) {
   if (std::memcmp(h.magic, kMagic, sizeof kMagic) != 0) return "it was not made by a pykernels *_pack op";
   if (h.hash != hash_header(h)) return "its header is damaged";
   if (h.version != 1) return "it was packed by another version of pykernels: pack the weights again";
-  if (h.bytes != bytes) return "it is truncated or padded";
   if (h.kind != PackKind::dot && h.kind != PackKind::depthwise)
     return "it was packed on a CUDA device: pack the weights on the CPU";
+  // Where its parts lie follows from its sizes, and is believed only where it says so.
+  const bool depthwise = h.kind == PackKind::depthwise;
+  bool sane = h.element >= Element{} && static_cast<int>(h.element) < PK_ELEMENTS(PK_COUNTED);
+  int64_t weights = 1;
+  for (int64_t size : {h.groups, h.n, h.k, h.kh, h.kw})
+    sane = sane && size >= 0 && size < (int64_t{1} << 31) && !__builtin_mul_overflow(weights, size + 64, &weights);
+  sane = sane && weights < (int64_t{1} << 56) && h.groups > 0 && h.kh > 0 && h.kw > 0;
+  sane = sane && (!depthwise || (h.groups == 1 && h.k == 1)) && (h.has_bias == 0 || h.has_bias == 1);
+  if (!sane) return "its header is damaged";
+  const PackedHeader right = make_header(h.kind, h.element, h.groups, h.n, h.k, h.kh, h.kw, h.has_bias);
+  if (std::memcmp(&right, &h, sizeof h) != 0) return "its header is damaged";
+  if (h.bytes != bytes) return "it is truncated or padded";
   const auto* base = static_cast<const uint8_t*>(data);
   view->panels = base + sizeof(PackedHeader);
   view->scale = reinterpret_cast<const float*>(base + h.scale_offset);

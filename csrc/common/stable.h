@@ -20,7 +20,6 @@ namespace pykernels {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Ints = std::vector<int64_t>;
 
 inline const char* dtype_name(ScalarType t) {
   switch (t) {
@@ -56,11 +55,7 @@ inline int64_t element_size(ScalarType t) {
   }
 }
 
-inline std::string shape_of(const Tensor& t) {
-  std::string s = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
-  return s + "]";
-}
+inline std::string shape_of(const Tensor& t) { return shape_of(t.sizes().data(), t.dim()); }
 
 inline void check_cpu(const char* op, const char* name, const Tensor& t) {
   PK_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
@@ -80,13 +75,6 @@ inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t
   PK_CHECK(t.dim() == dim, op, ": ", name, " must have ", dim, " dimensions, not shape ", shape_of(t));
 }
 
-// A scale: finite and positive, and so is its reciprocal in fp32.
-inline void check_scale(const char* op, const char* name, double scale) {
-  const float s = static_cast<float>(scale);
-  PK_CHECK(s > 0.0f && 1.0f / s > 0.0f && s * 0.0f == 0.0f && (1.0f / s) * 0.0f == 0.0f, op, ": ", name,
-           " must be a positive number that fp32 holds, not ", scale);
-}
-
 // A zero point must be a value of the quantized dtype.
 inline void check_zero_point(const char* op, const char* name, int64_t zero_point, ScalarType t) {
   const int64_t low = t == ScalarType::Byte ? 0 : -128, high = low + 255;
@@ -101,14 +89,6 @@ inline Activation activation_by_name(const char* op, const std::string& name) {
     ++i;
   }
   PK_CHECK(false, op, ": activation must be one of " PK_ACTIVATION_WORDS ", not '", name, "'");
-}
-
-// The pair of an int[2] argument.
-inline void check_pair(const char* op, const char* name, const Ints& v, int64_t least) {
-  PK_CHECK(v.size() == 2, op, ": ", name, " must have 2 numbers, not ", v.size());
-  for (int64_t x : v)
-    PK_CHECK(x >= least && x < (int64_t{1} << 31), op, ": ", name, " must be at least ", least, " and below 2^31, not ",
-             x);
 }
 
 // NHWC memory of a 4-D logical NCHW tensor, by strides; strides of dimensions of size 1 mean nothing.

@@ -1,8 +1,8 @@
 // A call of a family's kernels, cut into tasks that may run at once, in any order, on any threads: what an op runs and
 // forgets and a plan keeps. Torch-free.
 //
-// A driver is made for a geometry and a number of threads, which decides nothing but how the call is cut: the answer has
-// the same bits. Memory is bound to it afterwards, and may be bound anew between runs.
+// A driver is made for a geometry and a number of threads, which decides nothing but how the call is cut: the answer
+// has the same bits. Memory is bound to it afterwards, and may be bound anew between runs.
 #pragma once
 
 #include <cstdint>

@@ -13,7 +13,19 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-__all__ = ["ACTIVATIONS", "BY_ATEN", "CODECS", "ELEMENTS", "ISAS", "REALS", "Activation", "Codec", "words"]
+__all__ = [
+    "ACTIVATIONS",
+    "BY_ATEN",
+    "CODECS",
+    "DTYPES",
+    "ELEMENTS",
+    "ISAS",
+    "PLAN_STEPS",
+    "REALS",
+    "Activation",
+    "Codec",
+    "words",
+]
 
 T = TypeVar("T")
 
@@ -75,3 +87,6 @@ CODECS: Mapping[str, Codec] = _read("codecs", Codec)
 # Of real numbers, and of packed weights: what kernels call them, and torch's name of the dtype.
 REALS: Mapping[str, str] = _read("reals", _dtype)
 ELEMENTS: Mapping[str, str] = _read("elements", _dtype)
+# Of the values of a plan, and the kinds of its steps, each by its number.
+DTYPES: Mapping[str, str] = _read("dtypes", _dtype)
+PLAN_STEPS: tuple[str, ...] = tuple(row["name"] for row in _LISTS["plan_steps"])

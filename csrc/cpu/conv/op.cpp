@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/conv/depthwise_op.h"
-#include "cpu/conv/input.h"
+#include "cpu/conv/depthwise_driver.h"
+#include "cpu/conv/driver.h"
 
 namespace pykernels {
 namespace {
@@ -21,61 +21,37 @@ PackedHeader conv_header(const char* op, const Tensor& weight, int64_t groups, b
   return make_header(PackKind::dot, element, groups, o / groups, c, kh, kw, has_bias);
 }
 
-ConvShape conv_shape(const char* op, const Tensor& x, int64_t out_channels, const Ints& kernel, const Ints& stride,
-                     const Ints& padding, const Ints& dilation, int64_t groups) {
-  check_dim(op, "x", x, 4);
-  check_pair(op, "kernel_size", kernel, 1);
-  check_pair(op, "stride", stride, 1);
-  check_pair(op, "dilation", dilation, 1);
-  PK_CHECK(padding.size() == 4, op, ": padding must be (left, right, top, bottom), not ", padding.size(), " numbers");
-  for (int64_t p : padding) PK_CHECK(p >= 0 && p < (1 << 20), op, ": padding must lie in [0, 2^20), not ", p);
-  PK_CHECK(groups >= 1, op, ": groups must be at least 1, not ", groups);
-  ConvShape s{};
-  s.n = x.size(0), s.c = x.size(1), s.h = x.size(2), s.w = x.size(3);
-  s.o = out_channels, s.kh = kernel[0], s.kw = kernel[1];
-  s.sh = stride[0], s.sw = stride[1], s.dh = dilation[0], s.dw = dilation[1], s.groups = groups;
-  s.left = padding[0], s.right = padding[1], s.top = padding[2], s.bottom = padding[3];
-  PK_CHECK(s.c % groups == 0, op, ": groups is ", groups, ", which does not divide the ", s.c, " channels of x");
-  const int64_t room_h = s.h + s.top + s.bottom - s.dh * (s.kh - 1) - 1;
-  const int64_t room_w = s.w + s.left + s.right - s.dw * (s.kw - 1) - 1;
-  PK_CHECK(room_h >= 0 && room_w >= 0, op, ": x of shape ", shape_of(x),
-           " with its padding is smaller than kernel_size ", s.kh, "x", s.kw, " (dilation ", s.dh, "x", s.dw, ")");
-  s.oh = room_h / s.sh + 1, s.ow = room_w / s.sw + 1;
-  return s;
+// x as the pixels that tiles read: x itself where it is that, else a copy.
+Tensor pixels_of(const ConvShape& s, const Tensor& input, int64_t threads) {
+  const int64_t bytes = element_size(input.scalar_type());
+  const ConvPixels pixels(s, bytes);
+  // More than a few channels: the host framework transposes NCHW faster than a strided copy.
+  const Tensor x = s.c > 4 || is_channels_last(input) ? to_channels_last(input) : input;
+  if (is_channels_last(x) && pixels.as_they_are) return x;
+  const Tensor copy = empty({s.n * pixels.image + kBlockBytes}, ScalarType::Byte);
+  ConvInputDriver driver(s, bytes, x.strides().data(), threads);
+  run(driver, {bytes_of(x)}, copy);
+  return copy;
 }
 
-void check_conv_weight(const char* op, const PackedView& w, const ConvShape& s) {
-  PK_CHECK(w.h.kh == s.kh && w.h.kw == s.kw, op, ": kernel_size is ", s.kh, "x", s.kw, ", but packed was made for ",
-           w.h.kh, "x", w.h.kw);
-  PK_CHECK(w.h.groups * w.h.n == s.o, op, ": out_channels is ", s.o, ", but packed was made for ", w.h.groups * w.h.n);
-  const bool depthwise = w.h.kind == PackKind::depthwise;
-  const int64_t groups = depthwise ? w.h.n : w.h.groups;
-  PK_CHECK(groups == s.groups, op, ": groups is ", s.groups, ", but packed was made for ", groups);
-  PK_CHECK(groups * w.h.k == s.c, op, ": x has ", s.c, " channels, but packed was made for ", groups * w.h.k);
-}
-
-void run_dot(const ConvShape& s, const ConvInput& in, const PackedView& weights, const DotKernel& dot,
-             const Epilogue& e, uint8_t fill) {
-  TileProblem p{};
-  p.dot = &dot;
-  p.epilogue = weights.h.element == Element::s8 ? epilogue_kernels().s32 : epilogue_kernels().f32;
-  p.x = in.data;
-  p.image_stride = in.image, p.row_stride = in.row, p.pixel = in.pixel, p.group_stride = in.pixel / s.groups;
-  p.height = s.h, p.width = s.w;
-  p.kh = s.kh, p.kw = s.kw, p.sh = s.sh, p.sw = s.sw, p.dh = s.dh, p.dw = s.dw, p.top = s.top, p.left = s.left;
-  p.fill = fill, p.flip = in.flip;
-  p.images = s.n, p.rows = s.oh, p.columns = s.ow;
-  p.weights = &weights;
-  p.e = e;
-  run(p);
-}
-
-void run_conv(const ConvShape& s, const Tensor& x, const PackedView& weights, Epilogue e) {
-  const auto zero_point = static_cast<uint8_t>(e.x_zero_point);
+// `residual` is dense in the layout of `out`, or null.
+void run_conv(const ConvShape& s, const Tensor& x, const PackedView& weights, Epilogue e,
+              const std::optional<Tensor>& residual, const Tensor& out) {
   e.out_stride = s.o;
   if (s.n == 0) return;
-  if (weights.h.kind == PackKind::depthwise) return run_depthwise(s, x, zero_point, weights, e);
-  run_dot(s, prepare_input(s, x), weights, dot_kernel(weights.h.element), e, zero_point);
+  const int64_t threads = torch::stable::get_num_threads();
+  const auto fill = static_cast<uint8_t>(e.x_zero_point);
+  const uint8_t flip = x.scalar_type() == ScalarType::Char ? 0x80 : 0;
+  const uint8_t* added = residual ? bytes_of(*residual) : nullptr;
+  if (weights.h.kind == PackKind::depthwise) {
+    const Tensor source = to_channels_last(x);
+    DepthwiseDriver driver(s, weights, e, fill, flip, threads);
+    run(driver, {bytes_of(source), added}, out);
+  } else {
+    const Tensor source = pixels_of(s, x, threads);
+    TileDriver driver(conv_problem(s, weights, e, fill, flip), threads);
+    run(driver, {bytes_of(source), added}, out);
+  }
 }
 
 // The residual as channels_last memory of the output's shape.
@@ -118,9 +94,8 @@ Tensor conv2d_named(const char* op, const Tensor& x, const Tensor& packed, const
     check_real(op, "residual", *dense);
     set_residual(op, e, *dense, residual_order, 1.0, 0);
   }
-  e.out = out.mutable_data_ptr();
   e.out_dtype = dtype_of(t);
-  run_conv(s, x, weights, e);
+  run_conv(s, x, weights, e, dense, out);
   return out;
 }
 
@@ -129,7 +104,8 @@ Tensor conv2d(const Tensor& x, const Tensor& packed, int64_t out_channels, Ints 
               std::string residual_order) {
   const char* op = "conv2d";
   check_real(op, "x", x);
-  const ConvShape s = conv_shape(op, x, out_channels, kernel_size, stride, padding, dilation, groups);
+  check_dim(op, "x", x, 4);
+  const ConvShape s = conv_shape(op, x.sizes().data(), out_channels, kernel_size, stride, padding, dilation, groups);
   return conv2d_named(op, x, packed, s, activation, residual, residual_order);
 }
 
@@ -139,7 +115,8 @@ Tensor qconv2d(const Tensor& x, const Tensor& packed, int64_t out_channels, Ints
                double residual_scale, int64_t residual_zero_point, std::string residual_order) {
   const char* op = "qconv2d";
   check_byte(op, "x", x);
-  const ConvShape s = conv_shape(op, x, out_channels, kernel_size, stride, padding, dilation, groups);
+  check_dim(op, "x", x, 4);
+  const ConvShape s = conv_shape(op, x.sizes().data(), out_channels, kernel_size, stride, padding, dilation, groups);
   const PackedView weights = checked_packed(op, packed, Element::s8);
   check_conv_weight(op, weights, s);
   check_scale(op, "x_scale", x_scale);
@@ -151,8 +128,7 @@ Tensor qconv2d(const Tensor& x, const Tensor& packed, int64_t out_channels, Ints
   if (dense) set_residual(op, e, *dense, residual_order, residual_scale, residual_zero_point);
   e.x_scale = static_cast<float>(x_scale);
   e.x_zero_point = static_cast<int32_t>(x_zero_point) + (x.scalar_type() == ScalarType::Char ? 128 : 0);
-  e.out = out.mutable_data_ptr();
-  run_conv(s, x, weights, e);
+  run_conv(s, x, weights, e, dense, out);
   return out;
 }
 
@@ -176,7 +152,9 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
   PK_CHECK(eps >= 0, op, ": eps must not be negative, but is ", eps);
   check_dim(op, "weight", weight, 4);
   const int64_t o = weight.size(0);
-  const ConvShape s = conv_shape(op, x, o, {weight.size(2), weight.size(3)}, stride, padding, dilation, groups);
+  check_dim(op, "x", x, 4);
+  const ConvShape s =
+      conv_shape(op, x.sizes().data(), o, {weight.size(2), weight.size(3)}, stride, padding, dilation, groups);
   const Tensor mean = channel_vector(op, "running_mean", running_mean, o),
                var = channel_vector(op, "running_var", running_var, o);
   std::optional<Tensor> g, b, c;

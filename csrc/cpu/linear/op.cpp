@@ -1,35 +1,21 @@
 // Linear layers: int8_mm, linear and int8_linear over packed weights. Leading dimensions of x are rows.
 #include "cpu/tile/op.h"
 
-#include <cmath>
+#include <algorithm>
 
-#include "cpu/quantize/kernels.h"
+#include "cpu/linear/driver.h"
 
 namespace pykernels {
 namespace {
 
-// Rows of A as the dot kernels read them: a multiple of 4 bytes long.
-struct Rows {
-  Tensor storage;  // keeps the memory
-  const uint8_t* data;
-  int64_t stride;  // bytes
-};
-
-// x [rows, k] of `bytes` a row, used in place when its rows are whole words; else copied with zeros behind.
-Rows word_rows(const Tensor& x, int64_t rows, int64_t bytes) {
-  Tensor dense = to_contiguous(x);
-  const auto* from = static_cast<const uint8_t*>(dense.const_data_ptr());
-  if (bytes % 4 == 0) return {dense, from, bytes};
-  const int64_t stride = round_up(bytes, 4);
-  Tensor copy = empty({std::max<int64_t>(rows * stride, 1)}, ScalarType::Byte);
-  auto* to = mutable_pointer<uint8_t>(copy);
-  parallel(rows, std::max<int64_t>(1, (32 << 10) / std::max<int64_t>(stride, 1)), [&](int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; ++r) {
-      std::memcpy(to + r * stride, from + r * bytes, bytes);
-      std::memset(to + r * stride + bytes, 0, stride - bytes);
-    }
-  });
-  return {copy, to, stride};
+// x [rows, k] of `bytes` a row as the dot kernels read it: x itself where its rows are whole words, else a copy.
+Tensor word_rows(const Tensor& x, int64_t rows, int64_t bytes) {
+  const Tensor dense = to_contiguous(x);
+  if (bytes % 4 == 0) return dense;
+  const Tensor copy = empty({std::max<int64_t>(rows * round_up(bytes, 4), 1)}, ScalarType::Byte);
+  WordRowsDriver driver(rows, bytes, torch::stable::get_num_threads());
+  run(driver, {bytes_of(dense)}, copy);
+  return copy;
 }
 
 Ints leading(const Tensor& x, int64_t last) {
@@ -44,27 +30,11 @@ int64_t rows_of(const Tensor& x) {
   return rows;
 }
 
-// is_signed: the rows hold int8, shifted to uint8 (value + 128: the sign bit flipped) on the way.
-void run_linear(const Rows& a, int64_t rows, bool is_signed, const PackedView& weights, const Epilogue& e) {
-  if (rows == 0 || weights.h.n == 0) return;
-  TileProblem p{};
-  p.dot = &dot_kernel(weights.h.element);
-  p.epilogue = weights.h.element == Element::s8 ? epilogue_kernels().s32 : epilogue_kernels().f32;
-  p.x = a.data;
-  p.pixel = p.group_stride = a.stride;
-  p.height = 1, p.width = p.columns = rows;
-  p.flip = is_signed ? 0x80 : 0;
-  p.weights = &weights;
-  p.e = e;
-  p.e.out_stride = weights.h.n;
-  run(p);
-}
-
-void check_linear_weight(const char* op, const PackedView& w, int64_t k, int64_t out_features, const Tensor& x) {
-  PK_CHECK(w.h.kind == PackKind::dot && w.h.groups == 1 && w.taps() == 1, op,
-           ": packed holds convolution weights, not a linear layer's");
-  PK_CHECK(w.h.k == k, op, ": x has ", k, " features (shape ", shape_of(x), "), but packed was made for ", w.h.k);
-  PK_CHECK(w.h.n == out_features, op, ": out_features is ", out_features, ", but packed was made for ", w.h.n);
+// a: rows of whole words; residual as `out`, or null.
+void run_linear(const Tensor& a, int64_t rows, bool is_signed, const PackedView& weights, const Epilogue& e,
+                const Tensor& out, const uint8_t* residual = nullptr) {
+  TileDriver driver(linear_problem(rows, weights, e, is_signed ? 0x80 : 0), torch::stable::get_num_threads());
+  run(driver, {bytes_of(a), residual}, out);
 }
 
 Tensor int8_mm(const Tensor& a, const Tensor& b) {
@@ -85,9 +55,8 @@ Tensor int8_mm(const Tensor& a, const Tensor& b) {
   Epilogue e = make_epilogue(op, weights, "none");
   const bool flip = a.scalar_type() == ScalarType::Char;
   e.x_zero_point = flip ? 128 : 0;
-  e.out = out.mutable_data_ptr();
   e.out_dtype = Dtype::s32;
-  run_linear(word_rows(a, rows, k), rows, flip, weights, e);
+  run_linear(word_rows(a, rows, k), rows, flip, weights, e, out);
   return out;
 }
 
@@ -109,7 +78,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, std::
   const ScalarType t = x.scalar_type();
   const int64_t k = x.size(x.dim() - 1), rows = rows_of(x);
   const PackedView weights = checked_packed(op, packed, element_of(t));
-  check_linear_weight(op, weights, k, out_features, x);
+  check_linear_weight(op, weights, k, out_features);
   Epilogue e = make_epilogue(op, weights, activation);
   Tensor out = empty(leading(x, out_features), t);
   std::optional<Tensor> dense;
@@ -122,9 +91,8 @@ Tensor linear(const Tensor& x, const Tensor& packed, int64_t out_features, std::
   } else {
     residual_after_activation(op, residual_order);
   }
-  e.out = out.mutable_data_ptr();
   e.out_dtype = dtype_of(t);
-  run_linear(word_rows(x, rows, k * element_size(t)), rows, false, weights, e);
+  run_linear(word_rows(x, rows, k * element_size(t)), rows, false, weights, e, out, dense ? bytes_of(*dense) : nullptr);
   return out;
 }
 
@@ -151,7 +119,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& packed, int64_t out_features, 
   PK_CHECK(is_real(t) || x_scale.has_value(), op, ": x_scale is required for ", dtype_name(t), " x");
   const int64_t k = x.size(x.dim() - 1), rows = rows_of(x);
   const PackedView weights = checked_packed(op, packed, Element::s8);
-  check_linear_weight(op, weights, k, out_features, x);
+  check_linear_weight(op, weights, k, out_features);
   Epilogue e = make_epilogue(op, weights, activation);
   const ScalarType out_type = out_dtype.value_or(is_real(t) ? t : ScalarType::Float);
   set_out(op, e, out_type, out_scale, out_zero_point);
@@ -163,41 +131,28 @@ Tensor int8_linear(const Tensor& x, const Tensor& packed, int64_t out_features, 
     e.x_zero_point = static_cast<int32_t>(x_zero_point) + (flip ? 128 : 0);
   }
 
-  Tensor row_scale = empty({is_real(t) && !x_scale ? rows : 0}, ScalarType::Float);
-  Tensor row_zero_point = empty({row_scale.size(0)}, ScalarType::Int);
-  Rows a{x, nullptr, 0};
-  if (is_real(t)) {
-    const Tensor dense = to_contiguous(x);
-    a.stride = round_up(k, 4);
-    a.storage = empty({std::max<int64_t>(rows * a.stride, 1)}, ScalarType::Byte);
-    auto* q = mutable_pointer<uint8_t>(a.storage);
-    a.data = q;
-    const auto* from = static_cast<const uint8_t*>(dense.const_data_ptr());
-    const QuantizeKernels& kernels = quantize_kernels();
-    const float inverse = x_scale ? 1.0f / static_cast<float>(*x_scale) : 0.0f;
-    auto* scales = mutable_pointer<float>(row_scale);
-    auto* zero_points = mutable_pointer<int32_t>(row_zero_point);
-    if (!x_scale) {
-      e.row_scale = scales;
-      e.row_zero_point = zero_points;
-    }
-    parallel(rows, std::max<int64_t>(1, (16 << 10) / std::max<int64_t>(k, 1)), [&](int64_t first, int64_t last) {
-      for (int64_t r = first; r < last; ++r) {
-        const void* row = from + r * k * element_size(t);
-        uint8_t* to = q + r * a.stride;
-        if (x_scale)
-          kernels.quantize(row, real_of(t), k, {to, false, inverse, static_cast<int32_t>(x_zero_point)});
-        else
-          kernels.quantize_row(row, real_of(t), k, to, scales + r, zero_points + r);
-        std::memset(to + k, 0, a.stride - k);
-      }
-    });
-  } else {
-    a = word_rows(x, rows, k);
+  const Tensor out = empty(leading(x, out_features), out_type);
+  if (!is_real(t)) {
+    run_linear(word_rows(x, rows, k), rows, flip, weights, e, out);
+    return out;
   }
-  Tensor out = empty(leading(x, out_features), out_type);
-  e.out = out.mutable_data_ptr();
-  run_linear(a, rows, flip, weights, e);
+  const Tensor dense = to_contiguous(x);
+  const Tensor q = empty({std::max<int64_t>(rows * round_up(k, 4), 1)}, ScalarType::Byte);
+  const int64_t threads = torch::stable::get_num_threads();
+  if (x_scale) {
+    QuantizeRowsDriver driver(rows, k, real_of(t), *x_scale, x_zero_point, threads);
+    run(driver, {bytes_of(dense)}, q);
+    run_linear(q, rows, false, weights, e, out);
+    return out;
+  }
+  const Tensor row_scale = empty({rows}, ScalarType::Float), row_zero_point = empty({rows}, ScalarType::Int);
+  auto* scales = mutable_pointer<float>(row_scale);
+  auto* zero_points = mutable_pointer<int32_t>(row_zero_point);
+  e.row_scale = scales;
+  e.row_zero_point = zero_points;
+  QuantizeRowsDriver driver(rows, k, real_of(t), scales, zero_points, threads);
+  run(driver, {bytes_of(dense)}, q);
+  run_linear(q, rows, false, weights, e, out);
   return out;
 }
 

@@ -78,11 +78,11 @@ Range pixels_of(const TilePlan& plan, int64_t tile) {
 // Where taps lie in the input or in a patch. With one group and a kernel row that is one run of memory, that row is one
 // tap of kw times the words.
 void plan_taps(const TileProblem& p, TilePlan& plan) {
-  const int64_t words = p.weights->words(), widened = plan.staged ? p.dot->word_bytes / 4 : 1;
+  const int64_t words = p.weights.words(), widened = plan.staged ? p.dot->word_bytes / 4 : 1;
   plan.patch_pixel = p.pixel * widened;
   plan.group_stride = p.group_stride * widened;
   plan.by_rows = p.dw == 1 && p.sw <= p.kw;
-  plan.whole_rows = p.weights->h.groups == 1 && (p.kw == 1 || (plan.staged ? plan.by_rows : p.dw == 1));
+  plan.whole_rows = p.weights.h.groups == 1 && (p.kw == 1 || (plan.staged ? plan.by_rows : p.dw == 1));
   plan.words = words * (plan.whole_rows ? p.kw : 1);
   const int64_t pixels = std::min(plan.block, plan.tiles_per_line) * plan.most_rows;
   plan.patch_line = plan.by_rows ? (pixels - 1) * p.sw + p.kw : pixels;
@@ -201,11 +201,11 @@ uint8_t* locate_taps(const TileProblem& p, const TilePlan& plan, const uint8_t* 
   for (int64_t r = 0; r < t.rows; ++r) whole &= x[r] >= 0 && x[r] + (p.kw - 1) * p.dw < p.width;
   auto* tap = reinterpret_cast<DotTap*>(scratch);
   auto* pixel = reinterpret_cast<const uint8_t**>(tap + p.kh * p.kw);
-  const int64_t words = p.weights->words();
+  const int64_t words = p.weights.words();
   t.dot = {pixel, t.rows, 0, tap, 0, whole ? plan.words : words};
   for (int64_t ky = 0; ky < p.kh; ++ky)
     for (int64_t kx = 0; kx < (whole ? 1 : p.kw); ++kx) {
-      bool any = p.weights->h.element == Element::s8;
+      bool any = p.weights.h.element == Element::s8;
       for (int64_t r = 0; r < t.rows; ++r) {
         const int64_t iy = y[r] + ky * p.dh, ix = x[r] + kx * p.dw;
         const bool in = within(iy, p.height) && within(ix, p.width);
@@ -291,6 +291,45 @@ struct Held {
 
 }  // namespace
 
+const DotKernel& dot_kernel(Element element) {
+  const DotKernels& k = dot_kernels();
+  switch (element) {
+    case Element::s8: return k.s8;
+    case Element::bf16: return k.bf16;
+    case Element::f16: return k.f16;
+    default: return k.f32;
+  }
+}
+
+auto epilogue_kernel(Element element) -> void (*)(const Epilogue&, const EpilogueArgs&) {
+  return element == Element::s8 ? epilogue_kernels().s32 : epilogue_kernels().f32;
+}
+
+Epilogue make_epilogue(const PackedView& weights, Activation activation) {
+  Epilogue e{};
+  e.x_scale = 1.0f;
+  e.scale = weights.scale;
+  e.sum = weights.sum;
+  e.bias = weights.bias;
+  e.activation = activation;
+  e.inverse_scale = 1.0f;
+  return e;
+}
+
+void set_out(Epilogue& e, Dtype dtype, double scale, int64_t zero_point) {
+  e.out_dtype = dtype;
+  if (dtype != Dtype::u8 && dtype != Dtype::s8) return;
+  e.inverse_scale = 1.0f / static_cast<float>(scale);
+  e.zero_point = static_cast<int32_t>(zero_point);
+}
+
+void set_residual(Epilogue& e, Dtype dtype, bool after_activation, double scale, int64_t zero_point) {
+  e.residual_dtype = dtype;
+  e.residual_after = after_activation;
+  e.residual_scale = static_cast<float>(scale);
+  e.residual_zero_point = static_cast<int32_t>(zero_point);
+}
+
 TilePlan plan_tiles(TileProblem& p, int64_t threads) {
   fold_rows(p);
   TilePlan plan{};
@@ -301,7 +340,7 @@ TilePlan plan_tiles(TileProblem& p, int64_t threads) {
     if (s.tiles > 0) plan.most_rows = std::max(plan.most_rows, ceil_div(s.pixels, s.tiles));
   }
   plan.tiles = p.images * (plan.staged ? p.rows : 1) * plan.tiles_per_line;
-  plan.panels = p.weights->h.groups * p.weights->panels_per_group();
+  plan.panels = p.weights.h.groups * p.weights.panels_per_group();
 
   // The split of least work for the slowest thread; among equals, of least memory read by it.
   const int64_t tile_rows = plan.most_rows;
@@ -311,7 +350,7 @@ TilePlan plan_tiles(TileProblem& p, int64_t threads) {
   for (int64_t m = std::min(threads, plan.tiles); m >= 1; --m) {
     const int64_t n = std::min(std::max<int64_t>(threads / m, 1), plan.panels);
     const int64_t tiles = ceil_div(plan.tiles, m), panels = ceil_div(plan.panels, n);
-    const int64_t work = tiles * panels, bytes = tiles * tile_bytes + panels * p.weights->panel_bytes();
+    const int64_t work = tiles * panels, bytes = tiles * tile_bytes + panels * p.weights.panel_bytes();
     if (work < least_work || (work == least_work && bytes < least_bytes)) {
       least_work = work;
       least_bytes = bytes;
@@ -336,7 +375,22 @@ TilePlan plan_tiles(TileProblem& p, int64_t threads) {
   return plan;
 }
 
-void run_tiles(const TileProblem& p, const TilePlan& plan, int64_t task, uint8_t* scratch) {
+TileDriver::TileDriver(const TileProblem& problem, int64_t threads) : problem_(problem) {
+  if (problem.images * problem.rows * problem.columns == 0 || problem.weights.h.n == 0) return;
+  plan_ = plan_tiles(problem_, threads);
+  tasks = plan_.tasks;
+  scratch = plan_.scratch;
+}
+
+void TileDriver::bind(const uint8_t* const* in, uint8_t* out) {
+  problem_.x = in[0];
+  problem_.e.residual = in[1];
+  problem_.e.out = out;
+}
+
+void TileDriver::run(int64_t task, uint8_t* memory) const {
+  const TileProblem& p = problem_;
+  const TilePlan& plan = plan_;
   alignas(64) uint8_t c[kMaxRun * 4];
   Tile tiles[kMaxBlock];
   const int64_t tile_part = task / plan.panel_splits, panel_part = task % plan.panel_splits;
@@ -344,15 +398,15 @@ void run_tiles(const TileProblem& p, const TilePlan& plan, int64_t task, uint8_t
   const int64_t last_tile = part(plan.tiles, plan.tile_splits, tile_part + 1);
   const int64_t first_panel = part(plan.panels, plan.panel_splits, panel_part);
   const int64_t last_panel = part(plan.panels, plan.panel_splits, panel_part + 1);
-  const PackedView& w = *p.weights;
+  const PackedView& w = p.weights;
   const int64_t per_group = w.panels_per_group(), panel_bytes = w.panel_bytes();
   const int64_t most_panels = p.dot->max_panels[plan.most_rows];
   const int64_t out_bytes = p.e.out_dtype == Dtype::f32 ? 4 : 2;  // where tiles finish
-  std::fill(scratch, scratch + plan.fill_bytes, p.fill);
+  std::fill(memory, memory + plan.fill_bytes, p.fill);
 
   for (int64_t block = first_tile; block < last_tile; block += plan.block) {
     const int64_t count = std::min(plan.block, last_tile - block);
-    (plan.staged ? locate_staged : locate_in_place)(p, plan, block, count, scratch, tiles);
+    (plan.staged ? locate_staged : locate_in_place)(p, plan, block, count, memory, tiles);
     for (int64_t panel = first_panel; panel < last_panel;) {
       const int64_t group = panel / per_group;
       const int64_t left = std::min(last_panel, (group + 1) * per_group) - panel;

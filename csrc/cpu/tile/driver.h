@@ -1,8 +1,9 @@
-// Runs dot tiles and epilogues over a whole GEMM or convolution. Torch-free: the op splits [0, tasks) over threads.
+// Runs dot tiles and epilogues over a whole GEMM or convolution. Torch-free.
 #pragma once
 
 #include <vector>
 
+#include "cpu/driver.h"
 #include "cpu/tile/kernels.h"
 
 namespace pykernels {
@@ -22,9 +23,20 @@ struct TileProblem {
   int64_t kh = 1, kw = 1, sh = 1, sw = 1, dh = 1, dw = 1, top = 0, left = 0;
   uint8_t fill = 0, flip = 0;
   int64_t images = 1, rows = 1, columns;
-  const PackedView* weights;
+  PackedView weights;
   Epilogue e;
 };
+
+// The kernels of the isa in force for these weights.
+const DotKernel& dot_kernel(Element element);
+auto epilogue_kernel(Element element) -> void (*)(const Epilogue&, const EpilogueArgs&);
+
+// Everything of an epilogue but x's scale and zero point, residual and output: weights' arrays and activation.
+Epilogue make_epilogue(const PackedView& weights, Activation activation);
+// What is written; scale and zero point where that is 8 bits.
+void set_out(Epilogue& e, Dtype dtype, double scale, int64_t zero_point);
+// What is added; scale and zero point where that is 8 bits.
+void set_residual(Epilogue& e, Dtype dtype, bool after_activation, double scale, int64_t zero_point);
 
 // A rectangle of the output, [y0, y1) x [x0, x1), whose pixels follow one another along x or, `down`, along y.
 struct Stretch {
@@ -67,7 +79,16 @@ struct TilePlan {
 // Folds rows and images into one long row where memory allows, and chooses the split for `threads`.
 TilePlan plan_tiles(TileProblem& problem, int64_t threads);
 
-// `scratch` is the task's own, plan.scratch bytes, 64-byte aligned.
-void run_tiles(const TileProblem& problem, const TilePlan& plan, int64_t task, uint8_t* scratch);
+// Operands: x, residual.
+class TileDriver final : public Driver {
+ public:
+  TileDriver(const TileProblem& problem, int64_t threads);
+  void bind(const uint8_t* const* in, uint8_t* out) override;
+  void run(int64_t task, uint8_t* memory) const override;
+
+ private:
+  TileProblem problem_;
+  TilePlan plan_;
+};
 
 }  // namespace pykernels

@@ -42,7 +42,10 @@ inline constexpr int kMaxRows = 12;
 inline constexpr int kMaxPanels = 8;
 inline constexpr int kMaxTile = 32 * 16;  // accumulators of one tile, any isa
 
-enum class Dtype : int32_t { f32, bf16, f16, u8, s8, s32 };
+enum class Dtype : int32_t { PK_DTYPES(PK_NAME) };
+inline int64_t dtype_bytes(Dtype t) {
+  return t == Dtype::u8 || t == Dtype::s8 ? 1 : t == Dtype::bf16 || t == Dtype::f16 ? 2 : 4;
+}
 
 struct DotKernel {
   int max_rows, word_bytes;

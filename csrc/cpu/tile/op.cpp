@@ -30,16 +30,6 @@ Element element_of(ScalarType t) {
   }
 }
 
-const DotKernel& dot_kernel(Element element) {
-  const DotKernels& k = dot_kernels();
-  switch (element) {
-    case Element::s8: return k.s8;
-    case Element::bf16: return k.bf16;
-    case Element::f16: return k.f16;
-    default: return k.f32;
-  }
-}
-
 std::optional<Tensor> checked_bias(const char* op, const std::optional<Tensor>& bias, int64_t channels) {
   if (!bias) return std::nullopt;
   check_real(op, "bias", *bias);
@@ -89,14 +79,7 @@ PackedView checked_packed(const char* op, const Tensor& packed, Element element)
 }
 
 Epilogue make_epilogue(const char* op, const PackedView& weights, const std::string& activation) {
-  Epilogue e{};
-  e.x_scale = 1.0f;
-  e.scale = weights.scale;
-  e.sum = weights.sum;
-  e.bias = weights.bias;
-  e.activation = activation_by_name(op, activation);
-  e.inverse_scale = 1.0f;
-  return e;
+  return make_epilogue(weights, activation_by_name(op, activation));
 }
 
 void set_out(const char* op, Epilogue& e, ScalarType out_dtype, std::optional<double> out_scale,
@@ -107,12 +90,10 @@ void set_out(const char* op, Epilogue& e, ScalarType out_dtype, std::optional<do
     PK_CHECK(out_scale.has_value(), op, ": out_scale is required for out_dtype ", dtype_name(out_dtype));
     check_scale(op, "out_scale", *out_scale);
     check_zero_point(op, "out_zero_point", out_zero_point, out_dtype);
-    e.inverse_scale = 1.0f / static_cast<float>(*out_scale);
-    e.zero_point = static_cast<int32_t>(out_zero_point);
   } else {
     PK_CHECK(!out_scale.has_value(), op, ": out_scale makes no sense for out_dtype ", dtype_name(out_dtype));
   }
-  e.out_dtype = dtype_of(out_dtype);
+  set_out(e, dtype_of(out_dtype), out_scale.value_or(1.0), out_zero_point);
 }
 
 void set_residual(const char* op, Epilogue& e, const Tensor& residual, const std::string& order, double scale,
@@ -124,20 +105,7 @@ void set_residual(const char* op, Epilogue& e, const Tensor& residual, const std
     check_scale(op, "residual_scale", scale);
     check_zero_point(op, "residual_zero_point", zero_point, t);
   }
-  e.residual = residual.const_data_ptr();
-  e.residual_dtype = dtype_of(t);
-  e.residual_after = residual_after_activation(op, order);
-  e.residual_scale = static_cast<float>(scale);
-  e.residual_zero_point = static_cast<int32_t>(zero_point);
-}
-
-void run(TileProblem& problem) {
-  const TilePlan plan = plan_tiles(problem, torch::stable::get_num_threads());
-  const Tensor scratch = empty({plan.tasks * plan.scratch}, ScalarType::Byte);
-  auto* patches = mutable_pointer<uint8_t>(scratch);
-  parallel(plan.tasks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) run_tiles(problem, plan, task, patches + task * plan.scratch);
-  });
+  set_residual(e, dtype_of(t), residual_after_activation(op, order), scale, zero_point);
 }
 
 }  // namespace pykernels

@@ -16,7 +16,6 @@ inline constexpr int64_t kMaxReduction = (int64_t{1} << 31) / (255 * 128) - 1;
 bool residual_after_activation(const char* op, const std::string& order);
 Dtype dtype_of(ScalarType t);
 Element element_of(ScalarType t);
-const DotKernel& dot_kernel(Element element);
 
 // weight is contiguous with groups * n output channels first; scale and bias are fp32 vectors of as many, or absent.
 Tensor pack_weights(const char* op, const PackedHeader& header, const Tensor& weight,
@@ -36,8 +35,5 @@ void set_out(const char* op, Epilogue& e, ScalarType out_dtype, std::optional<do
              int64_t out_zero_point);
 void set_residual(const char* op, Epilogue& e, const Tensor& residual, const std::string& order, double scale,
                   int64_t zero_point);
-
-// Runs the whole problem on the host framework's threads.
-void run(TileProblem& problem);
 
 }  // namespace pykernels
