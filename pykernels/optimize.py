@@ -22,7 +22,9 @@ from pykernels.graph.capture import Captured, canonicalize, capture, plain
 from pykernels.graph.qdq import has_quantizers
 from pykernels.network.assemble import assemble
 from pykernels.network.devices import device_of, follow, to_device
+from pykernels.network.buffers import consolidate
 from pykernels.network.emit_fx import emit_fx
+from pykernels.network.emit_plan import emit_plan
 from pykernels.network.report import Report, bytes_of
 from pykernels.ops.dtypes import STORED
 
@@ -63,6 +65,7 @@ class Optimized(nn.Module):
         self.free = free
         self.cuda_graph = True
         self._graphs: CudaGraphs | None = None
+        self.planned: fx.GraphModule | None = None
         self._report = report
         self._in_spec = in_spec
         self._out_spec = out_spec
@@ -93,6 +96,8 @@ class Optimized(nn.Module):
         return any(self.free)
 
     def _run(self, *inputs: Any) -> Any:
+        if self.planned is not None:
+            return self.planned(*inputs)
         if not self.cuda_graph or self._report.device == "cpu" or torch.compiler.is_compiling():
             return self.program(*inputs)
         if self._graphs is None:
@@ -216,13 +221,18 @@ def optimize(
     before = bytes_of((*captured.module.parameters(), *captured.module.buffers()))
     canonicalize(captured.module, captured.example)
     network = assemble(captured.module, precision, edges)
-    program, report = emit_fx(network), Report.of(network)
+    emitted, report = emit_fx(network), Report.of(network)
+    program = emitted.program
+    planned = None
+    if network.device.type == "cpu":
+        planned = emit_plan(network, emitted, consolidate(program))
     report.bytes_before = before if has_quantizers(model) else bytes_of((*model.parameters(), *model.buffers()))
     report.bytes_after = bytes_of(program.buffers())
     report.notes = list(captured.notes)
     free = _free(captured.module)
     result = Optimized(program, report, captured.in_spec, captured.out_spec, captured.example, free)
     result.cuda_graph = cuda_graph
+    result.planned = planned
     return result
 
 

@@ -190,7 +190,7 @@ class _Compiled:
             captured = Captured(module, in_spec, out_spec, example, True)
             make_functional(captured)
             network = assemble(canonicalize(captured.module, example), self.precision)
-            program, report = emit_fx(network), Report.of(network)
+            program, report = emit_fx(network).program, Report.of(network)
             report.bytes_before = bytes_of(weights.values())
             report.bytes_after = bytes_of(program.buffers())
         if self.on_report is not None:

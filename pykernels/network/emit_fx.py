@@ -6,7 +6,7 @@ What runs on every device and under torch.compile, torch.export and AOTInductor.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -16,15 +16,31 @@ from pykernels.network.step import Call, Concatenation, Layer, Lookup, Network, 
 
 aten = torch.ops.aten
 
-__all__ = ["emit_fx"]
+__all__ = ["Emitted", "Emitter", "emit_fx"]
 
 
-def emit_fx(network: Network) -> fx.GraphModule:
-    """A graph module from the flat inputs to the flat tuple of outputs; its constants are its own."""
-    return _Emitter(network).run()
+class Emitted(NamedTuple):
+    """A network as a graph.
+
+    Attributes:
+        program: from the flat inputs to the flat tuple of outputs; its constants are its own.
+        names: what the constants are called in it, by the keys under which emitters know them.
+    """
+
+    program: fx.GraphModule
+    names: dict[Any, str]
 
 
-class _Emitter:
+def emit_fx(network: Network) -> Emitted:
+    """The network with one call for each step."""
+    emitter = Emitter(network)
+    program = emitter.run()
+    return Emitted(program, {key: str(node.target) for key, node in emitter.constants.items()})
+
+
+class Emitter:
+    """Makes the graph; the plan's emitter is one that does so only where it must."""
+
     def __init__(self, network: Network) -> None:
         self.network = network
         self.root = nn.Module()
@@ -35,8 +51,16 @@ class _Emitter:
     def run(self) -> fx.GraphModule:
         for value in self.network.inputs:
             self.nodes[value] = self.graph.placeholder(value.name)
-        for step in self.network.steps:
-            self.nodes[step.outputs[0]] = _EMITTERS[step.kind](self, step)
+        for step in self.network.live():
+            self.nodes[step.outputs[0]] = self.emit(step)
+        return self.finish()
+
+    def emit(self, step: Step) -> fx.Node:
+        """The node that yields the step's result."""
+        return _EMITTERS[step.kind](self, step)
+
+    def finish(self) -> fx.GraphModule:
+        """The graph, once all steps are in it."""
         self.graph.output(tuple(self._node(value) for value in self.network.outputs))
         result = fx.GraphModule(self.root, self.graph)
         result.graph.eliminate_dead_code(_has_effect)
@@ -95,13 +119,7 @@ class _Emitter:
         assert isinstance(layer, Layer)
         linear, line = step.kind == "linear", step.kind == "conv2d" and len(x.shape) == 3
         weight = (layer.weight.unsqueeze(2) if line else layer.weight).contiguous()
-        scale = () if layer.weight_scale is None else (layer.weight_scale,)
-        if layer.key not in self.constants:
-            pack = getattr(torch.ops.pykernels, f"{step.op}_pack")
-            with torch.no_grad():
-                packed = pack(weight, *scale, layer.bias, *(() if linear else (layer.groups,)))
-            self._attribute(packed, step.where + "_packed", layer.key)
-        source, packed, *more = self._node(x), self.constants[layer.key], *map(self._node, residual)
+        source, packed, *more = self._node(x), self.packed(step, layer, weight), *map(self._node, residual)
         if line:
             source, *more = (self.call(aten.unsqueeze.default, value, 2) for value in (source, *more))
         args: tuple[Any, ...] = (source, packed, weight.shape[0])
@@ -119,6 +137,16 @@ class _Emitter:
             args += (step.activation, *((*more, step.residual_order) if more else ()))
         y = self.ours(step.op, *args)
         return self.call(aten.squeeze.dim, y, 2) if line else y
+
+    def packed(self, step: Step, layer: Layer, weight: torch.Tensor) -> fx.Node:
+        """The packed weights, the same for all steps of one key."""
+        if layer.key not in self.constants:
+            scale = () if layer.weight_scale is None else (layer.weight_scale,)
+            groups = () if step.kind == "linear" else (layer.groups,)
+            with torch.no_grad():
+                packed = getattr(torch.ops.pykernels, f"{step.op}_pack")(weight, *scale, layer.bias, *groups)
+            self._attribute(packed, step.where + "_packed", layer.key)
+        return self.constants[layer.key]
 
     def binary(self, step: Step) -> fx.Node:
         """``qadd`` and ``qmul``."""
@@ -155,24 +183,24 @@ class _Emitter:
         return self.ours(step.op, self._node(x), *step.details.geometry, *tail)
 
 
-_EMITTERS: dict[str, Callable[[_Emitter, Step], fx.Node]] = {
-    "conv2d": _Emitter.layer,
-    "linear": _Emitter.layer,
-    "add": _Emitter.binary,
-    "mul": _Emitter.binary,
-    "cat": _Emitter.concatenation,
-    "lookup": _Emitter.table,
-    "avg_pool2d": _Emitter.pool,
-    "adaptive_avg_pool2d": _Emitter.pool,
-    "max_pool2d": _Emitter.pool,
-    "max_pool2d_with_indices": _Emitter.pool,
-    "adaptive_max_pool2d_with_indices": _Emitter.pool,
-    "quantize": _Emitter.conversion,
-    "dequantize": _Emitter.conversion,
-    "move": _Emitter.torchs,
-    "cast": _Emitter.torchs,
-    "size": _Emitter.torchs,
-    "torch": _Emitter.torchs,
+_EMITTERS: dict[str, Callable[[Emitter, Step], fx.Node]] = {
+    "conv2d": Emitter.layer,
+    "linear": Emitter.layer,
+    "add": Emitter.binary,
+    "mul": Emitter.binary,
+    "cat": Emitter.concatenation,
+    "lookup": Emitter.table,
+    "avg_pool2d": Emitter.pool,
+    "adaptive_avg_pool2d": Emitter.pool,
+    "max_pool2d": Emitter.pool,
+    "max_pool2d_with_indices": Emitter.pool,
+    "adaptive_max_pool2d_with_indices": Emitter.pool,
+    "quantize": Emitter.conversion,
+    "dequantize": Emitter.conversion,
+    "move": Emitter.torchs,
+    "cast": Emitter.torchs,
+    "size": Emitter.torchs,
+    "torch": Emitter.torchs,
 }
 
 

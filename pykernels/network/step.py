@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from pykernels.graph.qdq import QParams
 
@@ -149,6 +150,23 @@ class Step:
         return [value for value, _ in self.operands]
 
     @property
+    def values(self) -> list[Value]:
+        """The values that it reads, those among a call's arguments, too."""
+        arguments = (self.details.args, self.details.kwargs) if isinstance(self.details, Call) else ()
+        found = [*self.inputs, *pytree.tree_leaves(arguments, is_leaf=lambda leaf: isinstance(leaf, Value))]
+        return [leaf for leaf in found if isinstance(leaf, Value)]
+
+    @property
+    def has_effect(self) -> bool:
+        """Whether it does more than to yield a result: it writes what others see, or checks something."""
+        if not isinstance(self.details, Call):
+            return False
+        target = self.details.target
+        if not isinstance(target, torch._ops.OpOverload):
+            return isinstance(target, torch._ops.HigherOrderOperator)
+        return target._schema.is_mutable or "_assert" in str(target)
+
+    @property
     def op(self) -> str | None:
         """The op of ours that computes it, or None where torch does."""
         if self.kind in ("move", "cast", "size", "torch"):
@@ -177,3 +195,13 @@ class Network:
     outputs: Sequence[Any]
     precision: str
     device: torch.device
+
+    def live(self) -> list[Step]:
+        """The steps whose results somebody reads, and those that have an effect."""
+        wanted = {value for value in self.outputs if isinstance(value, Value)}
+        found: list[Step] = []
+        for step in reversed(self.steps):
+            if step.has_effect or not wanted.isdisjoint(step.outputs):
+                found.append(step)
+                wanted.update(step.values)
+        return found[::-1]

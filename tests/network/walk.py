@@ -16,7 +16,7 @@ from pykernels.graph.capture import canonicalize, capture
 from pykernels.graph.nodes import is_call
 from pykernels.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
 from pykernels.network import Report, assemble
-from pykernels.network.emit_fx import _Emitter
+from pykernels.network.emit_fx import Emitter
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Walk:
         captured = capture(simulated, (x,))
         source = canonicalize(captured.module, captured.example)
         network = assemble(source, "int8")
-        emitter = _Emitter(network)
+        emitter = Emitter(network)
         self.program, self.report = emitter.run(), Report.of(network)
         self.steps: list[Step] = []
         named = {node.name: node for node in source.graph.nodes}
-        values = [value for step in network.steps for value in step.outputs if value.quantization is not None]
+        values = [value for step in network.live() for value in step.outputs if value.quantization is not None]
         holds = {emitter.nodes[value]: (named[value.name], value.quantization) for value in values}
         with torch.no_grad():
             recorder = _Recorder(source, garbage_collect_values=False)

@@ -1,0 +1,202 @@
+#include "cpu/plan/builder.h"
+
+#include <algorithm>
+
+#include "cpu/copy/driver.h"
+
+namespace pykernels {
+
+Builder::Builder(const Program& program, const uint8_t* weights, const std::vector<View>& inputs, int64_t threads)
+    : program_(program), weights_(weights), threads_(threads) {
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    View v = inputs[i];
+    v.buffer = static_cast<int>(layout.buffers.size());
+    v.offset = 0;
+    layout.buffers.push_back({Buffer::Kind::input, 0, static_cast<int64_t>(i)});
+    layout.values.push_back(v);
+  }
+  weights_buffer_ = static_cast<int>(layout.buffers.size());
+  layout.buffers.push_back({Buffer::Kind::weights, program.weight_bytes, 0});
+}
+
+void Builder::begin(const PlanStep& step) {
+  step_ = &step;
+  numbers_read_ = reals_read_ = 0;
+}
+
+void Builder::end() {
+  PK_CHECK(numbers_read_ == step_->numbers.size() && reals_read_ == step_->reals.size(), "run_plan: a step ", name(),
+           " has ", step_->numbers.size(), " numbers and ", step_->reals.size(), " reals, not ", numbers_read_, " and ",
+           reals_read_);
+  layout.values.push_back(value_);
+}
+
+// Each in a buffer of its own, dense in the layout asked for: that of the step that makes it where this fits.
+void Builder::finish() {
+  step_ = nullptr;
+  for (size_t i = 0; i < program_.outputs.size(); ++i) {
+    const View v = layout.values[program_.outputs[i].value];
+    View wanted = v;
+    set_strides(wanted, program_.outputs[i].channels_last);
+    Buffer& buffer = layout.buffers[v.buffer];
+    const bool there = buffer.kind == Buffer::Kind::arena && v.offset == 0 && v.bytes() == buffer.bytes &&
+                       (program_.outputs[i].channels_last && v.dims == 4 ? is_channels_last(v) : is_contiguous(v));
+    if (there) {
+      buffer.kind = Buffer::Kind::output;
+      buffer.place = static_cast<int64_t>(i);
+      wanted.buffer = v.buffer;
+    } else {
+      wanted.offset = 0;
+      wanted.buffer = static_cast<int>(layout.buffers.size());
+      layout.buffers.push_back({Buffer::Kind::output, wanted.bytes(), static_cast<int64_t>(i)});
+      copy(v, wanted);
+    }
+    layout.outputs.push_back(wanted);
+    layout.channels_last.push_back(program_.outputs[i].channels_last && v.dims == 4);
+  }
+}
+
+// --- the step in hand ---
+
+const View& Builder::in(size_t i) const {
+  PK_CHECK(i < step_->in.size(), "run_plan: a step ", name(), " lacks operand ", i);
+  return layout.values[step_->in[i]];
+}
+
+int64_t Builder::number() {
+  PK_CHECK(numbers_read_ < step_->numbers.size(), "run_plan: a step ", name(), " has too few numbers");
+  return step_->numbers[numbers_read_++];
+}
+
+int64_t Builder::number(int64_t low, int64_t high) {
+  const int64_t value = number();
+  PK_CHECK(value >= low && value <= high, "run_plan: a number of a step ", name(), " must lie in [", low, ", ", high,
+           "], not ", value);
+  return value;
+}
+
+double Builder::real() {
+  PK_CHECK(reals_read_ < step_->reals.size(), "run_plan: a step ", name(), " has too few reals");
+  return step_->reals[reals_read_++];
+}
+
+Dtype Builder::dtype() { return static_cast<Dtype>(number(0, PK_DTYPES(PK_COUNTED) - 1)); }
+
+Ints Builder::pair() {
+  const int64_t first = number();
+  return {first, number()};
+}
+
+Activation Builder::activation() { return static_cast<Activation>(number(0, PK_ACTIVATIONS(PK_COUNTED) - 1)); }
+
+int64_t Builder::zero_point(Dtype t) {
+  if (t == Dtype::u8) return number(0, 255);
+  if (t == Dtype::s8) return number(-128, 127);
+  return number(0, 0);
+}
+
+double Builder::scale() {
+  const double value = real();
+  check_scale(name(), "scale", value);
+  return value;
+}
+
+// --- memory ---
+
+View Builder::fresh(Dtype dtype, const int64_t* sizes, int64_t dims, bool channels_last) {
+  View v;
+  v.dtype = dtype;
+  v.dims = dims;
+  int64_t elements = 1;
+  for (int64_t d = 0; d < dims; ++d) {
+    v.sizes[d] = sizes[d];
+    PK_CHECK(sizes[d] >= 0 && !__builtin_mul_overflow(elements, std::max<int64_t>(sizes[d], 1), &elements) &&
+                 elements < (int64_t{1} << 48),
+             "run_plan: a step ", name(), " yields a tensor of shape ", shape_of(sizes, dims));
+  }
+  set_strides(v, channels_last);
+  v.buffer = static_cast<int>(layout.buffers.size());
+  layout.buffers.push_back({Buffer::Kind::arena, v.bytes(), 0});
+  return v;
+}
+
+View Builder::fresh_like(const View& v, Dtype dtype) {
+  View out = fresh(dtype, v.sizes.data(), v.dims, false);
+  out.strides = v.strides;
+  return out;
+}
+
+void Builder::add(std::unique_ptr<Driver> driver, const char* kernel, const std::vector<const View*>& operands,
+                  const View& out, int64_t operations, int64_t weight_bytes) {
+  if (driver->tasks == 0) return;
+  const auto index = static_cast<int64_t>(layout.drivers.size());
+  PlanLayout::Binding binding;
+  Work work{static_cast<int>(layout.values.size() - program_.inputs.size()), kernel, weight_bytes, operations};
+  const auto use = [&](const View& v) {
+    Buffer& buffer = layout.buffers[v.buffer];
+    buffer.first = std::min(buffer.first, index);
+    buffer.last = index;
+    work.bytes += v.bytes();
+    return PlanLayout::Place{v.buffer, v.offset};
+  };
+  for (const View* v : operands) binding.in.push_back(v ? use(*v) : PlanLayout::Place{});
+  binding.out = use(out);
+  layout.drivers.push_back(std::move(driver));
+  layout.bindings.push_back(std::move(binding));
+  layout.work.push_back(work);
+}
+
+void Builder::copy(const View& from, const View& to) {
+  add(std::make_unique<CopyDriver>(dtype_bytes(from.dtype), from.dims, from.sizes.data(), from.strides.data(),
+                                   to.strides.data(), threads_),
+      "copy", {&from}, to);
+}
+
+View Builder::to_contiguous(const View& v) {
+  if (is_contiguous(v)) return v;
+  const View out = fresh(v.dtype, v.sizes.data(), v.dims, false);
+  copy(v, out);
+  return out;
+}
+
+View Builder::to_channels_last(const View& v) {
+  if (is_channels_last(v)) return v;
+  const View out = fresh(v.dtype, v.sizes.data(), v.dims, true);
+  copy(v, out);
+  return out;
+}
+
+View Builder::dense(const View& v) { return is_dense(v) ? v : to_contiguous(v); }
+
+View Builder::in_layout_of(const View& a, const View& b) {
+  bool same = true;
+  for (int64_t d = 0; same && d < a.dims; ++d) same = a.sizes[d] == 1 || a.strides[d] == b.strides[d];
+  if (same) return b;
+  const View out = fresh_like(a, b.dtype);
+  copy(b, out);
+  return out;
+}
+
+// v repeated where its size is 1 and that of `to` is not.
+View Builder::expanded(const View& v, const View& to) {
+  View out = v;
+  for (int64_t d = 0; d < to.dims; ++d) {
+    if (v.sizes[d] != to.sizes[d]) out.strides[d] = 0;
+    out.sizes[d] = to.sizes[d];
+  }
+  return out;
+}
+
+PackedView Builder::packed(Element element) {
+  const int64_t offset = number(), bytes = number();
+  PK_CHECK(offset >= 0 && bytes >= 0 && offset % kBlockBytes == 0 && offset <= program_.weight_bytes &&
+               bytes <= program_.weight_bytes - offset,
+           "run_plan: the weights of a step ", name(), " lie outside of the plan's");
+  PackedView view;
+  const char* refused = read_packed(weights_ + offset, bytes, &view);
+  PK_CHECK(refused == nullptr, "run_plan: the weights of a step ", name(), " are refused: ", refused);
+  PK_CHECK(view.h.element == element, "run_plan: the weights of a step ", name(), " are of another dtype");
+  return view;
+}
+
+}  // namespace pykernels

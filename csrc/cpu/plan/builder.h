@@ -1,0 +1,87 @@
+// Makes the drivers of a plan, step by step; what each kind of step reads of its numbers and reals stands in the comment
+// before its function in builder.cpp, moves.cpp and layers.cpp.
+#pragma once
+
+#include "cpu/arithmetic/driver.h"
+#include "cpu/conv/driver.h"
+#include "cpu/plan/prepare.h"
+
+namespace pykernels {
+
+class Builder {
+ public:
+  Builder(const Program& program, const uint8_t* weights, const std::vector<View>& inputs, int64_t threads);
+
+  PlanLayout layout;
+
+  void begin(const PlanStep& step);
+  void end();
+  void finish();  // the outputs
+
+  // Steps, by kind.
+  void constant();
+  void conv2d();
+  void linear();
+  void pool();
+  void quantize();
+  void dequantize();
+  void cast();
+  void quantized_binary();
+  void quantized_cat();
+  void lookup();
+  void binary();
+  void cat();
+  void reshape();
+  void permute();
+  void slice();
+  void expand();
+  void pad();
+  void contiguous();
+
+ private:
+  // Of the step in hand: its name for messages, operands, numbers and reals, each read once and in order.
+  const char* name() const { return kStepNames[static_cast<int>(step_->kind)]; }
+  const View& in(size_t i) const;
+  size_t operands() const { return step_->in.size(); }
+  int64_t number();
+  int64_t number(int64_t low, int64_t high);  // in [low, high]
+  double real();
+  Dtype dtype();
+  Ints pair();
+  Activation activation();
+  int64_t zero_point(Dtype t);
+  double scale();
+  void yields(const View& value) { value_ = value; }
+
+  View fresh(Dtype dtype, const int64_t* sizes, int64_t dims, bool channels_last);
+  View fresh_like(const View& v, Dtype dtype);  // of v's dense strides
+  PackedView packed(Element element);
+  Epilogue epilogue(const PackedView& weights, const View& x, Dtype* out_dtype);
+  void add(std::unique_ptr<Driver> driver, const char* kernel, const std::vector<const View*>& operands,
+           const View& out, int64_t operations = 0, int64_t weight_bytes = 0);
+  void copy(const View& from, const View& to);
+  View to_contiguous(const View& v);
+  View to_channels_last(const View& v);
+  View dense(const View& v);
+  View in_layout_of(const View& a, const View& b);
+
+  View expanded(const View& v, const View& to);
+  void check_real(Dtype t) const;
+  void check_byte(Dtype t) const;
+
+  struct Pairing {
+    View a, b;
+    Broadcast broadcast;
+  };
+  Pairing pairing();
+
+  const Program& program_;
+  const uint8_t* weights_;
+  int64_t threads_;
+  const PlanStep* step_ = nullptr;
+  size_t numbers_read_ = 0, reals_read_ = 0;
+  View value_;
+  int weights_buffer_ = -1;
+};
+
+}  // namespace pykernels

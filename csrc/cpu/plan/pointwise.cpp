@@ -1,0 +1,182 @@
+// Steps between dense tensors, element by element, and concatenations of bytes.
+#include "cpu/arithmetic/driver.h"
+#include "cpu/plan/builder.h"
+#include "cpu/quantize/driver.h"
+
+namespace pykernels {
+namespace {
+
+bool is_byte(Dtype t) { return t == Dtype::u8 || t == Dtype::s8; }
+
+Real real_of(Dtype t) { return t == Dtype::f32 ? Real::fp32 : t == Dtype::f16 ? Real::fp16 : Real::bf16; }
+
+Quantization quantization(Dtype t, double scale, int64_t zero_point) {
+  return {t == Dtype::s8, static_cast<float>(scale), static_cast<int32_t>(zero_point)};
+}
+
+}  // namespace
+
+void Builder::check_real(Dtype t) const {
+  PK_CHECK(t == Dtype::f32 || t == Dtype::bf16 || t == Dtype::f16, "run_plan: a step ", name(),
+           " is of real numbers, not of integers");
+}
+
+void Builder::check_byte(Dtype t) const {
+  PK_CHECK(is_byte(t), "run_plan: a step ", name(), " is of bytes, not of real numbers");
+}
+
+// numbers: dtype and zero point of the output; reals: its scale
+void Builder::quantize() {
+  const View x = dense(in(0));
+  const Dtype to = dtype();
+  check_real(x.dtype), check_byte(to);
+  const int64_t zero = zero_point(to);
+  const View out = fresh_like(x, to);
+  add(std::make_unique<QuantizeDriver>(x.numel(), real_of(x.dtype), quantization(to, scale(), zero), threads_),
+      "quantize", {&x}, out);
+  yields(out);
+}
+
+// numbers: dtype of the output, zero point of x; reals: its scale
+void Builder::dequantize() {
+  const View x = dense(in(0));
+  const Dtype to = dtype();
+  check_byte(x.dtype), check_real(to);
+  const int64_t zero = zero_point(x.dtype);
+  const View out = fresh_like(x, to);
+  add(std::make_unique<DequantizeDriver>(x.numel(), quantization(x.dtype, scale(), zero), real_of(to), threads_),
+      "dequantize", {&x}, out);
+  yields(out);
+}
+
+// numbers: dtype of the output
+void Builder::cast() {
+  const Dtype to = dtype();
+  check_real(in(0).dtype), check_real(to);
+  if (in(0).dtype == to) return yields(in(0));
+  const View x = dense(in(0));
+  const View out = fresh_like(x, to);
+  add(std::make_unique<CastDriver>(x.numel(), real_of(x.dtype), real_of(to), threads_), "cast", {&x}, out);
+  yields(out);
+}
+
+// numbers: where the 256 entries begin in the weights, their dtype
+void Builder::lookup() {
+  const View x = dense(in(0));
+  const int64_t offset = number();
+  const Dtype to = dtype();
+  check_byte(x.dtype), check_byte(to);
+  PK_CHECK(offset >= 0 && offset <= program_.weight_bytes - 256, "run_plan: a table lies outside of the weights");
+  View table;
+  table.dtype = to;
+  table.dims = 1;
+  table.sizes[0] = 256;
+  set_strides(table, false);
+  table.buffer = weights_buffer_;
+  table.offset = offset;
+  const View out = fresh_like(x, to);
+  add(std::make_unique<LookupDriver>(x.numel(), threads_), "lookup", {&x, &table}, out);
+  yields(out);
+}
+
+// The operands of a sum or product, dense: of one shape, or [N, C, H, W] and [N, C, 1, 1].
+Builder::Pairing Builder::pairing() {
+  const View &a = in(0), &b = in(1);
+  bool same = a.dims == b.dims;
+  for (int64_t d = 0; same && d < a.dims; ++d) same = a.sizes[d] == b.sizes[d];
+  const bool per_channel = a.dims == 4 && b.dims == 4 && a.sizes[0] == b.sizes[0] && a.sizes[1] == b.sizes[1] &&
+                           b.sizes[2] == 1 && b.sizes[3] == 1;
+  PK_CHECK(same || per_channel, "run_plan: tensors of shapes ", shape_of(a.sizes.data(), a.dims), " and ",
+           shape_of(b.sizes.data(), b.dims), " cannot be combined");
+  const View first = dense(a);
+  const bool channels_last = is_channels_last(first);
+  if (same || !(channels_last || is_contiguous(first)))
+    return {first, in_layout_of(first, expanded(b, first)), same_shape(a.numel())};
+  return {first, to_contiguous(b),
+          pykernels::per_channel(a.sizes[0], a.sizes[1], a.sizes[2] * a.sizes[3], channels_last)};
+}
+
+// numbers: zero points of both operands, dtype and zero point of the output, of a sum the activation; reals: the scales
+// of both operands and the output
+void Builder::quantized_binary() {
+  check_byte(in(0).dtype), check_byte(in(1).dtype);
+  const bool sum = step_->kind == StepKind::qadd;
+  const int64_t a_zero = zero_point(in(0).dtype), b_zero = zero_point(in(1).dtype);
+  const Dtype to = dtype();
+  check_byte(to);
+  const int64_t zero = zero_point(to);
+  const Activation applied = sum ? activation() : Activation::none;
+  const double a_scale = scale(), b_scale = scale(), out_scale = scale();
+  const Pairing p = pairing();
+  const View out = fresh_like(p.a, to);
+  add(std::make_unique<ByteArithmeticDriver>(sum ? Arithmetic::add : Arithmetic::mul, applied, p.broadcast,
+                                             quantization(p.a.dtype, a_scale, a_zero),
+                                             quantization(p.b.dtype, b_scale, b_zero),
+                                             quantization(to, out_scale, zero), threads_),
+      name(), {&p.a, &p.b}, out);
+  yields(out);
+}
+
+void Builder::binary() {
+  check_real(in(0).dtype);
+  PK_CHECK(in(0).dtype == in(1).dtype, "run_plan: the operands of a step ", name(), " differ in dtype");
+  const Pairing p = pairing();
+  const View out = fresh_like(p.a, p.a.dtype);
+  add(std::make_unique<RealArithmeticDriver>(step_->kind == StepKind::add ? Arithmetic::add : Arithmetic::mul,
+                                             p.broadcast, real_of(p.a.dtype), threads_),
+      name(), {&p.a, &p.b}, out);
+  yields(out);
+}
+
+// numbers: dimension, dtype and zero point of the output, zero point of each operand; reals: the scale of the output and
+// of each operand
+void Builder::quantized_cat() {
+  const View& first = in(0);
+  const int64_t d = number(0, first.dims - 1);
+  const Dtype to = dtype();
+  check_byte(to);
+  const int64_t zero = zero_point(to);
+  const double out_scale = scale();
+  // The layout of the first: memory order of the dimensions, from it the bytes of a row that an operand contributes.
+  const bool channels_last = is_channels_last(first) && !is_contiguous(first);
+  Sizes sizes = first.sizes;
+  sizes[d] = 0;
+  int64_t outer = 1, inner = 1;
+  bool before = true;
+  for (int64_t place = 0; place < first.dims; ++place) {
+    constexpr int64_t nhwc[] = {0, 2, 3, 1};
+    const int64_t at = channels_last ? nhwc[place] : place;
+    if (at == d)
+      before = false;
+    else
+      (before ? outer : inner) *= first.sizes[at];
+  }
+  std::vector<View> operands_in;
+  std::vector<ConcatPart> parts;
+  int64_t offset = 0;
+  for (size_t i = 0; i < operands(); ++i) {
+    const View& x = in(i);
+    check_byte(x.dtype);
+    bool fits = x.dims == first.dims;
+    for (int64_t k = 0; fits && k < x.dims; ++k) fits = k == d || x.sizes[k] == first.sizes[k];
+    PK_CHECK(fits, "run_plan: tensors of shapes ", shape_of(first.sizes.data(), first.dims), " and ",
+             shape_of(x.sizes.data(), x.dims), " cannot be joined");
+    sizes[d] += x.sizes[d];
+    const int64_t x_zero = zero_point(x.dtype);
+    const Quantization q = quantization(x.dtype, scale(), x_zero);
+    const int64_t length = inner * x.sizes[d];
+    if (x.numel() == 0) continue;
+    operands_in.push_back(channels_last ? to_channels_last(x) : to_contiguous(x));
+    parts.push_back({q, offset, length});
+    offset += length;
+  }
+  const View out = fresh(to, sizes.data(), first.dims, channels_last);
+  yields(out);
+  if (out.numel() == 0) return;
+  std::vector<const View*> pointers;
+  for (const View& v : operands_in) pointers.push_back(&v);
+  add(std::make_unique<ConcatDriver>(std::move(parts), outer, offset, quantization(to, out_scale, zero), threads_),
+      "concatenation", pointers, out);
+}
+
+}  // namespace pykernels
