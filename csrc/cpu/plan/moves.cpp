@@ -1,11 +1,26 @@
 // Steps that move elements: most are other sizes and strides over the same memory.
 #include <algorithm>
+#include <bit>
+#include <cmath>
 
 #include "cpu/copy/driver.h"
 #include "cpu/plan/builder.h"
 
 namespace pykernels {
 namespace {
+
+// The bits of a number in a tensor's dtype, which holds it.
+uint64_t bits_of(Dtype t, double value) {
+  const auto fp32 = std::bit_cast<uint32_t>(static_cast<float>(value));
+  switch (t) {
+    case Dtype::u8:
+    case Dtype::s8: return static_cast<uint8_t>(static_cast<int64_t>(value));
+    case Dtype::bf16: return fp32 >> 16;
+    case Dtype::f16: return std::bit_cast<uint16_t>(static_cast<_Float16>(value));
+    case Dtype::s32: return static_cast<uint32_t>(static_cast<int64_t>(value));
+    default: return fp32;
+  }
+}
 
 // The strides of `v` under other sizes, where no copy is needed: whether there are any. As torch's computeStride.
 bool view_strides(const View& v, View* out) {
@@ -134,6 +149,9 @@ void Builder::expand() {
 // numbers: how many elements before and behind, of the last dimension first; reals: their value
 void Builder::pad() {
   const View x = in(0);
+  const double value = real();
+  PK_CHECK(std::abs(value) < 1e9 || x.dtype == Dtype::f32 || x.dtype == Dtype::bf16 || x.dtype == Dtype::f16,
+           "run_plan: integers are padded with ", value);
   Sizes sizes = x.sizes, before{};
   const int64_t dims = static_cast<int64_t>(step_->numbers.size()) / 2;
   PK_CHECK(dims <= x.dims, "run_plan: more dimensions are padded than there are");
@@ -146,7 +164,7 @@ void Builder::pad() {
   View inside = out;
   inside.sizes = x.sizes;
   for (int64_t d = 0; d < x.dims; ++d) inside.offset += before[d] * out.strides[d] * dtype_bytes(x.dtype);
-  add(std::make_unique<FillDriver>(dtype_bytes(x.dtype), out.numel(), pattern_of(x.dtype, real()), threads_), "fill", {},
+  add(std::make_unique<FillDriver>(dtype_bytes(x.dtype), out.numel(), bits_of(x.dtype, value), threads_), "fill", {},
       out);
   copy(x, inside);
   yields(out);
