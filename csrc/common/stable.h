@@ -14,13 +14,13 @@
 
 #include "common/activation.h"
 #include "common/check.h"
+#include "common/quantized.h"
 #include "common/real.h"
 
 namespace pykernels {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Ints = std::vector<int64_t>;
 
 inline const char* dtype_name(ScalarType t) {
   switch (t) {
@@ -56,11 +56,7 @@ inline int64_t element_size(ScalarType t) {
   }
 }
 
-inline std::string shape_of(const Tensor& t) {
-  std::string s = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
-  return s + "]";
-}
+inline std::string shape_of(const Tensor& t) { return shape_of(t.sizes().data(), t.dim()); }
 
 inline void check_cpu(const char* op, const char* name, const Tensor& t) {
   PK_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
@@ -76,15 +72,16 @@ inline void check_byte(const char* op, const char* name, const Tensor& t) {
   PK_CHECK(is_byte(t.scalar_type()), op, ": ", name, " must be uint8 or int8, not ", dtype_name(t.scalar_type()));
 }
 
-inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
-  PK_CHECK(t.dim() == dim, op, ": ", name, " must have ", dim, " dimensions, not shape ", shape_of(t));
+inline void check_byte_dtype(const char* op, const char* name, ScalarType t) {
+  PK_CHECK(is_byte(t), op, ": ", name, " must be uint8 or int8, not ", dtype_name(t));
 }
 
-// A scale: finite and positive, and so is its reciprocal in fp32.
-inline void check_scale(const char* op, const char* name, double scale) {
-  const float s = static_cast<float>(scale);
-  PK_CHECK(s > 0.0f && 1.0f / s > 0.0f && s * 0.0f == 0.0f && (1.0f / s) * 0.0f == 0.0f, op, ": ", name,
-           " must be a positive number that fp32 holds, not ", scale);
+inline void check_real_dtype(const char* op, const char* name, ScalarType t) {
+  PK_CHECK(is_real(t), op, ": ", name, " must be " PK_REAL_WORDS ", not ", dtype_name(t));
+}
+
+inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
+  PK_CHECK(t.dim() == dim, op, ": ", name, " must have ", dim, " dimensions, not shape ", shape_of(t));
 }
 
 // A zero point must be a value of the quantized dtype.
@@ -94,6 +91,11 @@ inline void check_zero_point(const char* op, const char* name, int64_t zero_poin
            dtype_name(t), ", not ", zero_point);
 }
 
+// What has passed these checks.
+inline Quantization quantization(ScalarType t, double scale, int64_t zero_point) {
+  return {t == ScalarType::Char, static_cast<float>(scale), static_cast<int32_t>(zero_point)};
+}
+
 inline Activation activation_by_name(const char* op, const std::string& name) {
   int i = 0;
   for (const char* known : kActivationNames) {
@@ -101,14 +103,6 @@ inline Activation activation_by_name(const char* op, const std::string& name) {
     ++i;
   }
   PK_CHECK(false, op, ": activation must be one of " PK_ACTIVATION_WORDS ", not '", name, "'");
-}
-
-// The pair of an int[2] argument.
-inline void check_pair(const char* op, const char* name, const Ints& v, int64_t least) {
-  PK_CHECK(v.size() == 2, op, ": ", name, " must have 2 numbers, not ", v.size());
-  for (int64_t x : v)
-    PK_CHECK(x >= least && x < (int64_t{1} << 31), op, ": ", name, " must be at least ", least, " and below 2^31, not ",
-             x);
 }
 
 // NHWC memory of a 4-D logical NCHW tensor, by strides; strides of dimensions of size 1 mean nothing.
