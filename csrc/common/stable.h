@@ -14,6 +14,7 @@
 
 #include "common/activation.h"
 #include "common/check.h"
+#include "common/quantized.h"
 #include "common/real.h"
 
 namespace pykernels {
@@ -71,6 +72,14 @@ inline void check_byte(const char* op, const char* name, const Tensor& t) {
   PK_CHECK(is_byte(t.scalar_type()), op, ": ", name, " must be uint8 or int8, not ", dtype_name(t.scalar_type()));
 }
 
+inline void check_byte_dtype(const char* op, const char* name, ScalarType t) {
+  PK_CHECK(is_byte(t), op, ": ", name, " must be uint8 or int8, not ", dtype_name(t));
+}
+
+inline void check_real_dtype(const char* op, const char* name, ScalarType t) {
+  PK_CHECK(is_real(t), op, ": ", name, " must be " PK_REAL_WORDS ", not ", dtype_name(t));
+}
+
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
   PK_CHECK(t.dim() == dim, op, ": ", name, " must have ", dim, " dimensions, not shape ", shape_of(t));
 }
@@ -80,6 +89,11 @@ inline void check_zero_point(const char* op, const char* name, int64_t zero_poin
   const int64_t low = t == ScalarType::Byte ? 0 : -128, high = low + 255;
   PK_CHECK(zero_point >= low && zero_point <= high, op, ": ", name, " must lie in [", low, ", ", high, "] for ",
            dtype_name(t), ", not ", zero_point);
+}
+
+// What has passed these checks.
+inline Quantization quantization(ScalarType t, double scale, int64_t zero_point) {
+  return {t == ScalarType::Char, static_cast<float>(scale), static_cast<int32_t>(zero_point)};
 }
 
 inline Activation activation_by_name(const char* op, const std::string& name) {

@@ -1,6 +1,7 @@
 // The one place that chooses among the builds of the kernels.
 #include <atomic>
 
+#include "cpu/arithmetic/kernels.h"
 #include "cpu/compress/kernels.h"
 #include "cpu/compress/sparse.h"
 #include "cpu/conv/kernels.h"
@@ -29,6 +30,7 @@ void set_isa(Isa isa) { choice() = static_cast<int>(isa); }
 
 PYKERNELS_DISPATCH(CompressKernels, compress_kernels)
 #ifndef PYKERNELS_HOST  // the module without torch has no other kernels
+PYKERNELS_DISPATCH(ArithmeticKernels, arithmetic_kernels)
 PYKERNELS_DISPATCH(DepthwiseKernels, depthwise_kernels)
 PYKERNELS_DISPATCH(DotKernels, dot_kernels)
 PYKERNELS_DISPATCH(EpilogueKernels, epilogue_kernels)

@@ -45,4 +45,20 @@ PK_INLINE auto with_real(void* x, Real type, const F& f) {
   }
 }
 
+// One element.
+PK_INLINE float real(float x) { return x; }
+PK_INLINE float real(uint8_t x) { return x; }
+PK_INLINE float real(int8_t x) { return x; }
+PK_INLINE float real(bfloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+PK_INLINE float real(float16 x) {
+  float lanes[kLanes];
+  store(lanes, load(&x, 1));
+  return lanes[0];
+}
+
 }  // namespace pykernels::PYKERNELS_ISA_NS

@@ -6,6 +6,7 @@
 // outputs picked.
 #include "cpu/pool/kernels.h"
 
+#include "cpu/isa/loops.h"
 #include "cpu/isa/requantize.h"
 
 namespace pykernels::PYKERNELS_ISA_NS {
@@ -219,17 +220,6 @@ void contiguous(const Pool& p, int64_t begin, int64_t end, void* scratch) {
     }
   }
 }
-
-PK_INLINE float real(float x) { return x; }
-PK_INLINE float real(uint8_t x) { return x; }
-PK_INLINE float real(int8_t x) { return x; }
-PK_INLINE float real(bfloat16 x) {
-  const uint32_t bits = uint32_t{x.bits} << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-PK_INLINE float real(float16 x) { return sum_lanes(load(&x, 1)); }  // the other lanes hold 0
 
 // Averages of whole planes: a plane is a run of memory. Element i belongs to sum i % 16 whatever the width of a vector.
 // Planes are summed side by side, since each adds to its sums one step after another.

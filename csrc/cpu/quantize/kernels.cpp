@@ -1,5 +1,7 @@
 // Real numbers to bytes and back, once per isa. The formulas stand in kernels.h and cpu/isa/requantize.h.
-#include "cpu/quantize/loops.h"
+#include "cpu/quantize/kernels.h"
+
+#include "cpu/isa/quantized.h"
 
 namespace pykernels::PYKERNELS_ISA_NS {
 namespace {
@@ -123,16 +125,8 @@ void dequantize_channels_kernel(const QuantizedInput& in, int64_t rows, int64_t 
 }  // namespace
 
 const QuantizeKernels quantize_kernels = {
-    quantize_row_kernel,
-    quantize_row_s8_kernel,
-    quantize_kernel,
-    dequantize_kernel,
-    quantize_channels_kernel,
-    dequantize_channels_kernel,
-    add_kernel,
-    mul_kernel,
-    requantize_kernel,
-    lookup_kernel,
+    quantize_row_kernel, quantize_row_s8_kernel,   quantize_kernel,
+    dequantize_kernel,   quantize_channels_kernel, dequantize_channels_kernel,
 };
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

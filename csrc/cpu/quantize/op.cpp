@@ -1,10 +1,30 @@
 // quantize_* and dequantize_*: real numbers to bytes and back. Outputs keep the dense layout of x.
-#include "cpu/quantize/op.h"
+#include "cpu/op.h"
 
+#include <algorithm>
 #include <tuple>
+
+#include "common/layout.h"
+#include "cpu/quantize/driver.h"
 
 namespace pykernels {
 namespace {
+
+// f(begin, end) over [0, n), `each` elements a step, on the host framework's threads.
+template <class F>
+void parallel_steps(int64_t n, int64_t each, const F& f) {
+  parallel(n, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, each)), f);
+}
+
+// The same arguments from the i-th element on.
+QuantizedInput from(QuantizedInput q, int64_t i) {
+  q.data = static_cast<const uint8_t*>(q.data) + i;
+  return q;
+}
+QuantizedOutput from(QuantizedOutput q, int64_t i) {
+  q.data = static_cast<uint8_t*>(q.data) + i;
+  return q;
+}
 
 // Real values by element index, whatever their dtype.
 struct Reals {
@@ -22,12 +42,9 @@ Tensor quantize_per_tensor(const Tensor& x, double scale, int64_t zero_point, Sc
   check_zero_point(op, "zero_point", zero_point, dtype);
   const Tensor source = dense(x);
   const Tensor q = dense_like(source, dtype);
-  const Reals from_x = reals(source);
-  const QuantizedOutput out = quantized_output(q, scale, zero_point);
-  const auto kernel = quantize_kernels().quantize;
-  parallel_steps(x.numel(), 1, [&](int64_t begin, int64_t end) {
-    kernel(from_x.at(begin), from_x.type, end - begin, from(out, begin));
-  });
+  QuantizeDriver driver(x.numel(), real_of(x.scalar_type()), quantization(dtype, scale, zero_point),
+                        torch::stable::get_num_threads());
+  run(driver, {bytes_of(source)}, q);
   return q;
 }
 
@@ -39,11 +56,9 @@ Tensor dequantize_per_tensor(const Tensor& x, double scale, int64_t zero_point, 
   check_zero_point(op, "zero_point", zero_point, x.scalar_type());
   const Tensor source = dense(x);
   const Tensor y = dense_like(source, dtype);
-  const QuantizedInput in = quantized_input(source, scale, zero_point);
-  const Reals to_y = reals(y);
-  const auto kernel = quantize_kernels().dequantize;
-  parallel_steps(x.numel(), 1,
-                 [&](int64_t begin, int64_t end) { kernel(from(in, begin), end - begin, to_y.at(begin), to_y.type); });
+  DequantizeDriver driver(x.numel(), quantization(x.scalar_type(), scale, zero_point), real_of(dtype),
+                          torch::stable::get_num_threads());
+  run(driver, {bytes_of(source)}, y);
   return y;
 }
 
@@ -107,7 +122,7 @@ Tensor quantize_per_channel(const Tensor& x, const Tensor& scale, const Tensor& 
   const Tensor q = dense_like(source, dtype);
   if (x.numel() == 0) return q;
   const Reals from_x = reals(source);
-  const QuantizedOutput out = quantized_output(q, 1.0, 0);
+  const QuantizedOutput out = output_of(quantization(dtype, 1.0, 0), mutable_bytes_of(q));
   const QuantizeKernels& kernels = quantize_kernels();
   if (channels.inner == 1) {
     const int64_t n = channels.size();
@@ -135,7 +150,7 @@ Tensor dequantize_per_channel(const Tensor& x, const Tensor& scale, const Tensor
   const Channels channels(op, source, scale, zero_point, axis, x.scalar_type());
   const Tensor y = dense_like(source, dtype);
   if (x.numel() == 0) return y;
-  const QuantizedInput in = quantized_input(source, 1.0, 0);
+  const QuantizedInput in = input_of(quantization(x.scalar_type(), 1.0, 0), bytes_of(source));
   const Reals to_y = reals(y);
   const QuantizeKernels& kernels = quantize_kernels();
   if (channels.inner == 1) {
@@ -218,7 +233,7 @@ Tensor dequantize_per_token(const Tensor& x, const Tensor& scale, const Tensor& 
   const int64_t n = x.size(x.dim() - 1);
   const float* scales = pointer<float>(s);
   const int32_t* zero_points = pointer<int32_t>(z);
-  const QuantizedInput in = quantized_input(source, 1.0, 0);
+  const QuantizedInput in = input_of(quantization(x.scalar_type(), 1.0, 0), bytes_of(source));
   const Reals to_y = reals(y);
   const auto kernel = quantize_kernels().dequantize;
   parallel_steps(s.numel(), n, [&](int64_t begin, int64_t end) {
@@ -269,7 +284,7 @@ Tensor dequantize_per_block(const Tensor& x, const Tensor& scale, int64_t block_
            "], one for each block of ", block_size, ", not ", shape_of(scale));
   const Tensor source = to_contiguous(x), s = to_contiguous(scale), y = dense_like(source, dtype);
   const float* scales = pointer<float>(s);
-  const QuantizedInput in = quantized_input(source, 1.0, 0);
+  const QuantizedInput in = input_of(quantization(x.scalar_type(), 1.0, 0), bytes_of(source));
   const Reals to_y = reals(y);
   const auto kernel = quantize_kernels().dequantize;
   parallel_steps(count, block_size, [&](int64_t begin, int64_t end) {

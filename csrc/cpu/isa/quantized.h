@@ -1,9 +1,9 @@
-// The quantize family's operands, once per isa: how the flags that say what bytes are become types.
+// Bytes as operands, once per isa: how the flags that say what they are become types.
 #pragma once
 
+#include "common/quantized.h"
 #include "cpu/isa/loops.h"
 #include "cpu/isa/requantize.h"
-#include "cpu/quantize/kernels.h"
 
 namespace pykernels::PYKERNELS_ISA_NS {
 
@@ -38,13 +38,5 @@ template <class Q>
 PK_INLINE f32 read(const Reader<Q>& r, int64_t i, int n) {
   return dequantize(load_i32(r.data + i, n), r.zero_point, r.scale);
 }
-
-// The kernels of arithmetic.cpp.
-void add_kernel(const QuantizedInput& a, const QuantizedInput& b, Operand, int64_t rows, int64_t n, Activation,
-                const QuantizedOutput& q);
-void mul_kernel(const QuantizedInput& a, const QuantizedInput& b, Operand, int64_t rows, int64_t n,
-                const QuantizedOutput& q);
-void requantize_kernel(const QuantizedInput& a, int64_t n, const QuantizedOutput& q);
-void lookup_kernel(const uint8_t* x, int64_t n, const uint8_t* table, uint8_t* y);
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

@@ -1,6 +1,9 @@
-// Arithmetic from bytes to bytes, once per isa: dequantize, combine, requantize in registers.
+// Arithmetic, once per isa. From bytes to bytes: dequantize, combine, requantize in registers; of real numbers: load,
+// combine, store.
+#include "cpu/arithmetic/kernels.h"
+
 #include "cpu/isa/math.h"
-#include "cpu/quantize/loops.h"
+#include "cpu/isa/quantized.h"
 
 namespace pykernels::PYKERNELS_ISA_NS {
 namespace {
@@ -38,8 +41,6 @@ PK_INLINE void combine(const QuantizedInput& a, const QuantizedInput& b, Operand
   });
 }
 
-}  // namespace
-
 void add_kernel(const QuantizedInput& a, const QuantizedInput& b, Operand operand, int64_t rows, int64_t n,
                 Activation activation, const QuantizedOutput& out) {
   if (activation <= Activation::relu6)
@@ -73,5 +74,46 @@ void lookup_kernel(const uint8_t* x, int64_t n, const uint8_t* table, uint8_t* y
     store_u8(y + i, lookup(t, load_u8(x + i, rest)), rest);
   }
 }
+
+// y[r, i] = f(a[r, i], b[..])
+template <class T, class F>
+PK_INLINE void combine_reals(const void* a, const void* b, Operand operand, int64_t rows, int64_t n, T* y, const F& f) {
+  const T *pa = static_cast<const T*>(a), *pb = static_cast<const T*>(b);
+  for (int64_t row = 0; row < rows; ++row, pa += n, y += n) {
+    if (operand == Operand::rows) {
+      const f32 value = set1(real(pb[row]));
+      each_real(y, n, [&](int64_t i, int lanes) PK_LAMBDA { return f(load(pa + i, lanes), value); });
+    } else {
+      const T* row_b = operand == Operand::same ? pb + row * n : pb;
+      each_real(y, n, [&](int64_t i, int lanes) PK_LAMBDA { return f(load(pa + i, lanes), load(row_b + i, lanes)); });
+    }
+  }
+}
+
+void add_reals_kernel(const void* a, const void* b, Real type, Operand operand, int64_t rows, int64_t n, void* y) {
+  with_real(y, type, [&](auto* out) {
+    combine_reals(a, b, operand, rows, n, out, [](f32 x, f32 z) PK_LAMBDA { return add(x, z); });
+  });
+}
+
+void mul_reals_kernel(const void* a, const void* b, Real type, Operand operand, int64_t rows, int64_t n, void* y) {
+  with_real(y, type, [&](auto* out) {
+    combine_reals(a, b, operand, rows, n, out, [](f32 x, f32 z) PK_LAMBDA { return mul(x, z); });
+  });
+}
+
+void cast_kernel(const void* x, Real from, int64_t n, void* y, Real to) {
+  with_real(x, from, [&](const auto* in) {
+    with_real(y, to, [&](auto* out) {
+      each_real(out, n, [&](int64_t i, int lanes) PK_LAMBDA { return load(in + i, lanes); });
+    });
+  });
+}
+
+}  // namespace
+
+const ArithmeticKernels arithmetic_kernels = {
+    add_kernel, mul_kernel, requantize_kernel, lookup_kernel, add_reals_kernel, mul_reals_kernel, cast_kernel,
+};
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

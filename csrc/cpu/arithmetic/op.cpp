@@ -1,8 +1,12 @@
 // qadd, qmul, qcat, qlookup: bytes to bytes in one pass.
-#include <cstring>
-#include <string>
+#include "cpu/op.h"
 
-#include "cpu/quantize/op.h"
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/layout.h"
+#include "cpu/arithmetic/driver.h"
 
 namespace pykernels {
 namespace {
@@ -13,11 +17,10 @@ bool is_per_channel(const Tensor& a, const Tensor& b) {
          b.size(3) == 1;
 }
 
-// The elementwise ops: checks, layouts and threads; kernel(a, b, operand, rows, n, out) does the rest.
-template <class Kernel>
-Tensor elementwise(const char* op, const Tensor& a, const Tensor& b, double a_scale, int64_t a_zero_point,
-                   double b_scale, int64_t b_zero_point, double out_scale, int64_t out_zero_point, ScalarType out_dtype,
-                   const Kernel& kernel) {
+// The elementwise ops: checks, layouts.
+Tensor elementwise(const char* op, Arithmetic arithmetic, Activation activation, const Tensor& a, const Tensor& b,
+                   double a_scale, int64_t a_zero_point, double b_scale, int64_t b_zero_point, double out_scale,
+                   int64_t out_zero_point, ScalarType out_dtype) {
   check_byte(op, "a", a);
   check_byte(op, "b", b);
   check_byte_dtype(op, "out_dtype", out_dtype);
@@ -33,62 +36,30 @@ Tensor elementwise(const char* op, const Tensor& a, const Tensor& b, double a_sc
 
   const Tensor dense_a = dense(a), out = dense_like(dense_a, out_dtype);
   if (a.numel() == 0) return out;
-  const QuantizedInput in_a = quantized_input(dense_a, a_scale, a_zero_point);
-  const QuantizedOutput to = quantized_output(out, out_scale, out_zero_point);
   const bool channels_last = is_channels_last(dense_a);
-  if (same || !(channels_last || dense_a.is_contiguous())) {
-    const Tensor dense_b = in_layout_of(dense_a, b);
-    const QuantizedInput in_b = quantized_input(dense_b, b_scale, b_zero_point);
-    parallel_steps(a.numel(), 1, [&](int64_t begin, int64_t end) {
-      kernel(from(in_a, begin), from(in_b, begin), Operand::same, 1, end - begin, from(to, begin));
-    });
-    return out;
-  }
-
-  const Tensor factors = to_contiguous(b);
-  const QuantizedInput in_b = quantized_input(factors, b_scale, b_zero_point);
-  const int64_t channels = a.size(1), pixels = a.size(2) * a.size(3);
-  if (channels_last) {  // rows of channels; those of one image share a row of factors
-    parallel_steps(a.size(0) * pixels, channels, [&](int64_t begin, int64_t end) {
-      while (begin < end) {
-        const int64_t image = begin / pixels, next = std::min(end, (image + 1) * pixels);
-        kernel(from(in_a, begin * channels), from(in_b, image * channels), Operand::columns, next - begin, channels,
-               from(to, begin * channels));
-        begin = next;
-      }
-    });
-  } else {  // planes of pixels, one factor each
-    parallel_steps(a.size(0) * channels, pixels, [&](int64_t begin, int64_t end) {
-      kernel(from(in_a, begin * pixels), from(in_b, begin), Operand::rows, end - begin, pixels,
-             from(to, begin * pixels));
-    });
-  }
+  const bool whole = same || !(channels_last || dense_a.is_contiguous());  // b is, or is made, of a's shape
+  const Tensor dense_b = whole ? in_layout_of(dense_a, b) : to_contiguous(b);
+  const Broadcast shape =
+      whole ? same_shape(a.numel()) : per_channel(a.size(0), a.size(1), a.size(2) * a.size(3), channels_last);
+  ByteArithmeticDriver driver(arithmetic, activation, shape, quantization(a.scalar_type(), a_scale, a_zero_point),
+                              quantization(b.scalar_type(), b_scale, b_zero_point),
+                              quantization(out_dtype, out_scale, out_zero_point), torch::stable::get_num_threads());
+  run(driver, {bytes_of(dense_a), bytes_of(dense_b)}, out);
   return out;
 }
 
 Tensor qadd(const Tensor& a, const Tensor& b, double a_scale, int64_t a_zero_point, double b_scale,
             int64_t b_zero_point, double out_scale, int64_t out_zero_point, ScalarType out_dtype,
             std::string activation) {
-  const Activation act = activation_by_name("qadd", activation);
-  const auto add = quantize_kernels().add;
-  return elementwise("qadd", a, b, a_scale, a_zero_point, b_scale, b_zero_point, out_scale, out_zero_point, out_dtype,
-                     [&](const QuantizedInput& x, const QuantizedInput& y, Operand operand, int64_t rows, int64_t n,
-                         const QuantizedOutput& q) { add(x, y, operand, rows, n, act, q); });
+  return elementwise("qadd", Arithmetic::add, activation_by_name("qadd", activation), a, b, a_scale, a_zero_point,
+                     b_scale, b_zero_point, out_scale, out_zero_point, out_dtype);
 }
 
 Tensor qmul(const Tensor& a, const Tensor& b, double a_scale, int64_t a_zero_point, double b_scale,
             int64_t b_zero_point, double out_scale, int64_t out_zero_point, ScalarType out_dtype) {
-  return elementwise("qmul", a, b, a_scale, a_zero_point, b_scale, b_zero_point, out_scale, out_zero_point, out_dtype,
-                     quantize_kernels().mul);
+  return elementwise("qmul", Arithmetic::mul, Activation::none, a, b, a_scale, a_zero_point, b_scale, b_zero_point,
+                     out_scale, out_zero_point, out_dtype);
 }
-
-// One input of a concatenation, as rows of `length` bytes at `offset` in the rows of the output.
-struct Piece {
-  Tensor dense;  // keeps the memory of `in`
-  QuantizedInput in;
-  int64_t offset, length;
-  bool plain_copy;
-};
 
 Tensor qcat(std::vector<Tensor> xs, std::vector<double> scales, Ints zero_points, int64_t dim, double out_scale,
             int64_t out_zero_point, ScalarType out_dtype) {
@@ -132,33 +103,21 @@ Tensor qcat(std::vector<Tensor> xs, std::vector<double> scales, Ints zero_points
     else
       (before ? outer : inner) *= sizes[d];
   }
-  const int64_t row = inner * sizes[dim];
-  std::vector<Piece> pieces;
-  int64_t offset = 0;
+  std::vector<Tensor> sources;  // they keep the memory
+  std::vector<const uint8_t*> in;
+  std::vector<ConcatPart> parts;
+  int64_t row = 0;
   for (size_t i = 0; i < xs.size(); ++i) {
-    const Tensor x = channels_last ? to_channels_last(xs[i]) : to_contiguous(xs[i]);
-    const int64_t length = inner * x.size(dim);
-    const bool equal = x.scalar_type() == out_dtype && static_cast<float>(scales[i]) == static_cast<float>(out_scale) &&
-                       zero_points[i] == out_zero_point;
-    if (length > 0) pieces.push_back({x, quantized_input(x, scales[i], zero_points[i]), offset, length, equal});
-    offset += length;
+    sources.push_back(channels_last ? to_channels_last(xs[i]) : to_contiguous(xs[i]));
+    in.push_back(bytes_of(sources.back()));
+    parts.push_back({quantization(xs[i].scalar_type(), scales[i], zero_points[i]), row, inner * xs[i].size(dim)});
+    row += parts.back().length;
   }
-  const QuantizedOutput to = quantized_output(out, out_scale, out_zero_point);
-  const auto requantize = quantize_kernels().requantize;
-  // Each thread fills its own stretch of the output, row by row and piece by piece.
-  parallel_steps(outer * row, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin / row; r * row < end; ++r)
-      for (const Piece& piece : pieces) {
-        const int64_t start = r * row + piece.offset;
-        const int64_t first = std::max(begin, start), last = std::min(end, start + piece.length);
-        if (first >= last) continue;
-        const QuantizedInput in = from(piece.in, r * piece.length + first - start);
-        const QuantizedOutput target = from(to, first);
-        if (piece.plain_copy)
-          std::memcpy(target.data, in.data, last - first);
-        else
-          requantize(in, last - first, target);
-      }
+  ConcatDriver driver(std::move(parts), outer, row, quantization(out_dtype, out_scale, out_zero_point),
+                      torch::stable::get_num_threads());
+  driver.bind(in.data(), mutable_bytes_of(out));
+  parallel(driver.tasks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) driver.run(task, nullptr);
   });
   return out;
 }
@@ -169,12 +128,8 @@ Tensor qlookup(const Tensor& x, const Tensor& table) {
   check_byte(op, "table", table);
   PK_CHECK(table.dim() == 1 && table.size(0) == 256, op, ": table must have shape [256], not ", shape_of(table));
   const Tensor source = dense(x), entries = to_contiguous(table), out = dense_like(source, table.scalar_type());
-  const uint8_t* from_x = static_cast<const uint8_t*>(source.const_data_ptr());
-  const uint8_t* values = static_cast<const uint8_t*>(entries.const_data_ptr());
-  uint8_t* to = static_cast<uint8_t*>(out.mutable_data_ptr());
-  const auto kernel = quantize_kernels().lookup;
-  parallel_steps(x.numel(), 1,
-                 [&](int64_t begin, int64_t end) { kernel(from_x + begin, end - begin, values, to + begin); });
+  LookupDriver driver(x.numel(), torch::stable::get_num_threads());
+  run(driver, {bytes_of(source), bytes_of(entries)}, out);
   return out;
 }
 
