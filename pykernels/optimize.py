@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
 import os
-import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,9 +14,11 @@ from torch.utils import _pytree as pytree
 from pykernels.cuda import registry
 from pykernels.cuda.graphs import CudaGraphs
 from pykernels.graph.alias import writes
-from pykernels.graph.capture import Captured, canonicalize, capture, plain
+from pykernels.graph.capture import Captured, canonicalize, capture
 from pykernels.graph.qdq import has_quantizers
+from pykernels.network import file, tree_json
 from pykernels.network.assemble import assemble
+from pykernels.network.buffers import consolidate
 from pykernels.network.devices import device_of, follow, to_device
 from pykernels.network.emit_fx import emit_fx
 from pykernels.network.report import Report, bytes_of
@@ -29,8 +27,6 @@ from pykernels.ops.dtypes import STORED
 __all__ = ["Optimized", "load", "optimize"]
 
 _PRECISIONS = ("fp32", *STORED, "int8")
-_FORMAT = 2
-_EXTRA = "pykernels.json"
 
 
 class Optimized(nn.Module):
@@ -55,7 +51,6 @@ class Optimized(nn.Module):
         report: Report,
         in_spec: pytree.TreeSpec,
         out_spec: pytree.TreeSpec,
-        example: list[Any],
         free: list[list[int]],
     ) -> None:
         super().__init__()
@@ -66,7 +61,6 @@ class Optimized(nn.Module):
         self._report = report
         self._in_spec = in_spec
         self._out_spec = out_spec
-        self._example = [torch.zeros_like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in example]
         # The ordinary case, tensors in and one tensor out, costs no pytree work a call.
         args, kwargs = pytree.tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
         self._flat = not kwargs and list(args) == list(range(in_spec.num_leaves))
@@ -105,7 +99,8 @@ class Optimized(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Optimized:
         super()._apply(fn, recurse)
         device = follow(self.program)
-        self._example = to_device(self._example, device)
+        if device.type == "cpu":
+            consolidate(self.program)
         self._report = self._report.on(device)
         self._report.bytes_after = bytes_of(self.program.buffers())
         self._graphs = None
@@ -122,36 +117,30 @@ class Optimized(nn.Module):
         return self._report
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the network to one file (a ``torch.export`` archive), the same on every machine and from every device.
+        """Write the network to one file, the same on every machine and from every device.
 
         What is on a CUDA device is packed again for the CPU in a copy; `load` packs it for the device that it names.
+
+        Raises:
+            ValueError: the network calls an operator that a file may not name, or has inputs or outputs of a type
+                without a registered name; the message says which.
+            OSError: the file cannot be written; what was there is left.
         """
-        here, cpu = self.program, torch.device("cpu")
+        program, cpu = self.program, torch.device("cpu")
         if self._report.device != "cpu":
-            here = copy.deepcopy(here).to(cpu)
-            follow(here)
-        args = tuple(to_device(self._example, cpu))
-        shapes = tuple(dict.fromkeys(dims, torch.export.Dim.AUTO) or None for dims in self.free)
-        with torch.no_grad():
-            program = torch.export.export(here, args, dynamic_shapes=shapes if self.dynamic else None, strict=False)
-        if _free(program.module()) != self.free:
-            raise RuntimeError("the network cannot be saved: torch.export fixes sizes that are free here")
-        extra = {
-            "format": _FORMAT,
-            "free": self.free,
-            "in_spec": pytree.treespec_dumps(self._in_spec),
-            "out_spec": pytree.treespec_dumps(self._out_spec),
-            "report": self._report.on(cpu).to_json(),
-        }
-        # A file object: torch wants names to end in .pt2. Under another name at first: a failure leaves what was there.
-        partial = f"{os.fspath(path)}.partial"
+            program = copy.deepcopy(program).to(cpu)
+            follow(program)
+            consolidate(program)
         try:
-            with open(partial, "wb") as file:
-                torch.export.save(program, file, extra_files={_EXTRA: json.dumps(extra)})
-            os.replace(partial, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(partial)
+            facts = {
+                "free": self.free,
+                "in_spec": tree_json.dump(self._in_spec),
+                "out_spec": tree_json.dump(self._out_spec),
+                "report": self._report.on(cpu).to_json(),
+            }
+            file.write(path, {"program": program}, facts)
+        except ValueError as error:
+            raise ValueError(f"the network cannot be saved: {error}") from error
 
 
 def optimize(
@@ -217,11 +206,13 @@ def optimize(
     canonicalize(captured.module, captured.example)
     network = assemble(captured.module, precision, edges)
     program, report = emit_fx(network), Report.of(network)
+    if device.type == "cpu":
+        consolidate(program)
     report.bytes_before = before if has_quantizers(model) else bytes_of((*model.parameters(), *model.buffers()))
     report.bytes_after = bytes_of(program.buffers())
     report.notes = list(captured.notes)
     free = _free(captured.module)
-    result = Optimized(program, report, captured.in_spec, captured.out_spec, captured.example, free)
+    result = Optimized(program, report, captured.in_spec, captured.out_spec, free)
     result.cuda_graph = cuda_graph
     return result
 
@@ -276,46 +267,49 @@ def _quantize(
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Optimized:
     """Read a network that `Optimized.save` wrote, onto `device`. The model's own Python code is not needed.
 
+    Nothing in the file is executed: one from a stranger does no more than compute, when it is called. It is mapped, so
+    that processes on one machine share its pages. On the CPU it must not be truncated while the network is in use.
+
     Raises:
         RuntimeError: our ops do not run on `device`.
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, damaged, or not one of ours.
+        ValueError: the file is truncated, damaged, of another version, or not one of ours.
     """
     path, device = os.fspath(path), torch.device(device)
     complaint = registry.unusable(device)
     if complaint is not None:
         raise RuntimeError(f"device: {device} cannot be used: {complaint}")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"path: {path} does not exist")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"path: {path} is truncated or was not written by pykernels")
-    extra = {_EXTRA: ""}
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"{damaged} fails its checksum")
-        program = _read(path, extra)
-        if not extra[_EXTRA]:
-            raise ValueError("it is a torch.export archive without the part that pykernels adds")
-        facts = json.loads(extra[_EXTRA])
-        if facts["format"] != _FORMAT:
-            raise ValueError(f"its format {facts['format']} is not {_FORMAT}: another version of pykernels wrote it")
-        report = Report.from_json(facts["report"])
-        in_spec, out_spec = pytree.treespec_loads(facts["in_spec"]), pytree.treespec_loads(facts["out_spec"])
-        free = [[int(d) for d in dims] for dims in facts["free"]]
-    except (ValueError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile) as error:
+        network = _network(*file.read(path))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"path: {path} does not exist") from None
+    except ValueError as error:
         raise ValueError(f"path: {path} cannot be loaded: {error}") from error
-    module, _, _ = plain(program.module())
-    example = pytree.tree_leaves(program.example_inputs)
-    return Optimized(module, report, in_spec, out_spec, example, free).to(device)
+    return network if device.type == "cpu" else network.to(device)
 
 
-def _read(path: str, extra: dict[str, Any]) -> torch.export.ExportedProgram:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
-            with open(path, "rb") as file:
-                return torch.export.load(file, extra_files=extra)
-        except Exception as error:  # torch's reader checks little: a foreign archive fails wherever it first differs
-            raise ValueError(f"torch.export cannot read it: {type(error).__name__}: {error}") from error
+def _network(graphs: dict[str, fx.GraphModule], facts: dict[str, Any]) -> Optimized:
+    """The network that a file describes.
+
+    Raises:
+        ValueError: its parts do not fit.
+    """
+    missing = [name for name in ("free", "in_spec", "out_spec", "report") if name not in facts]
+    if missing or set(graphs) != {"program"}:
+        raise ValueError(f"it has the graphs {sorted(graphs)}, and no {missing}")
+    program, report = graphs["program"], Report.from_json(facts["report"])
+    in_spec, out_spec = tree_json.parse(facts["in_spec"]), tree_json.parse(facts["out_spec"])
+    if in_spec.type is not tuple or [in_spec.child(i).type for i in range(in_spec.num_children)] != [tuple, dict]:
+        raise ValueError("its inputs are no positional and keyword ones")
+    inputs = sum(node.op == "placeholder" for node in program.graph.nodes)
+    outputs = next(node.args[0] for node in program.graph.nodes if node.op == "output")
+    if inputs != in_spec.num_leaves or not isinstance(outputs, tuple) or len(outputs) != out_spec.num_leaves:
+        raise ValueError("its graph has other inputs or outputs than it is said to have")
+    free = facts["free"]
+    if not isinstance(free, list) or len(free) != inputs or not all(map(_dimensions, free)):
+        raise ValueError("its free sizes are no dimensions of its inputs")
+    return Optimized(program, report, in_spec, out_spec, free)
+
+
+def _dimensions(content: Any) -> bool:
+    return isinstance(content, list) and all(type(d) is int and d >= 0 for d in content)
