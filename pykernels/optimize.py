@@ -18,7 +18,7 @@ from pykernels.graph.capture import Captured, canonicalize, capture
 from pykernels.graph.qdq import has_quantizers
 from pykernels.network import file, tree_json
 from pykernels.network.assemble import assemble
-from pykernels.network.buffers import consolidate
+from pykernels.network.buffers import consolidate, separate
 from pykernels.network.devices import device_of, follow, to_device
 from pykernels.network.emit_fx import emit_fx
 from pykernels.network.report import Report, bytes_of
@@ -105,6 +105,16 @@ class Optimized(nn.Module):
         self._report.bytes_after = bytes_of(self.program.buffers())
         self._graphs = None
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and copies keep. They would write a storage again for each buffer that lies in it."""
+        modules = {**self._modules, "program": separate(self.program)}
+        return {**self.__dict__, "_modules": modules, "_graphs": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._report.device == "cpu":
+            consolidate(self.program)
 
     def train(self, mode: bool = True) -> Optimized:
         """Only ``train(False)`` is possible: packed weights cannot be trained."""

@@ -3,8 +3,8 @@
 Allowed are, by their names ``namespace.operator.overload``:
 
 - ops of ours that compute: no ``*_pack``, no codecs, none that begins with an underscore;
-- ATen's functional ops that torch tags core or pointwise, or that are views by their schemas, but those of `_NEVER`,
-  those that begin with an underscore, and backward passes;
+- ATen's functional ops of which torch tags an overload core or pointwise, or that are views by their schemas, but those
+  of `_NEVER`, those that begin with an underscore, and backward passes;
 - ATen's functional ops of `_OPS`, which have no such tag, and the underscored ones of `_UNDERSCORED`;
 - in-place twins of pointwise ops, and ``copy_``, with which networks write their state;
 - `_FUNCTIONS` on sizes, and ``torch.cond``.
@@ -16,6 +16,7 @@ overflow on absurd numbers take none (`check`).
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import re
@@ -137,19 +138,22 @@ def find(name: Any) -> Any:
     raise ValueError(f"it calls {name!r}, which is not among the operators of a saved network")
 
 
+@functools.cache
 def _allowed(target: torch._ops.OpOverload) -> bool:
     packet, schema = str(target.overloadpacket).split(".")[-1], target._schema
     if target.namespace == "pykernels":
         return not (schema.is_mutable or packet.startswith("_") or packet.endswith("_pack"))
     if target.namespace != "aten" or "backward" in packet or packet in _NEVER:
         return False
-    pointwise = torch.Tag.pointwise in target.tags
+    family = target.overloadpacket
+    tags = {tag for overload in family.overloads() for tag in getattr(family, overload).tags}
+    pointwise = torch.Tag.pointwise in tags
     if schema.is_mutable:
         return packet == "copy_" or (pointwise and packet.endswith("_") and not packet.startswith("_"))
     if packet.startswith("_"):
         return packet in _UNDERSCORED
     view = any(result.alias_info is not None for result in schema.returns)
-    return packet in _OPS or pointwise or view or torch.Tag.core in target.tags
+    return packet in _OPS or pointwise or view or torch.Tag.core in tags
 
 
 def check(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -181,5 +185,7 @@ def _check_function(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Sizes are numbers: no list is repeated, and powers are small."""
     if kwargs or not all(isinstance(value, (fx.Node, bool, int, float)) for value in args):
         raise ValueError(f"{target.__name__} takes results of other calls and numbers")
+    if target is operator.getitem and not (len(args) == 2 and isinstance(args[0], fx.Node) and type(args[1]) is int):
+        raise ValueError("getitem takes the results of another call and a number")
     if target is operator.pow and not (len(args) == 2 and type(args[1]) is int and 0 <= args[1] <= 8):
         raise ValueError("pow takes a number from 0 to 8 as its exponent")
