@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
 import os
-import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,21 +14,21 @@ from torch.utils import _pytree as pytree
 from pykernels.cuda import registry
 from pykernels.cuda.graphs import CudaGraphs
 from pykernels.graph.alias import writes
-from pykernels.graph.capture import Captured, canonicalize, capture, plain
+from pykernels.graph.capture import Captured, canonicalize, capture
 from pykernels.graph.qdq import has_quantizers
+from pykernels.network import file, literals, tree_json
 from pykernels.network.assemble import assemble
+from pykernels.network.buffers import consolidate, separate
 from pykernels.network.devices import device_of, follow, to_device
-from pykernels.network.buffers import consolidate
 from pykernels.network.emit_fx import emit_fx
 from pykernels.network.emit_plan import emit_plan
+from pykernels.network.plan import PlanReport, Planned
 from pykernels.network.report import Report, bytes_of
 from pykernels.ops.dtypes import STORED
 
 __all__ = ["Optimized", "load", "optimize"]
 
 _PRECISIONS = ("fp32", *STORED, "int8")
-_FORMAT = 2
-_EXTRA = "pykernels.json"
 
 
 class Optimized(nn.Module):
@@ -45,11 +41,18 @@ class Optimized(nn.Module):
     replays a CUDA graph, captured at the first call with inputs of these shapes, strides and dtypes (the 8 kinds used
     last are kept). Not so while gradients are recorded, inside a capture of the caller's, or in compiled code.
 
+    On the CPU a call runs plans: whole parts of the network in one call each, on all threads of torch's (docs/plan.md).
+    Not so where gradients with respect to an input are wanted.
+
     Attributes:
-        program: the lowered graph, from flat inputs to a flat tuple of outputs.
+        program: the lowered graph, from flat inputs to a flat tuple of outputs, a call of an op for each step.
+        planned: the same with plans in it, on the CPU; None where no step could be planned.
         free: of each flat input the dimensions whose sizes may differ from the example's.
+        example: of each flat input dtype and shape in the example; None for what is no tensor.
         cuda_graph: whether calls on a CUDA device replay CUDA graphs; may be set.
     """
+
+    planned: Planned | None
 
     def __init__(
         self,
@@ -57,19 +60,20 @@ class Optimized(nn.Module):
         report: Report,
         in_spec: pytree.TreeSpec,
         out_spec: pytree.TreeSpec,
-        example: list[Any],
         free: list[list[int]],
+        example: list[tuple[torch.dtype, list[int]] | None],
+        planned: Planned | None = None,
     ) -> None:
         super().__init__()
         self.program = program
+        self.planned = planned
         self.free = free
+        self.example = example
         self.cuda_graph = True
         self._graphs: CudaGraphs | None = None
-        self.planned: fx.GraphModule | None = None
         self._report = report
         self._in_spec = in_spec
         self._out_spec = out_spec
-        self._example = [torch.zeros_like(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in example]
         # The ordinary case, tensors in and one tensor out, costs no pytree work a call.
         args, kwargs = pytree.tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
         self._flat = not kwargs and list(args) == list(range(in_spec.num_leaves))
@@ -96,9 +100,10 @@ class Optimized(nn.Module):
         return any(self.free)
 
     def _run(self, *inputs: Any) -> Any:
-        if self.planned is not None:
-            return self.planned(*inputs)
-        if not self.cuda_graph or self._report.device == "cpu" or torch.compiler.is_compiling():
+        if self._report.device == "cpu":
+            run = self.program if self.planned is None or not self._plannable(inputs) else self.planned.program
+            return run(*inputs)
+        if not self.cuda_graph or torch.compiler.is_compiling():
             return self.program(*inputs)
         if self._graphs is None:
             if any(writes(node) for node in self.program.graph.nodes):  # a capture calls the network several times
@@ -107,14 +112,40 @@ class Optimized(nn.Module):
             self._graphs = CudaGraphs(self.program)
         return self._graphs(*inputs)
 
+    def _plannable(self, inputs: tuple[Any, ...]) -> bool:
+        """Whether this call can take the plans: they have no gradient, and tell compilers sizes of their own."""
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+            return False
+        return not torch.compiler.is_compiling() or all(
+            known is None or all(d in free or x.shape[d] == size for d, size in enumerate(known[1]))
+            for x, known, free in zip(inputs, self.example, self.free, strict=True)
+        )
+
     def _apply(self, fn: Any, recurse: bool = True) -> Optimized:
         super()._apply(fn, recurse)
         device = follow(self.program)
-        self._example = to_device(self._example, device)
+        self._consolidate(device)
         self._report = self._report.on(device)
         self._report.bytes_after = bytes_of(self.program.buffers())
         self._graphs = None
         return self
+
+    def _consolidate(self, device: torch.device) -> None:
+        """Constants on the CPU lie in one piece of memory, which the plans read."""
+        if device.type == "cpu":
+            weights = consolidate(self.program)
+            if self.planned is not None and not self.planned.attach(self.program, weights):
+                self.planned = None  # its constants have changed their dtype
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and copies keep. They would write a storage again for each buffer that lies in it."""
+        modules = {**self._modules, "program": separate(self.program)}
+        planned = None if self.planned is None else self.planned.detached()
+        return {**self.__dict__, "_modules": modules, "_graphs": None, "planned": planned}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._consolidate(torch.device(self._report.device))
 
     def train(self, mode: bool = True) -> Optimized:
         """Only ``train(False)`` is possible: packed weights cannot be trained."""
@@ -126,37 +157,53 @@ class Optimized(nn.Module):
         """What was fused, what stayed with torch and why, and the size of the weights; printable."""
         return self._report
 
+    def plan(self, inputs: tuple[Any, ...] | None = None, rounds: int = 0) -> PlanReport:
+        """What the plans do with `inputs` (by default of the example's shapes): layers, shapes, kernels, bytes,
+        operations, memory; printable.
+
+        Args:
+            inputs: flat inputs of one call.
+            rounds: so many calls are timed, kernel by kernel.
+
+        Raises:
+            ValueError: the network has no plans: it is not on the CPU, or no step of it could be planned.
+        """
+        if self.planned is None or self._report.device != "cpu":
+            raise ValueError("the network has no plans: " + ("it is not on the CPU" if self.planned else "see its report"))
+        if inputs is None:
+            if None in self.example:
+                raise ValueError("inputs: some of the network's are no tensors, so they must be given")
+            inputs = tuple(torch.zeros(shape, dtype=dtype) for dtype, shape in filter(None, self.example))
+        return self.planned.describe(inputs, rounds)
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the network to one file (a ``torch.export`` archive), the same on every machine and from every device.
+        """Write the network to one file, the same on every machine and from every device.
 
         What is on a CUDA device is packed again for the CPU in a copy; `load` packs it for the device that it names.
+
+        Raises:
+            ValueError: the network calls an operator that a file may not name, or has inputs or outputs of a type
+                without a registered name; the message says which.
+            OSError: the file cannot be written; what was there is left.
         """
-        here, cpu = self.program, torch.device("cpu")
+        cpu = torch.device("cpu")
         if self._report.device != "cpu":
-            here = copy.deepcopy(here).to(cpu)
-            follow(here)
-        args = tuple(to_device(self._example, cpu))
-        shapes = tuple(dict.fromkeys(dims, torch.export.Dim.AUTO) or None for dims in self.free)
-        with torch.no_grad():
-            program = torch.export.export(here, args, dynamic_shapes=shapes if self.dynamic else None, strict=False)
-        if _free(program.module()) != self.free:
-            raise RuntimeError("the network cannot be saved: torch.export fixes sizes that are free here")
-        extra = {
-            "format": _FORMAT,
-            "free": self.free,
-            "in_spec": pytree.treespec_dumps(self._in_spec),
-            "out_spec": pytree.treespec_dumps(self._out_spec),
-            "report": self._report.on(cpu).to_json(),
-        }
-        # A file object: torch wants names to end in .pt2. Under another name at first: a failure leaves what was there.
-        partial = f"{os.fspath(path)}.partial"
+            copy.deepcopy(self).to(cpu).save(path)
+            return
         try:
-            with open(partial, "wb") as file:
-                torch.export.save(program, file, extra_files={_EXTRA: json.dumps(extra)})
-            os.replace(partial, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(partial)
+            facts = {
+                "free": self.free,
+                "in_spec": tree_json.dump(self._in_spec),
+                "out_spec": tree_json.dump(self._out_spec),
+                "report": self._report.to_json(),
+                "example": literals.encode(self.example),
+            }
+            graphs = {"program": self.program}
+            if self.planned is not None:
+                graphs["planned"], facts["labels"] = self.planned.program, self.planned.labels
+            file.write(path, graphs, facts)
+        except ValueError as error:
+            raise ValueError(f"the network cannot be saved: {error}") from error
 
 
 def optimize(
@@ -222,17 +269,19 @@ def optimize(
     canonicalize(captured.module, captured.example)
     network = assemble(captured.module, precision, edges)
     emitted, report = emit_fx(network), Report.of(network)
-    program = emitted.program
-    planned = None
-    if network.device.type == "cpu":
+    program, planned = emitted.program, None
+    if device.type == "cpu":
         planned = emit_plan(network, emitted, consolidate(program))
     report.bytes_before = before if has_quantizers(model) else bytes_of((*model.parameters(), *model.buffers()))
     report.bytes_after = bytes_of(program.buffers())
     report.notes = list(captured.notes)
     free = _free(captured.module)
-    result = Optimized(program, report, captured.in_spec, captured.out_spec, captured.example, free)
+    example = [
+        (leaf.dtype, list(leaf.shape)) if isinstance(leaf, torch.Tensor) else None
+        for leaf in captured.example
+    ]
+    result = Optimized(program, report, captured.in_spec, captured.out_spec, free, example, planned)
     result.cuda_graph = cuda_graph
-    result.planned = planned
     return result
 
 
@@ -286,46 +335,64 @@ def _quantize(
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Optimized:
     """Read a network that `Optimized.save` wrote, onto `device`. The model's own Python code is not needed.
 
+    Nothing in the file is executed: one from a stranger does no more than compute, when it is called. It is mapped, so
+    that processes on one machine share its pages. On the CPU it must not be truncated while the network is in use.
+
     Raises:
         RuntimeError: our ops do not run on `device`.
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, damaged, or not one of ours.
+        ValueError: the file is truncated, damaged, of another version, or not one of ours.
     """
     path, device = os.fspath(path), torch.device(device)
     complaint = registry.unusable(device)
     if complaint is not None:
         raise RuntimeError(f"device: {device} cannot be used: {complaint}")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"path: {path} does not exist")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"path: {path} is truncated or was not written by pykernels")
-    extra = {_EXTRA: ""}
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"{damaged} fails its checksum")
-        program = _read(path, extra)
-        if not extra[_EXTRA]:
-            raise ValueError("it is a torch.export archive without the part that pykernels adds")
-        facts = json.loads(extra[_EXTRA])
-        if facts["format"] != _FORMAT:
-            raise ValueError(f"its format {facts['format']} is not {_FORMAT}: another version of pykernels wrote it")
-        report = Report.from_json(facts["report"])
-        in_spec, out_spec = pytree.treespec_loads(facts["in_spec"]), pytree.treespec_loads(facts["out_spec"])
-        free = [[int(d) for d in dims] for dims in facts["free"]]
-    except (ValueError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile) as error:
+        network = _network(*file.read(path))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"path: {path} does not exist") from None
+    except ValueError as error:
         raise ValueError(f"path: {path} cannot be loaded: {error}") from error
-    module, _, _ = plain(program.module())
-    example = pytree.tree_leaves(program.example_inputs)
-    return Optimized(module, report, in_spec, out_spec, example, free).to(device)
+    return network if device.type == "cpu" else network.to(device)
 
 
-def _read(path: str, extra: dict[str, Any]) -> torch.export.ExportedProgram:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
-            with open(path, "rb") as file:
-                return torch.export.load(file, extra_files=extra)
-        except Exception as error:  # torch's reader checks little: a foreign archive fails wherever it first differs
-            raise ValueError(f"torch.export cannot read it: {type(error).__name__}: {error}") from error
+def _network(graphs: dict[str, fx.GraphModule], facts: dict[str, Any]) -> Optimized:
+    """The network that a file describes.
+
+    Raises:
+        ValueError: its parts do not fit.
+    """
+    missing = [name for name in ("free", "in_spec", "out_spec", "report", "example") if name not in facts]
+    if missing or not {"program"} <= set(graphs) <= {"program", "planned"}:
+        raise ValueError(f"it has the graphs {sorted(graphs)}, and no {missing}")
+    program, report = graphs["program"], Report.from_json(facts["report"])
+    in_spec, out_spec = tree_json.parse(facts["in_spec"]), tree_json.parse(facts["out_spec"])
+    if in_spec.type is not tuple or [in_spec.child(i).type for i in range(in_spec.num_children)] != [tuple, dict]:
+        raise ValueError("its inputs are no positional and keyword ones")
+    for graph in graphs.values():
+        inputs = sum(node.op == "placeholder" for node in graph.graph.nodes)
+        outputs = next(node.args[0] for node in graph.graph.nodes if node.op == "output")
+        if inputs != in_spec.num_leaves or not isinstance(outputs, tuple) or len(outputs) != out_spec.num_leaves:
+            raise ValueError("its graph has other inputs or outputs than it is said to have")
+    free, example = facts["free"], literals.decode(facts["example"])
+    if not isinstance(free, list) or len(free) != inputs or not all(map(_dimensions, free)):
+        raise ValueError("its free sizes are no dimensions of its inputs")
+    if not isinstance(example, list) or len(example) != inputs or not all(map(_tensor_or_none, example)):
+        raise ValueError("the shapes of its inputs are no shapes")
+    if any(known is None or max(dims, default=-1) >= len(known[1]) for known, dims in zip(example, free, strict=True) if dims):
+        raise ValueError("its free sizes are no dimensions of its inputs")
+    planned = None
+    if "planned" in graphs:
+        planned = Planned.read(graphs["planned"], facts.get("labels"), program)
+    return Optimized(program, report, in_spec, out_spec, free, example, planned)
+
+
+def _tensor_or_none(content: Any) -> bool:
+    if content is None:
+        return True
+    tensor = isinstance(content, tuple) and len(content) == 2 and isinstance(content[0], torch.dtype)
+    return tensor and _dimensions(content[1])
+
+
+def _dimensions(content: Any) -> bool:
+    return isinstance(content, list) and all(type(d) is int and d >= 0 for d in content)

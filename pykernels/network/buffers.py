@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from pykernels.graph.alias import writes
 
-__all__ = ["ALIGNMENT", "consolidate", "whole"]
+__all__ = ["ALIGNMENT", "consolidate", "separate", "whole"]
 
 ALIGNMENT = 64  # bytes: a cache line, and a vector of the widest isa
 
@@ -55,6 +55,17 @@ def consolidate(program: fx.GraphModule) -> torch.Tensor:
             )
             for module, name in places[id(tensor)]:
                 module._buffers[name] = moved
+    return result
+
+
+def separate(program: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a program whose buffers have storages of their own: undoes `consolidate`.
+
+    Serializers that write the storage of each tensor (pickle, AOTInductor) would else write all of them for each.
+    """
+    result = fx.GraphModule(program, program.graph)
+    copies = {id(tensor): tensor.clone() for tensor in result._buffers.values() if tensor is not None}
+    result._buffers.update({name: copies[id(tensor)] for name, tensor in result._buffers.items() if tensor is not None})
     return result
 
 

@@ -19,6 +19,7 @@ from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from pykernels.network.emit_fx import Emitted, Emitter
+from pykernels.network.plan import WEIGHTS, Planned, places
 from pykernels.network.step import Call, Concatenation, Layer, Lookup, Network, Pool, QParams, Step, Value
 from pykernels.ops import names
 from pykernels.ops.dtypes import REALS
@@ -35,8 +36,8 @@ _MAX_DIMS = 6
 _NO_QUANTIZATION = QParams(1.0, 0, 0, 0, torch.uint8)
 
 
-def emit_plan(network: Network, emitted: Emitted, weights: torch.Tensor) -> fx.GraphModule | None:
-    """A graph module as `emit_fx` makes it, with plans in it; None where no step can be planned.
+def emit_plan(network: Network, emitted: Emitted, weights: torch.Tensor) -> Planned | None:
+    """The network with plans in it; None where no step can be planned.
 
     Args:
         emitted: the same network as `emit_fx` emitted it.
@@ -44,7 +45,9 @@ def emit_plan(network: Network, emitted: Emitted, weights: torch.Tensor) -> fx.G
     """
     planner = _Planner(network, emitted, weights)
     program = planner.run()
-    return program if planner.plans else None
+    if not planner.labels:
+        return None
+    return Planned(program, planner.labels, places(emitted.program, weights))
 
 
 class _Unplanned(Exception):
@@ -54,6 +57,7 @@ class _Unplanned(Exception):
 @dataclass
 class _Record:
     kind: str
+    label: str
     inputs: list[int]
     numbers: list[int] = field(default_factory=list)
     reals: list[float] = field(default_factory=list)
@@ -81,7 +85,8 @@ class _Planner(Emitter):
     def __init__(self, network: Network, emitted: Emitted, weights: torch.Tensor) -> None:
         super().__init__(network)
         self.emitted, self.weights = emitted, weights
-        self.plans = 0
+        self.labels: dict[str, list[str]] = {}  # of each plan, what its steps stand for
+        self.label = ""
         self.segment = _Segment()
         self.pieces: dict[Value, list[tuple[Value, list[int]]]] = {}  # of a tuple: slices of a value
         self.symbols: dict[Any, fx.Node] = {}
@@ -133,6 +138,7 @@ class _Planner(Emitter):
     def _plan(self, step: Step) -> bool:
         """Take a step into the plan in hand, if it can be."""
         rule = _RULES.get(step.kind)
+        self.label = ": ".join(filter(None, (step.where, step.what or step.kind)))
         records, inputs = len(self.segment.records), len(self.segment.inputs)
         try:
             if rule is None or step.has_effect:
@@ -164,7 +170,7 @@ class _Planner(Emitter):
         """A record; its own number."""
         if not all(isinstance(number, int) for number in numbers):
             raise _Unplanned  # a size that varies
-        self.segment.records.append(_Record(kind, list(inputs), list(numbers), list(reals)))
+        self.segment.records.append(_Record(kind, self.label, list(inputs), list(numbers), list(reals)))
         return "record", len(self.segment.records) - 1
 
     def _yield(self, step: Step, number: Any, channels_last: bool = False) -> None:
@@ -190,17 +196,17 @@ class _Planner(Emitter):
         outputs = [value for value in segment.results if value in wanted]
         if not outputs:
             return
-        self.plans += 1
         plan = _encode(segment, outputs, self.weights.numel())
-        name = f"plan_{self.plans}"
+        name = f"plan_{len(self.labels) + 1}"
+        self.labels[name] = [record.label for record in segment.records]
         self.root.register_buffer(name, plan)
-        if not hasattr(self.root, "weights"):
-            self.root.register_buffer("weights", self.weights)
+        if not hasattr(self.root, WEIGHTS):
+            self.root.register_buffer(WEIGHTS, self.weights)
         sizes = [self._size(size) for value in outputs for size in value.shape]
         call = self.call(
             torch.ops.pykernels.run_plan.default,
             self.graph.get_attr(name),
-            self.graph.get_attr("weights"),
+            self.graph.get_attr(WEIGHTS),
             [self._node(value) for value in segment.inputs],
             sizes,
             [len(value.shape) for value in outputs],

@@ -96,9 +96,16 @@ class Report:
             values = json.loads(text)
             fused = [Fused(**entry) for entry in values.pop("fused")]
             left = [Left(**entry) for entry in values.pop("left")]
-            return cls(fused=fused, left=left, **values)
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            report = cls(fused=fused, left=left, **values)
+        except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"not a report of pykernels: {error}") from error
+        texts = [report.precision, report.device, *(text for e in (*fused, *left) for text in asdict(e).values())]
+        counts = [report.moves, report.conversions, report.bytes_before, report.bytes_after]
+        if not isinstance(report.notes, list) or not all(isinstance(text, str) for text in (*texts, *report.notes)):
+            raise ValueError("not a report of pykernels: something in it is no text")
+        if not all(type(count) is int for count in counts):
+            raise ValueError("not a report of pykernels: something in it is no number")
+        return report
 
     def __str__(self) -> str:
         lines = [

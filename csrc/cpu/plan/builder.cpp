@@ -131,7 +131,8 @@ void Builder::add(std::unique_ptr<Driver> driver, const char* kernel, const std:
   if (driver->tasks == 0) return;
   const auto index = static_cast<int64_t>(layout.drivers.size());
   PlanLayout::Binding binding;
-  Work work{static_cast<int>(layout.values.size() - program_.inputs.size()), kernel, weight_bytes, operations};
+  const Dtype read = operands.empty() ? out.dtype : operands[0]->dtype;
+  Work work{static_cast<int>(layout.values.size() - program_.inputs.size()), kernel, read, weight_bytes, operations};
   const auto use = [&](const View& v) {
     Buffer& buffer = layout.buffers[v.buffer];
     buffer.first = std::min(buffer.first, index);

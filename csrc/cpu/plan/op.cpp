@@ -137,6 +137,7 @@ std::string describe_plan(const Tensor& plan, const Tensor& weights, std::vector
   for (size_t d = 0; d < layout.drivers.size(); ++d) {
     const Work& work = layout.work[d];
     json += std::string(d ? ", " : "") + "{\"kernel\": " + quoted(work.kernel);
+    json += ", \"dtype\": " + quoted(dtype_name(scalar_type(work.dtype)));
     field("step", work.step);
     field("tasks", layout.drivers[d]->tasks);
     field("bytes", work.bytes);

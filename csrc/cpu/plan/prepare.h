@@ -45,6 +45,7 @@ struct Buffer {
 struct Work {
   int step;
   const char* kernel;
+  Dtype dtype;         // of what it reads
   int64_t bytes;       // read and written, weights included
   int64_t operations;  // multiplications and additions of a product; else 0
 };

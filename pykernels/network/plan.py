@@ -1,0 +1,228 @@
+"""A network with plans in it: what it holds on to, and what its plans do, as a table."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from pykernels.ops.plan import describe_plan, profile_plan
+
+__all__ = ["PlanReport", "PlanRow", "Planned"]
+
+WEIGHTS = "weights"
+
+
+class Planned:
+    """A graph with calls of `torch.ops.pykernels.run_plan` over the constants of another, the graph of ops.
+
+    Attributes:
+        program: from flat inputs to a flat tuple of outputs; its buffer ``weights`` is the memory of all constants.
+        labels: of each plan, by the name of its buffer, what its steps stand for.
+    """
+
+    def __init__(self, program: fx.GraphModule, labels: dict[str, list[str]], places: Mapping[str, int]) -> None:
+        self.program = program
+        self.labels = labels
+        self._places = dict(places)
+        self._watch()
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """1-D uint8."""
+        return self.program.get_buffer(WEIGHTS)
+
+    def attach(self, ops: fx.GraphModule, weights: torch.Tensor) -> bool:
+        """Read other weights from now on, those of the graph of ops; whether they lie as the plans expect."""
+        if places(ops, weights) != self._places:
+            return False
+        if weights.data_ptr() != self.weights.data_ptr():
+            self.program._buffers[WEIGHTS] = weights
+            self._watch()
+        return True
+
+    @classmethod
+    def read(cls, program: fx.GraphModule, labels: Any, ops: fx.GraphModule) -> Planned:
+        """From the parts of a saved network.
+
+        Raises:
+            ValueError: they do not fit one another.
+        """
+        plans = {
+            node.args[0].target
+            for node in program.graph.nodes
+            if node.op == "call_function" and node.target is torch.ops.pykernels.run_plan.default
+        }
+        weights = program._buffers.get(WEIGHTS)
+        if not isinstance(labels, dict) or set(labels) != plans or weights is None:
+            raise ValueError("its plans are not those that it is said to have")
+        for texts in labels.values():
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError("the labels of its plans are no texts")
+        return cls(program, labels, places(ops, weights))
+
+    def detached(self) -> Planned:
+        """A copy without weights, for pickle; `attach` gives it some."""
+        program = fx.GraphModule(self.program, self.program.graph)
+        program._buffers = {name: tensor.clone() for name, tensor in program._buffers.items() if name != WEIGHTS}
+        program._buffers[WEIGHTS] = torch.empty(0, dtype=torch.uint8)
+        return Planned(program, self.labels, self._places)
+
+    def describe(self, inputs: Sequence[Any], rounds: int = 0) -> PlanReport:
+        """What the plans do with these flat inputs; with `rounds`, so many calls of each are timed."""
+        reader = _Reader(self.program, self.labels, rounds)
+        with torch.no_grad():
+            reader.run(*inputs)
+        return reader.report
+
+    def _watch(self) -> None:
+        """What was made ready is forgotten with the weights that it was made ready over."""
+        weakref.finalize(self.program, torch.ops.pykernels._forget_plans, self.weights.data_ptr())
+
+
+def places(ops: fx.GraphModule, weights: torch.Tensor) -> dict[str, int]:
+    """Where the constants of a graph begin in `weights`; those elsewhere, state, are left out."""
+    storage = weights.untyped_storage()._cdata
+    return {
+        name: buffer.storage_offset() * buffer.element_size()
+        for name, buffer in ops.named_buffers(remove_duplicate=False)
+        if buffer.untyped_storage()._cdata == storage
+    }
+
+
+@dataclass
+class PlanRow:
+    """What one kernel call over all threads does.
+
+    Attributes:
+        step: what it is part of: the module of the model, and the operators.
+        kernel: in words.
+        shape: of the step's result.
+        dtype: of what it reads.
+        tasks: how many pieces threads take.
+        bytes: read and written, weights included.
+        operations: multiplications and additions, of products; else 0.
+        seconds: the median of the rounds, if it was timed.
+    """
+
+    step: str
+    kernel: str
+    shape: tuple[int, ...]
+    dtype: str
+    tasks: int
+    bytes: int
+    operations: int
+    seconds: float | None = None
+
+
+@dataclass
+class PlanReport:
+    """The plans of a network with inputs of one kind of shape.
+
+    Attributes:
+        rows: in the order of execution.
+        left: the calls between the plans that are torch's.
+        plans: how many plans there are.
+        isa, threads: what they were made ready for.
+        arena_bytes: memory for what lies between the steps, reused by those that do not live at once; largest plan.
+        least_arena_bytes: what no placement could do without.
+        weight_bytes: of all constants.
+    """
+
+    rows: list[PlanRow] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    plans: int = 0
+    isa: str = ""
+    threads: int = 0
+    arena_bytes: int = 0
+    least_arena_bytes: int = 0
+    weight_bytes: int = 0
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all kernels, if they were timed."""
+        found = [row.seconds for row in self.rows if row.seconds is not None]
+        return sum(found) if found else None
+
+    def __str__(self) -> str:
+        timed = self.seconds is not None
+        head = ("step", "kernel", "shape", "MOP", "MB", "tasks", *(("us", "GOP/s", "GB/s") if timed else ()))
+        table = [head, *(self._cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i < 3 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in table
+        ]
+        between = f", {self.plans} plans with {len(self.left)} calls of torch's between" if self.left else ""
+        lines.append(f"{len(self.rows)} kernel calls{between}; {self.isa}, {self.threads} threads")
+        lines.append(
+            f"weights {self.weight_bytes / 1e6:.2f} MB, between the steps {self.arena_bytes / 1e6:.2f} MB "
+            f"(at least {self.least_arena_bytes / 1e6:.2f})"
+        )
+        if timed:
+            lines.append(f"kernels {1e3 * (self.seconds or 0):.3f} ms")
+        return "\n".join(lines)
+
+    @staticmethod
+    def _cells(row: PlanRow) -> tuple[str, ...]:
+        shape = "x".join(map(str, row.shape))
+        cells = (row.step, row.kernel, shape, f"{row.operations / 1e6:.1f}", f"{row.bytes / 1e6:.2f}", str(row.tasks))
+        if row.seconds is None:
+            return cells
+        seconds = max(row.seconds, 1e-9)
+        rate = f"{row.operations / seconds / 1e9:.0f}" if row.operations else ""
+        return (*cells, f"{1e6 * row.seconds:.1f}", rate, f"{row.bytes / seconds / 1e9:.1f}")
+
+
+class _Reader(fx.Interpreter):
+    """Runs the network and asks each plan that it comes to."""
+
+    def __init__(self, program: fx.GraphModule, labels: Mapping[str, list[str]], rounds: int) -> None:
+        super().__init__(program)
+        self.labels, self.rounds = labels, rounds
+        self.report = PlanReport(weight_bytes=program.get_buffer(WEIGHTS).numel())
+
+    def run_node(self, node: fx.Node) -> Any:
+        if node.op == "call_function" and node.target is torch.ops.pykernels.run_plan.default:
+            self._read(str(node.args[0].target), *self.fetch_args_kwargs_from_env(node)[0][:3])
+        elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not _of_sizes(node):
+            self.report.left.append(str(node.target))
+        return super().run_node(node)
+
+    def _read(self, name: str, plan: torch.Tensor, weights: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+        found, report, labels = describe_plan(plan, weights, inputs), self.report, self.labels[name]
+        times = [None] * len(found["drivers"])
+        if self.rounds:
+            profile_plan(plan, weights, inputs, 3)  # warm
+            times = [1e-9 * t for t in profile_plan(plan, weights, inputs, self.rounds).median(0).values.tolist()]
+        report.plans += 1
+        report.isa, report.threads = found["isa"], found["threads"]
+        report.arena_bytes = max(report.arena_bytes, found["arena_bytes"])
+        report.least_arena_bytes = max(report.least_arena_bytes, found["least_arena_bytes"])
+        for driver, seconds in zip(found["drivers"], times, strict=True):
+            step = driver["step"]
+            outside = step >= len(labels)  # what brings outputs into their layout
+            shape = () if outside else tuple(found["values"][len(inputs) + step])
+            report.rows.append(
+                PlanRow(
+                    "output" if outside else labels[step],
+                    driver["kernel"],
+                    shape,
+                    driver["dtype"],
+                    driver["tasks"],
+                    driver["bytes"],
+                    driver["operations"],
+                    seconds,
+                )
+            )
+
+
+def _of_sizes(node: fx.Node) -> bool:
+    return "sym_size" in str(node.target)
