@@ -42,7 +42,6 @@ class Optimized(nn.Module):
     last are kept). Not so while gradients are recorded, inside a capture of the caller's, or in compiled code.
 
     On the CPU a call runs plans: whole parts of the network in one call each, on all threads of torch's (docs/plan.md).
-    Not so where gradients with respect to an input are wanted.
 
     Attributes:
         program: the lowered graph, from flat inputs to a flat tuple of outputs, a call of an op for each step.
@@ -113,9 +112,7 @@ class Optimized(nn.Module):
         return self._graphs(*inputs)
 
     def _plannable(self, inputs: tuple[Any, ...]) -> bool:
-        """Whether this call can take the plans: they have no gradient, and tell compilers sizes of their own."""
-        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
-            return False
+        """Whether this call can take the plans: compilers believe that sizes which are not free are the example's."""
         return not torch.compiler.is_compiling() or all(
             known is None or all(d in free or x.shape[d] == size for d, size in enumerate(known[1]))
             for x, known, free in zip(inputs, self.example, self.free, strict=True)

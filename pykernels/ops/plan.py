@@ -30,7 +30,7 @@ def run_plan(
 
     Args:
         plan: 1-D uint8, see csrc/cpu/plan/format.h.
-        weights: 1-D uint8, beginning at a multiple of 64 bytes: packed weights and constants that the plan points to.
+        weights: 1-D uint8: packed weights and constants, to which the plan points.
         inputs: of the dtypes and numbers of dimensions that the plan was made for, with any strides.
         out_sizes, out_dims, out_dtypes, out_channels_last: sizes of all outputs, one after another; of each the number
             of dimensions, the place of the dtype in `pykernels.ops.names.DTYPES`, and whether it is channels_last. They

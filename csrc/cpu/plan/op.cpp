@@ -36,8 +36,8 @@ void check_bytes(const char* op, const char* name, const Tensor& t) {
   check_cpu(op, name, t);
   PK_CHECK(t.scalar_type() == ScalarType::Byte && t.dim() == 1 && t.is_contiguous(), op, ": ", name,
            " must be a contiguous 1-D uint8 tensor");
-  PK_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kBlockBytes == 0, op, ": ", name,
-           " must begin at a multiple of ", kBlockBytes, " bytes");
+  PK_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 8 == 0, op, ": ", name,
+           " must begin at a multiple of 8 bytes");
 }
 
 // A plan ready for these inputs, and back where others find it when this goes.
@@ -119,7 +119,7 @@ std::vector<Tensor> run_plan(const Tensor& plan, const Tensor& weights, std::vec
   return run_ready(*ready, inputs);
 }
 
-std::string quoted(const char* text) { return "\"" + std::string(text) + "\""; }
+std::string quoted(const char* text) { return std::string("\"").append(text).append("\""); }
 
 std::string describe_plan(const Tensor& plan, const Tensor& weights, std::vector<Tensor> inputs) {
   Ready ready("_describe_plan", plan, weights, inputs);
