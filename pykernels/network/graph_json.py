@@ -80,7 +80,7 @@ def _dump_node(node: fx.Node, numbers: dict[fx.Node, int]) -> list[Any]:
     if node.op == "get_attr":
         target = _attribute(node.target, "an attribute")
     elif node.op == "call_function":
-        target = operators.name_of(node.target)
+        target = operators.name_of(node.target, node.kwargs)
         operators.check(node.target, node.args, dict(node.kwargs))
     elif node.op not in ("placeholder", "output"):
         raise ValueError(f"{name} is a {node.op}")
@@ -140,7 +140,8 @@ def _parse_node(graph: fx.Graph, root: nn.Module, entry: Any, known: list[fx.Nod
     if len(expect(entry, list, "a node")) != 5:
         raise ValueError("a node has an op, a name, a target, args and kwargs")
     op, name, target, *given = entry
-    _identifier(name, "a node")
+    if _identifier(name, "a node") == "self":  # fx would take it for the module
+        raise ValueError("a node is named 'self', which means something else")
     if name in names:
         raise ValueError(f"two nodes are named {name!r}")
     names.add(name)

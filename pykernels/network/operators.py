@@ -94,6 +94,11 @@ _OPS = frozenset(
     zeros_like
     """.split()
 )
+_ZEROS = {
+    torch.ops.aten.empty.memory_format: torch.ops.aten.zeros.default,
+    torch.ops.aten.empty_like.default: torch.ops.aten.zeros_like.default,
+    torch.ops.aten.new_empty.default: torch.ops.aten.new_zeros.default,
+}
 _BACK = {function: target for target, function in CHECKED.items()}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 # Arguments that torch multiplies with one another unchecked.
@@ -102,13 +107,18 @@ _MOST = 2**24
 _SCALES = re.compile(r"scale_factors|scales(_[dhw])?\Z")
 
 
-def name_of(target: Any) -> str:
-    """The name of a function that a saved graph may call.
+def name_of(target: Any, kwargs: Any = ()) -> str:
+    """The name of a function that a saved graph may call, with keyword arguments of these names.
+
+    Memory that is not yet written holds zeros in a saved network.
 
     Raises:
         ValueError: it may not.
     """
     target = _BACK.get(target, target)
+    zeros = _ZEROS.get(target)
+    if zeros is not None and set(kwargs) <= {argument.name for argument in zeros._schema.arguments}:
+        target = zeros
     if isinstance(target, torch._ops.OpOverload):
         if _allowed(target):
             return str(target)
@@ -159,6 +169,9 @@ def _allowed(target: torch._ops.OpOverload) -> bool:
 def check(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse numbers that would make torch overflow, or Python compute for long.
 
+    Padding, stride and the like are at most 2**24; those of pools may be results of other calls, dilations and the
+    scales of a resizing may not.
+
     Raises:
         ValueError: an argument is out of range.
     """
@@ -167,18 +180,24 @@ def check(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if target is not _COND:
             _check_function(target, args, kwargs)
         return
-    named = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False)) | kwargs
-    for name, value in named.items():
-        if name in _GEOMETRY:
-            for leaf in pytree.tree_leaves(value):
-                if isinstance(leaf, int) and not -_MOST <= leaf <= _MOST:
-                    raise ValueError(f"{target}: {name} has {leaf}, more than {_MOST}")
-                if isinstance(leaf, fx.Node) and name == "dilation":
-                    raise ValueError(f"{target}: dilation is computed")
-        elif _SCALES.match(name) and "upsample" in str(target):
-            for leaf in pytree.tree_leaves(value):
-                if leaf is not None and not (isinstance(leaf, (int, float)) and 1 / _MOST <= leaf <= _MOST):
-                    raise ValueError(f"{target}: {name} has {leaf}, which is not from 1 / {_MOST} to {_MOST}")
+    for position, name, scale in _limited(target):
+        given = args[position] if position < len(args) else kwargs.get(name)
+        for leaf in pytree.tree_leaves(given):
+            if leaf is None or (isinstance(leaf, fx.Node) and not scale and name != "dilation"):
+                continue
+            if not isinstance(leaf, (int, float)) or not (1 / _MOST if scale else -_MOST) <= leaf <= _MOST:
+                raise ValueError(f"{target}: {name} has {leaf}, which is out of range")
+
+
+@functools.cache
+def _limited(target: torch._ops.OpOverload) -> list[tuple[int, str, bool]]:
+    """The arguments that `check` looks at: their positions and names, and whether they are scales of a resizing."""
+    resizes = "upsample" in str(target)
+    return [
+        (position, argument.name, argument.name not in _GEOMETRY)
+        for position, argument in enumerate(target._schema.arguments)
+        if argument.name in _GEOMETRY or (resizes and _SCALES.match(argument.name))
+    ]
 
 
 def _check_function(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
