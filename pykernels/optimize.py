@@ -273,10 +273,8 @@ def optimize(
     report.bytes_after = bytes_of(program.buffers())
     report.notes = list(captured.notes)
     free = _free(captured.module)
-    example = [
-        (leaf.dtype, list(leaf.shape)) if isinstance(leaf, torch.Tensor) else None
-        for leaf in captured.example
-    ]
+    leaves = pytree.tree_leaves((args, kwargs))
+    example = [(leaf.dtype, list(leaf.shape)) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
     result = Optimized(program, report, captured.in_spec, captured.out_spec, free, example, planned)
     result.cuda_graph = cuda_graph
     return result

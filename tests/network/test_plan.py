@@ -1,0 +1,367 @@
+"""Plans: a network, or a part of it, as one call, with the bits of the graph of ops."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import os
+import pickle
+import random
+import resource
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.nn import functional as F
+
+import pykernels as pk
+from pykernels.bench import zoo
+from pykernels.network.emit_plan import _hash
+from tests.models import ZOO
+
+PRECISIONS = ("fp32", "bf16", "int8")
+
+
+def optimized(model: nn.Module, *inputs: torch.Tensor, precision: str = "fp32", **options: Any) -> pk.Optimized:
+    calibration = [inputs] if precision == "int8" else None
+    return pk.optimize(model.eval(), inputs, precision, calibration, **options)
+
+
+def plans(fast: pk.Optimized) -> int:
+    """How many calls of plans a call of the network makes; that there are none is a failure."""
+    assert fast.planned is not None
+    return len(fast.planned.labels)
+
+
+def calls(fast: pk.Optimized) -> list[str]:
+    """What is torch's between the plans."""
+    assert fast.planned is not None
+    targets = [str(node.target) for node in fast.planned.program.graph.nodes if node.op == "call_function"]
+    return [target for target in targets if "run_plan" not in target and "getitem" not in target and "sym" not in target]
+
+
+@torch.no_grad()
+def same(fast: pk.Optimized, *inputs: torch.Tensor) -> None:
+    """The plans' answers are those of the graph of ops, and lie in memory as these do."""
+    assert fast.planned is not None
+    for planned, expected in zip(fast.planned.program(*inputs), fast.program(*inputs), strict=True):
+        assert planned.dtype == expected.dtype
+        assert torch.equal(planned, expected)
+
+
+class Small(nn.Module):
+    """A bit of everything that plans do: strides, depthwise, squeeze and excitation, residual, concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 2, 1)
+        self.wide = nn.Conv2d(16, 16, 3, 1, 1, groups=16)
+        self.squeeze, self.excite = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+        self.point = nn.Conv2d(16, 16, 1)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.stem(x))
+        y = F.hardswish(self.wide(x))
+        y = y * F.hardsigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))))
+        y = F.relu(self.point(y) + x)
+        y = torch.cat([F.max_pool2d(y, 2), F.avg_pool2d(x, 2)], 1)
+        return self.head(F.adaptive_avg_pool2d(y, 1).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def small() -> pk.Optimized:
+    torch.manual_seed(0)
+    return optimized(Small(), torch.randn(2, 3, 20, 20))
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "resnet18"])
+def test_a_network_is_one_plan_with_the_bits_of_its_ops(name: str, precision: str, isa: str) -> None:
+    build, size = ZOO[name]
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, size, size)
+    fast = optimized(zoo.settle(build(), x), x, precision=precision)
+    shuffled_by_torch = (name, precision) == ("shufflenet_v2_x0_5", "bf16")
+    assert shuffled_by_torch or (plans(fast) == 1 and not calls(fast))
+    same(fast, x)
+    same(fast, torch.randn(1, 3, size, size))
+    same(fast, torch.randn(3, 3, size, size).to(memory_format=torch.channels_last))
+
+
+MOVES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "flatten": lambda y: y.flatten(1),
+    "reshape": lambda y: y.reshape(y.shape[0], 4, -1),
+    "permute": lambda y: y.permute(0, 2, 3, 1),
+    "permute and reshape": lambda y: y.permute(0, 2, 3, 1).reshape(y.shape[0], -1),
+    "transpose": lambda y: y.transpose(1, 2),
+    "slice": lambda y: y[:, 1:-1, ::2],
+    "select": lambda y: y[:, 3],
+    "the last": lambda y: y[..., -1],
+    "chunk": lambda y: y.chunk(3, 1)[1],
+    "split": lambda y: torch.cat(y.split([3, 5], 1)[::-1], 1),
+    "expand": lambda y: y[:, :, :1, :1].expand(-1, -1, 4, 5),
+    "pad": lambda y: F.pad(y, (1, 2, 0, 1)),
+    "pad with a number": lambda y: F.pad(y, (1, 0), value=0.5),
+    "squeeze": lambda y: F.adaptive_avg_pool2d(y, (1, 3)).squeeze(2),
+    "cat of contiguous": lambda y: torch.cat([y.flatten(2), y.flatten(2)], 2),
+    "add": lambda y: y + y.roll(1, 1),
+    "mul of an attention": lambda y: y * y.amax((2, 3), keepdim=True),
+    "clone": lambda y: y.clone().contiguous(),
+    "a result twice": lambda y: torch.cat([y, y], 1),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("move", MOVES)
+def test_what_lies_between_layers_keeps_its_bits(move: str, precision: str) -> None:
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = F.relu(self.before(x))
+            return MOVES[move](y), y
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 7)
+    fast = optimized(Moved(), x, precision=precision)
+    assert plans(fast) >= 1
+    same(fast, x)
+    same(fast, torch.randn(5, 3, 6, 7))
+
+
+def test_lines_and_tokens_are_planned_too(isa: str) -> None:
+    class Lines(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = nn.Conv1d(3, 8, 5, padding=2), nn.Linear(8, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(F.relu(self.conv(x)).transpose(1, 2))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 30)
+    for precision in PRECISIONS:
+        fast = optimized(Lines(), x, precision=precision)
+        assert plans(fast) == 1
+        same(fast, x)
+
+
+def test_what_no_plan_can_do_stays_between_plans() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.cell, self.after = nn.Linear(6, 8), nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.after(self.cell(F.relu(self.before(x)))[0])
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6)
+    fast = optimized(Recurrent(), x)
+    assert plans(fast) == 2
+    same(fast, x)
+    assert any("lstm" in left for left in fast.plan().left)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_inputs_of_any_size_and_stride(small: pk.Optimized, precision: str) -> None:
+    torch.manual_seed(1)
+    fast = small if precision == "fp32" else optimized(Small(), torch.randn(2, 3, 20, 20), precision=precision)
+    for x in (
+        torch.randn(1, 3, 20, 20),
+        torch.randn(7, 3, 33, 18),  # sizes that were not free in the example are taken where every step can
+        torch.randn(2, 3, 20, 20).to(memory_format=torch.channels_last),
+        torch.randn(2, 3, 40, 41)[:, :, ::2, 1:21],
+        torch.randn(2, 20, 20, 3).permute(0, 3, 1, 2),
+        torch.randn(2, 1, 20, 20).expand(2, 3, 20, 20),
+        torch.randn(0, 3, 20, 20),
+    ):
+        same(fast, x)
+
+
+def test_free_sizes_reach_compilers_as_expressions() -> None:
+    torch.manual_seed(0)
+    sizes = ({0: Dim("batch", max=64), 2: Dim("height", min=8, max=512), 3: Dim("width", min=8, max=512)},)
+    convolutions = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 4, 3, 1, 1), nn.MaxPool2d(2)).eval()
+    fast = pk.optimize(convolutions, (torch.randn(2, 3, 21, 18),), dynamic_shapes=sizes)
+    compiled = torch.compile(fast, dynamic=True)
+    program = torch.export.export(fast, (torch.randn(2, 3, 21, 18),), dynamic_shapes={"args": sizes}).module()
+    with torch.no_grad():
+        for shape in ((2, 3, 21, 18), (5, 3, 40, 64)):
+            x = torch.randn(shape)
+            expected = fast(x)
+            assert torch.equal(compiled(x), expected)
+            assert torch.equal(program(x), expected)
+
+
+def test_compilers_get_the_graph_of_ops_for_sizes_that_were_not_free(small: pk.Optimized) -> None:
+    x = torch.randn(2, 3, 28, 30)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(small)(x), small.program(x)[0])
+
+
+def test_the_number_of_threads_changes_no_bit(small: pk.Optimized, threads: None) -> None:
+    x = torch.randn(3, 3, 40, 40)
+    answers = []
+    for count in (1, 2, 3, 5):
+        torch.set_num_threads(count)
+        answers.append(small(x))
+        assert small.plan((x,)).threads == count
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
+
+
+def test_threads_share_a_network(small: pk.Optimized) -> None:
+    inputs = [torch.randn(n, 3, 20, 20) for n in range(1, 6)]
+    with torch.no_grad():
+        expected = [small.program(x)[0] for x in inputs]
+    wrong: list[int] = []
+
+    def run(seed: int) -> None:
+        order = random.Random(seed)
+        for _ in range(100):
+            i = order.randrange(len(inputs))
+            if not torch.equal(small(inputs[i]), expected[i]):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=run, args=(seed,)) for seed in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_a_child_of_a_fork_runs_it_too(small: pk.Optimized) -> None:
+    x = torch.randn(2, 3, 20, 20)
+    expected = small(x)
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # a fork leaves OpenMP's threads behind: torch's own rule
+        os._exit(0 if torch.equal(small(x), expected) else 1)
+    for _ in range(300):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert status == 0
+
+
+def test_more_kinds_of_shapes_than_are_kept_are_made_ready_again(small: pk.Optimized) -> None:
+    inputs = [torch.randn(1, 3, 20, 20 + i) for i in range(20)]
+    for _ in range(2):
+        for x in inputs:
+            same(small, x)
+
+
+def test_nothing_is_allocated_in_the_steady_state(small: pk.Optimized) -> None:
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        for _ in range(20):
+            small(x)
+        gc.collect()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(200):
+            small(x)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before <= 2  # the interpreter's own
+
+
+def test_memory_between_the_steps_is_little_more_than_what_lives_at_once() -> None:
+    for name in ("resnet18", "googlenet"):
+        build, size = ZOO[name]
+        x = torch.randn(1, 3, size, size)
+        found = optimized(build(), x).plan()
+        assert 0 < found.least_arena_bytes <= found.arena_bytes <= 1.2 * found.least_arena_bytes
+
+
+def test_copies_have_weights_of_their_own(small: pk.Optimized) -> None:
+    x = torch.randn(2, 3, 20, 20)
+    for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small)), copy.deepcopy(small).to("cpu")):
+        assert other.planned is not None and small.planned is not None
+        assert other.planned.weights.data_ptr() != small.planned.weights.data_ptr()
+        assert torch.equal(other(x), small(x))
+
+
+def test_the_report_of_a_plan_names_layers_kernels_and_memory(small: pk.Optimized) -> None:
+    found = small.plan(rounds=3)
+    assert [row.kernel for row in found.rows if row.step.startswith("wide")] == ["depthwise convolution"]
+    stem = next(row for row in found.rows if row.step.startswith("stem") and row.operations)
+    assert (stem.shape, stem.operations) == ((2, 16, 10, 10), 2 * 2 * 16 * 100 * 27)
+    assert found.seconds is not None and all(row.seconds is not None for row in found.rows)
+    text = str(found)
+    assert "stem: conv2d + relu" in text and "MB" in text
+    assert small.plan((torch.randn(9, 3, 20, 20),)).rows[-1].shape == (9, 5)
+
+
+def test_wrong_inputs_are_refused_by_name(small: pk.Optimized) -> None:
+    for x, message in (
+        (torch.randn(2, 4, 20, 20), "x has 4 channels, but packed was made for 3"),
+        (torch.randn(2, 3, 20, 20).double(), "inputs must not be float64"),
+        (torch.randn(2, 3, 20, 20).half(), r"inputs\[0\] must be float32, not float16"),
+        (torch.randn(3, 20, 20), r"inputs\[0\] must have 4 dimensions"),
+        (torch.randn(2, 3, 20, 0), "smaller than kernel_size"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            small(x)
+    same(small, torch.randn(2, 3, 20, 20))
+
+
+def changed(plan: torch.Tensor, place: int, word: int) -> torch.Tensor:
+    """A plan with another word, and the hash of that."""
+    words = list(struct.unpack(f"<{plan.numel() // 8}Q", bytes(plan.tolist())))
+    words[place] = word % 2**64
+    words[3] = _hash(struct.pack(f"<{len(words) - 4}Q", *words[4:]))
+    return torch.frombuffer(bytearray(struct.pack(f"<{len(words)}Q", *words)), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_damaged_plan_is_refused_or_harmless(precision: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 12, 12)
+    fast = optimized(Small(), x, precision=precision)
+    assert fast.planned is not None
+    plan, weights = fast.planned.program.plan_1, fast.planned.weights
+    run = torch.ops.pykernels.run_plan
+    chosen = random.Random(0)
+    refused = 0
+    for place in range(4, plan.numel() // 8):
+        for word in (0, 1, -1, 7, 2**62, -(2**63), chosen.getrandbits(64), chosen.randrange(300)):
+            try:
+                run(changed(plan, place, word), weights, [x], [], [], [], [])
+            except RuntimeError:
+                refused += 1
+    assert refused > plan.numel() // 8
+    for cut in range(0, plan.numel(), 8):
+        with pytest.raises(RuntimeError, match="run_plan: plan is"):
+            run(plan[:cut].clone(), weights, [x], [], [], [], [])
+    damaged = plan.clone()
+    damaged[40] ^= 1
+    with pytest.raises(RuntimeError, match="run_plan: plan is damaged"):
+        run(damaged, weights, [x], [], [], [], [])
+    with pytest.raises(RuntimeError, match="run_plan: weights has 64 bytes"):
+        run(plan, weights[:64].clone(), [x], [], [], [], [])
+    for place in range(0, weights.numel(), 97):  # headers of packed weights among them
+        other = weights.clone()
+        other[place] ^= 0x41
+        with contextlib.suppress(RuntimeError):
+            run(plan, other, [x], [], [], [], [])
