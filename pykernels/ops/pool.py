@@ -218,7 +218,7 @@ def qglobal_avg_pool2d(
 
 
 def _pooled(x: torch.Tensor, size: list[int], dtype: torch.dtype | None = None) -> torch.Tensor:
-    # csrc/cpu/pool/op.cpp decides alike: contiguous wins where the strides of a tensor fit both layouts.
+    # csrc/cpu/pool/driver.cpp decides alike: contiguous wins where the strides of a tensor fit both layouts.
     channels_last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
     return torch.empty(
         (x.shape[0], x.shape[1], size[0], size[1]),

@@ -5,12 +5,14 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 namespace pykernels {
 namespace {
 
-// A unit of a transposition: so many elements of the dimension that is dense in the source times so many of the one that
-// is dense in the output. Whole cache lines of the source are read at once; the unit's lines stay in the second level.
+// A unit of a transposition: so many elements of the dimension that is dense in the source times so many of the one
+// that is dense in the output. Whole cache lines of the source are read at once; the unit's lines stay in the second
+// level.
 constexpr int64_t kSourceBlock = 64, kOutputBlock = 256;
 
 template <class T>
@@ -48,11 +50,37 @@ void transpose_tile(const T* x, int64_t from, T* y, int64_t to) {
   for (int i = 0; i < n; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i * to), rows[i]);
 }
 
-// y[i * to + j] = x[i + j * from], element by element.
+// y[i * to + j] = x[i + j * from], element by element. Images of few channels are all rest: these loops are unrolled.
+template <class T, class From, class To, class Rows, class Columns>
+void transpose_loop(const T* __restrict x, From from, T* __restrict y, To to, Rows rows, Columns columns) {
+  if constexpr (std::is_same_v<Rows, int64_t>)
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) y[i * to + j] = x[i + j * from];
+  else
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t i = 0; i < rows; ++i) y[i * to + j] = x[i + j * from];
+}
+
 template <class T>
 void transpose_rest(const T* x, int64_t from, T* y, int64_t to, int64_t rows, int64_t columns) {
-  for (int64_t j = 0; j < columns; ++j)
-    for (int64_t i = 0; i < rows; ++i) y[i * to + j] = x[i + j * from];
+  const auto unrolled = [&](auto few) {
+    if (columns == few) {
+      if (to == few)
+        transpose_loop(x, from, y, few, rows, few);
+      else
+        transpose_loop(x, from, y, to, rows, few);
+    } else if (from == few) {
+      transpose_loop(x, few, y, to, few, columns);
+    } else {
+      transpose_loop(x, from, y, to, few, columns);
+    }
+  };
+  const int64_t few = std::min(rows, columns);
+  if (few == 1) return unrolled(std::integral_constant<int64_t, 1>{});
+  if (few == 2) return unrolled(std::integral_constant<int64_t, 2>{});
+  if (few == 3) return unrolled(std::integral_constant<int64_t, 3>{});
+  if (few == 4) return unrolled(std::integral_constant<int64_t, 4>{});
+  transpose_loop(x, from, y, to, rows, columns);
 }
 
 // The same for a block, a cache line of the source at a time.

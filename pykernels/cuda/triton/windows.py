@@ -1,4 +1,4 @@
-"""The windows of pools: sizes as torch has them, checked as csrc/cpu/pool/op.cpp does, in its words."""
+"""The windows of pools: sizes as torch has them, checked as csrc/cpu/pool/driver.cpp does, in its words."""
 
 from __future__ import annotations
 
