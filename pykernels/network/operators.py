@@ -104,6 +104,14 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 # Arguments that torch multiplies with one another unchecked.
 _GEOMETRY = frozenset("kernel_size stride padding dilation output_padding".split())
 _MOST = 2**24
+# Types of arguments, as schemas spell them.
+_TYPES = {
+    "ScalarType": torch.dtype,
+    "Layout": torch.layout,
+    "MemoryFormat": torch.memory_format,
+    "Device": torch.device,
+}
+_PLAIN = ("Tensor", "List[", "int", "SymInt", "float", "bool", "number", "Scalar", "str", "Optional[")
 _SCALES = re.compile(r"scale_factors|scales(_[dhw])?\Z")
 
 
@@ -167,37 +175,51 @@ def _allowed(target: torch._ops.OpOverload) -> bool:
 
 
 def check(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse numbers that would make torch overflow, or Python compute for long.
+    """Refuse arguments that torch takes and should not, and numbers that make it overflow or Python compute for long.
 
-    Padding, stride and the like are at most 2**24; those of pools may be results of other calls, dilations and the
-    scales of a resizing may not.
+    What is a dtype, device, layout or memory format in a schema is one here: torch takes numbers there, and looks them
+    up unchecked. Padding, stride and the like are at most 2**24; those of pools may be results of other calls, dilations
+    and the scales of a resizing may not.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is of another type or out of range.
     """
     target = _BACK.get(target, target)
     if not isinstance(target, torch._ops.OpOverload):
         if target is not _COND:
             _check_function(target, args, kwargs)
         return
-    for position, name, scale in _limited(target):
+    for position, name, kind in _limited(target):
         given = args[position] if position < len(args) else kwargs.get(name)
+        if not isinstance(kind, str):
+            if given is not None and not isinstance(given, kind):
+                raise ValueError(f"{target}: {name} is a {type(given).__name__}")
+            continue
+        least = 1 / _MOST if kind == "scale" else -_MOST
         for leaf in pytree.tree_leaves(given):
-            if leaf is None or (isinstance(leaf, fx.Node) and not scale and name != "dilation"):
+            if leaf is None or (isinstance(leaf, fx.Node) and kind == "size"):
                 continue
-            if not isinstance(leaf, (int, float)) or not (1 / _MOST if scale else -_MOST) <= leaf <= _MOST:
+            if not isinstance(leaf, (int, float)) or not least <= leaf <= _MOST:
                 raise ValueError(f"{target}: {name} has {leaf}, which is out of range")
 
 
 @functools.cache
-def _limited(target: torch._ops.OpOverload) -> list[tuple[int, str, bool]]:
-    """The arguments that `check` looks at: their positions and names, and whether they are scales of a resizing."""
-    resizes = "upsample" in str(target)
-    return [
-        (position, argument.name, argument.name not in _GEOMETRY)
-        for position, argument in enumerate(target._schema.arguments)
-        if argument.name in _GEOMETRY or (resizes and _SCALES.match(argument.name))
-    ]
+def _limited(target: torch._ops.OpOverload) -> list[tuple[int, str, Any]]:
+    """The arguments that `check` looks at: their positions and names; their type, if it is none of numbers and tensors,
+    else ``scale`` of a resizing, ``dilation``, or ``size``."""
+    found: list[tuple[int, str, Any]] = []
+    for position, argument in enumerate(target._schema.arguments):
+        kind = str(argument.real_type)
+        kind = kind.removeprefix("Optional[").removesuffix("]") if kind.startswith("Optional[") else kind
+        if kind in _TYPES:
+            found.append((position, argument.name, _TYPES[kind]))
+        elif not kind.startswith(_PLAIN):
+            found.append((position, argument.name, ()))  # only None is one
+        elif argument.name in _GEOMETRY:
+            found.append((position, argument.name, "dilation" if argument.name == "dilation" else "size"))
+        elif "upsample" in str(target) and _SCALES.match(argument.name):
+            found.append((position, argument.name, "scale"))
+    return found
 
 
 def _check_function(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
