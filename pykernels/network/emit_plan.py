@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
+from pykernels.graph.nodes import aliases_layout
 from pykernels.network.emit_fx import Emitted, Emitter
 from pykernels.network.plan import WEIGHTS, Planned, places
 from pykernels.network.step import Call, Concatenation, Layer, Lookup, Network, Pool, QParams, Step, Value
@@ -95,6 +96,7 @@ class _Planner(Emitter):
         for value in self.network.inputs:
             self.nodes[value] = self.graph.placeholder(value.name)
         self.steps = self.network.live()
+        self.kept = _read_by_strides(self.steps)
         for place, step in enumerate(self.steps):
             self.place = place
             if self._plan(step):
@@ -141,7 +143,7 @@ class _Planner(Emitter):
         self.label = ": ".join(filter(None, (step.where, step.what or step.kind)))
         records, inputs = len(self.segment.records), len(self.segment.inputs)
         try:
-            if rule is None or step.has_effect:
+            if rule is None or step.has_effect or (step.kind == "move" and step.outputs[0] in self.kept):
                 raise _Unplanned
             rule(self, step)
         except _Unplanned:
@@ -502,6 +504,15 @@ _ARITHMETIC: dict[Any, Any] = {
     sympy.Max: torch.sym_max,
     sympy.Min: torch.sym_min,
 }
+
+
+def _read_by_strides(steps: Sequence[Step]) -> set[Value]:
+    """Values whose memory beyond their elements calls like ``as_strided`` may read, and what these are views of."""
+    found: set[Value] = set()
+    for step in reversed(steps):
+        if aliases_layout(step.output) or (step.kind == "move" and step.outputs[0] in found):
+            found.update(step.values)
+    return found
 
 
 def _quantization(value: Value) -> QParams:

@@ -1,5 +1,5 @@
-// Makes the drivers of a plan, step by step; what each kind of step reads of its numbers and reals stands in the comment
-// before its function in builder.cpp, moves.cpp and layers.cpp.
+// Makes the drivers of a plan, step by step; what each kind of step reads of its numbers and reals stands in the
+// comment before its function in builder.cpp, moves.cpp and layers.cpp.
 #pragma once
 
 #include "cpu/arithmetic/driver.h"

@@ -44,10 +44,7 @@ std::vector<const Driver*> all(const PlanLayout& layout) {
 void Prepared::Free::operator()(uint8_t* memory) const { std::free(memory); }
 
 Prepared::Prepared(PlanKey made_for, PlanLayout layout, const uint8_t* weights)
-    : key(std::move(made_for)),
-      layout_(std::move(layout)),
-      weights_(weights),
-      runner_(all(layout_), key.threads) {
+    : key(std::move(made_for)), layout_(std::move(layout)), weights_(weights), runner_(all(layout_), key.threads) {
   // The arena, and behind it a block that kernels may read over the end of the last value.
   const int64_t arena = layout_.arena_bytes + kArenaAlignment;
   memory_bytes_ = arena + key.threads * runner_.scratch_bytes();
@@ -94,7 +91,8 @@ void Prepared::bind(const uint8_t* const* inputs, uint8_t* const* outputs) {
 std::unique_ptr<Prepared> take(const PlanKey& key) {
   Kinds& all = Kinds::all();
   const std::lock_guard lock(all.mutex);
-  const auto found = std::find_if(all.kinds.begin(), all.kinds.end(), [&](const Kind& kind) { return kind.key == key; });
+  const auto found =
+      std::find_if(all.kinds.begin(), all.kinds.end(), [&](const Kind& kind) { return kind.key == key; });
   if (found == all.kinds.end() || found->ready.empty()) return nullptr;
   std::unique_ptr<Prepared> prepared = std::move(found->ready.back());
   found->ready.pop_back();
@@ -105,8 +103,8 @@ void give(std::unique_ptr<Prepared> prepared) {
   Kinds& all = Kinds::all();
   std::vector<std::unique_ptr<Prepared>> dropped;  // freed outside of the lock
   const std::lock_guard lock(all.mutex);
-  auto found = std::find_if(all.kinds.begin(), all.kinds.end(),
-                            [&](const Kind& kind) { return kind.key == prepared->key; });
+  auto found =
+      std::find_if(all.kinds.begin(), all.kinds.end(), [&](const Kind& kind) { return kind.key == prepared->key; });
   if (found == all.kinds.end()) {
     all.kinds.push_front({prepared->key, {}});
     found = all.kinds.begin();
@@ -118,7 +116,8 @@ void give(std::unique_ptr<Prepared> prepared) {
   // Of this plan, and of all, those used last.
   size_t same = 0, count = 0;
   for (auto kind = all.kinds.begin(); kind != all.kinds.end();) {
-    const bool of_this = kind->key.hash == all.kinds.front().key.hash && kind->key.weights == all.kinds.front().key.weights;
+    const bool of_this =
+        kind->key.hash == all.kinds.front().key.hash && kind->key.weights == all.kinds.front().key.weights;
     if ((of_this && ++same > kKept) || ++count > kKeptOfAll) {
       std::move(kind->ready.begin(), kind->ready.end(), std::back_inserter(dropped));
       kind = all.kinds.erase(kind);

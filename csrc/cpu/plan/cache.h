@@ -10,6 +10,7 @@ namespace pykernels {
 // What a plan was made ready for. Weights at an address are those that were there, as long as the plan says the same.
 struct PlanKey {
   uint64_t hash;  // of the plan
+  int64_t plan_bytes;
   const void* weights;
   int64_t weight_bytes;
   int64_t threads;

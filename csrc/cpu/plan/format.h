@@ -6,9 +6,9 @@
 //   outputs   count, then (value, channels_last) of each
 //
 // Values are numbered: first the inputs, then each step's one result. A step reads values of smaller numbers. Constants
-// stand in the weights, a tensor of their own, which several plans and a graph of ops may share. There are no sizes: they
-// follow from the inputs', each time that a plan is made ready for others. What the numbers of a kind mean stands where
-// they are read: prepare.cpp.
+// stand in the weights, a tensor of their own, which several plans and a graph of ops may share. There are no sizes:
+// they follow from the inputs', each time that a plan is made ready for others. What the numbers of a kind mean stands
+// where they are read: prepare.cpp.
 #pragma once
 
 #include <cstdint>

@@ -11,7 +11,10 @@ bool is_byte(Dtype t) { return t == Dtype::u8 || t == Dtype::s8; }
 bool is_real(Dtype t) { return t == Dtype::f32 || t == Dtype::bf16 || t == Dtype::f16; }
 
 Element element_for(Dtype t) {
-  return t == Dtype::f32 ? Element::f32 : t == Dtype::bf16 ? Element::bf16 : t == Dtype::f16 ? Element::f16 : Element::s8;
+  return t == Dtype::f32    ? Element::f32
+         : t == Dtype::bf16 ? Element::bf16
+         : t == Dtype::f16  ? Element::f16
+                            : Element::s8;
 }
 
 PoolType pool_type(Dtype t) {
@@ -94,7 +97,8 @@ void Builder::conv2d() {
   if (!is_channels_last(source) || !pixels.as_they_are) {
     const int64_t all = s.n * pixels.image + kBlockBytes;
     const View copy = fresh(Dtype::u8, &all, 1, false);
-    add(std::make_unique<ConvInputDriver>(s, bytes, source.strides.data(), threads_), "input to words", {&source}, copy);
+    add(std::make_unique<ConvInputDriver>(s, bytes, source.strides.data(), threads_), "input to words", {&source},
+        copy);
     source = copy;
   }
   add(std::make_unique<TileDriver>(conv_problem(s, weights, e, fill, flip), threads_), "convolution", {&source, added},
@@ -179,8 +183,8 @@ void Builder::pool() {
     x = to_contiguous(x);
     describe(x);
   }
-  add(std::make_unique<PoolDriver>(name(), p, threads_), channels_last ? "pool, channels last" : "pool, contiguous", {&x},
-      out);
+  add(std::make_unique<PoolDriver>(name(), p, threads_), channels_last ? "pool, channels last" : "pool, contiguous",
+      {&x}, out);
 }
 
 }  // namespace pykernels

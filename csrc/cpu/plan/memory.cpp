@@ -28,9 +28,9 @@ std::vector<int64_t> place(const std::vector<Lifetime>& pieces, int64_t* total) 
     }
     places[i] = best >= 0 ? best : end;
     *total = std::max(*total, places[i] + rounded(piece.bytes));
-    placed.insert(std::upper_bound(placed.begin(), placed.end(), i,
-                                   [&](size_t a, size_t b) { return places[a] < places[b]; }),
-                  i);
+    placed.insert(
+        std::upper_bound(placed.begin(), placed.end(), i, [&](size_t a, size_t b) { return places[a] < places[b]; }),
+        i);
   }
   return places;
 }

@@ -12,9 +12,9 @@ struct Lifetime {
   int64_t first, last;
 };
 
-// The place of each, multiples of kArenaAlignment, such that no two that live at once overlap; *total is the arena's size.
-// Largest first, each in the smallest gap that it fits: Pisarchyk, Lee: Efficient memory management for deep neural net
-// inference, 2020.
+// The place of each, multiples of kArenaAlignment, such that no two that live at once overlap; *total is the arena's
+// size. Largest first, each in the smallest gap that it fits: Pisarchyk, Lee: Efficient memory management for deep
+// neural net inference, 2020.
 inline constexpr int64_t kArenaAlignment = 128;
 std::vector<int64_t> place(const std::vector<Lifetime>& pieces, int64_t* total);
 

@@ -138,9 +138,9 @@ void Builder::expand() {
     v.sizes[d] = size < 0 ? x.sizes[from] : size;
     PK_CHECK(from < 0 || x.sizes[from] == 1 || x.sizes[from] == v.sizes[d], "run_plan: a tensor of shape ",
              shape_of(x.sizes.data(), x.dims), " cannot be expanded so");
-    PK_CHECK(!__builtin_mul_overflow(elements, std::max<int64_t>(v.sizes[d], 1), &elements) &&
-                 elements < (int64_t{1} << 48),
-             "run_plan: an expanded tensor has too many elements");
+    PK_CHECK(
+        !__builtin_mul_overflow(elements, std::max<int64_t>(v.sizes[d], 1), &elements) && elements < (int64_t{1} << 48),
+        "run_plan: an expanded tensor has too many elements");
     v.strides[d] = from < 0 || (x.sizes[from] == 1 && v.sizes[d] != 1) ? 0 : x.strides[from];
   }
   yields(v);

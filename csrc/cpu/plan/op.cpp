@@ -1,9 +1,10 @@
 // run_plan: a whole network in one parallel region; what a plan does and how long it takes, for tables.
+#include "cpu/op.h"
+
 #include <cstring>
 #include <utility>
 
 #include "cpu/isa/isa.h"
-#include "cpu/op.h"
 #include "cpu/plan/cache.h"
 
 namespace pykernels {
@@ -47,8 +48,13 @@ class Ready {
     check_bytes(op, "plan", plan);
     check_bytes(op, "weights", weights);
     const uint8_t* base = bytes_of(weights);
-    PlanKey key{plan_hash(plan.const_data_ptr(), plan.numel()), base,  weights.numel(),
-                torch::stable::get_num_threads(),               static_cast<int>(current_isa()), {}};
+    PlanKey key{plan_hash(plan.const_data_ptr(), plan.numel()),
+                plan.numel(),
+                base,
+                weights.numel(),
+                torch::stable::get_num_threads(),
+                static_cast<int>(current_isa()),
+                {}};
     for (const Tensor& t : inputs) {
       check_cpu(op, "inputs", t);
       key.inputs.push_back(static_cast<int64_t>(plan_dtype(op, t)));
@@ -96,8 +102,8 @@ std::vector<Tensor> run_ready(Prepared& prepared, const std::vector<Tensor>& inp
   const PlanLayout& layout = prepared.layout();
   for (size_t i = 0; i < layout.outputs.size(); ++i) {
     const View& v = layout.outputs[i];
-    outputs.push_back(empty(Ints(v.sizes.begin(), v.sizes.begin() + v.dims), scalar_type(v.dtype),
-                            layout.channels_last[i]));
+    outputs.push_back(
+        empty(Ints(v.sizes.begin(), v.sizes.begin() + v.dims), scalar_type(v.dtype), layout.channels_last[i]));
   }
   std::vector<const uint8_t*> from;
   std::vector<uint8_t*> to;
@@ -125,7 +131,9 @@ std::string describe_plan(const Tensor& plan, const Tensor& weights, std::vector
   Ready ready("_describe_plan", plan, weights, inputs);
   const PlanLayout& layout = ready->layout();
   std::string json = "{\"isa\": " + quoted(kIsaNames[ready->key.isa]);
-  const auto field = [&](const char* name, int64_t value) { json += ", " + quoted(name) + ": " + std::to_string(value); };
+  const auto field = [&](const char* name, int64_t value) {
+    json += ", " + quoted(name) + ": " + std::to_string(value);
+  };
   field("threads", ready->key.threads);
   field("arena_bytes", layout.arena_bytes);
   field("least_arena_bytes", layout.least_arena_bytes);

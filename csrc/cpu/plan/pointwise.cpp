@@ -109,10 +109,9 @@ void Builder::quantized_binary() {
   const double a_scale = scale(), b_scale = scale(), out_scale = scale();
   const Pairing p = pairing();
   const View out = fresh_like(p.a, to);
-  add(std::make_unique<ByteArithmeticDriver>(sum ? Arithmetic::add : Arithmetic::mul, applied, p.broadcast,
-                                             quantization(p.a.dtype, a_scale, a_zero),
-                                             quantization(p.b.dtype, b_scale, b_zero),
-                                             quantization(to, out_scale, zero), threads_),
+  add(std::make_unique<ByteArithmeticDriver>(
+          sum ? Arithmetic::add : Arithmetic::mul, applied, p.broadcast, quantization(p.a.dtype, a_scale, a_zero),
+          quantization(p.b.dtype, b_scale, b_zero), quantization(to, out_scale, zero), threads_),
       name(), {&p.a, &p.b}, out);
   yields(out);
 }
@@ -128,8 +127,8 @@ void Builder::binary() {
   yields(out);
 }
 
-// numbers: dimension, dtype and zero point of the output, zero point of each operand; reals: the scale of the output and
-// of each operand
+// numbers: dimension, dtype and zero point of the output, zero point of each operand; reals: the scale of the output
+// and of each operand
 void Builder::quantized_cat() {
   const View& first = in(0);
   const int64_t d = number(0, first.dims - 1);

@@ -1,6 +1,6 @@
-// A plan made ready: for the shapes and strides of its inputs, a number of threads and the isa in force. All that does not
-// change from call to call is done here: checks, shapes, scales folded, kernels, tiles and splits chosen, memory placed.
-// Torch-free.
+// A plan made ready: for the shapes and strides of its inputs, a number of threads and the isa in force. All that does
+// not change from call to call is done here: checks, shapes, scales folded, kernels, tiles and splits chosen, memory
+// placed. Torch-free.
 #pragma once
 
 #include <array>
@@ -37,7 +37,7 @@ void set_strides(View& v, bool channels_last);
 struct Buffer {
   enum class Kind { arena, input, output, weights } kind;
   int64_t bytes;
-  int64_t place;               // in the arena or the weights; the number of an input or output
+  int64_t place;                         // in the arena or the weights; the number of an input or output
   int64_t first = INT64_MAX, last = -1;  // drivers that use it
 };
 
@@ -64,8 +64,8 @@ struct PlanLayout {
   std::vector<Binding> bindings;  // of each driver
   std::vector<Work> work;         // of each driver
   std::vector<Buffer> buffers;
-  std::vector<View> values;   // of inputs and steps
-  std::vector<View> outputs;  // dense
+  std::vector<View> values;         // of inputs and steps
+  std::vector<View> outputs;        // dense
   std::vector<bool> channels_last;  // of the outputs
   int64_t arena_bytes = 0, least_arena_bytes = 0;
 };

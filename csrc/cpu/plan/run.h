@@ -22,8 +22,8 @@ class Runner {
 
   // Before the threads come.
   void begin();
-  // What thread `me` of all does; `memory` is scratch_bytes() of its own. With `times`, thread 0 adds the nanoseconds that
-  // each driver took it.
+  // What thread `me` of all does; `memory` is scratch_bytes() of its own. With `times`, thread 0 adds the nanoseconds
+  // that each driver took it.
   void take_part(int64_t me, uint8_t* memory, int64_t* times = nullptr);
 
  private:
