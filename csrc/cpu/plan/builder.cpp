@@ -5,6 +5,21 @@
 #include "cpu/copy/driver.h"
 
 namespace pykernels {
+namespace {
+
+bool may_be_view(StepKind kind) {
+  switch (kind) {
+    case StepKind::reshape:
+    case StepKind::permute:
+    case StepKind::slice:
+    case StepKind::expand:
+    case StepKind::contiguous:
+    case StepKind::cast: return true;
+    default: return false;
+  }
+}
+
+}  // namespace
 
 Builder::Builder(const Program& program, const uint8_t* weights, const std::vector<View>& inputs, int64_t threads)
     : program_(program), weights_(weights), threads_(threads) {
@@ -17,6 +32,16 @@ Builder::Builder(const Program& program, const uint8_t* weights, const std::vect
   }
   weights_buffer_ = static_cast<int>(layout.buffers.size());
   layout.buffers.push_back({Buffer::Kind::weights, program.weight_bytes, 0});
+
+  const size_t values = inputs.size() + program.steps.size();
+  last_use_.assign(values, 0);
+  for (size_t v = 0; v < values; ++v) {
+    const PlanStep* step = v < inputs.size() ? nullptr : &program.steps[v - inputs.size()];
+    roots_.push_back(step && may_be_view(step->kind) && !step->in.empty() ? roots_[step->in[0]] : static_cast<int>(v));
+    if (step)
+      for (const int operand : step->in) last_use_[roots_[operand]] = v - inputs.size();
+  }
+  for (const PlanOutput& output : program.outputs) last_use_[roots_[output.value]] = program.steps.size();
 }
 
 void Builder::begin(const PlanStep& step) {
@@ -123,6 +148,21 @@ View Builder::fresh(Dtype dtype, const int64_t* sizes, int64_t dims, bool channe
 View Builder::fresh_like(const View& v, Dtype dtype) {
   View out = fresh(dtype, v.sizes.data(), v.dims, false);
   out.strides = v.strides;
+  return out;
+}
+
+bool Builder::dies(size_t i) const {
+  const size_t here = layout.values.size() - program_.inputs.size();
+  return last_use_[roots_[step_->in[i]]] == here;
+}
+
+View Builder::in_place_of(const View& v, size_t i, Dtype dtype) {
+  const Buffer& buffer = layout.buffers[v.buffer];
+  const bool own = v.buffer != in(i).buffer || dies(i);  // a copy of this step's own, or read for the last time
+  const bool whole = buffer.kind == Buffer::Kind::arena && v.offset == 0 && v.bytes() == buffer.bytes;
+  if (!own || !whole || dtype_bytes(dtype) != dtype_bytes(v.dtype)) return fresh_like(v, dtype);
+  View out = v;
+  out.dtype = dtype;
   return out;
 }
 

@@ -55,6 +55,10 @@ class Builder {
 
   View fresh(Dtype dtype, const int64_t* sizes, int64_t dims, bool channels_last);
   View fresh_like(const View& v, Dtype dtype);  // of v's dense strides
+  // Like `v`, operand i or a dense copy of it, and in its place where nobody reads it after this step.
+  View in_place_of(const View& v, size_t i, Dtype dtype);
+  bool dies(size_t i) const;  // whether nobody reads operand i, or another view of its memory, after this step
+  bool shares(size_t i, size_t k) const { return roots_[step_->in[i]] == roots_[step_->in[k]]; }
   PackedView packed(Element element);
   Epilogue epilogue(const PackedView& weights, const View& x, Dtype* out_dtype);
   void add(std::unique_ptr<Driver> driver, const char* kernel, const std::vector<const View*>& operands,
@@ -72,6 +76,7 @@ class Builder {
   struct Pairing {
     View a, b;
     Broadcast broadcast;
+    bool overlap;  // b is part of a, and read for several of its elements
   };
   Pairing pairing();
 
@@ -82,6 +87,8 @@ class Builder {
   size_t numbers_read_ = 0, reals_read_ = 0;
   View value_;
   int weights_buffer_ = -1;
+  std::vector<int> roots_;        // of each value the first of those that may be views of one memory
+  std::vector<size_t> last_use_;  // of the values of a root: the last step that reads one, or the number of steps
 };
 
 }  // namespace pykernels

@@ -73,14 +73,14 @@ void Builder::conv2d() {
   Epilogue e = epilogue(weights, x, &out_dtype);
   e.out_stride = s.o;
   const int64_t sizes[] = {s.n, s.o, s.oh, s.ow};
-  const View out = fresh(out_dtype, sizes, 4, true);
-  yields(out);
-  if (out.numel() == 0) return;
-  View residual;
+  View out = fresh(out_dtype, sizes, 4, true), residual;
   if (operands() > 1) {
     PK_CHECK(same_sizes(in(1), out), "run_plan: a convolution's residual has not its output's shape");
     residual = to_channels_last(in(1));
+    if (residual.dtype == out_dtype && !shares(0, 1)) out = in_place_of(residual, 1, out_dtype);
   }
+  yields(out);
+  if (out.numel() == 0) return;
   const View* added = operands() > 1 ? &residual : nullptr;
   const auto fill = static_cast<uint8_t>(e.x_zero_point);
   const uint8_t flip = x.dtype == Dtype::s8 ? 0x80 : 0;
@@ -117,14 +117,14 @@ void Builder::linear() {
   const Epilogue e = epilogue(weights, x, &out_dtype);
   Sizes sizes = x.sizes;
   sizes[x.dims - 1] = out_features;
-  const View out = fresh(out_dtype, sizes.data(), x.dims, false);
-  yields(out);
-  if (out.numel() == 0) return;
-  View residual;
+  View out = fresh(out_dtype, sizes.data(), x.dims, false), residual;
   if (operands() > 1) {
     PK_CHECK(same_sizes(in(1), out), "run_plan: a linear layer's residual has not its output's shape");
     residual = to_contiguous(in(1));
+    if (residual.dtype == out_dtype && !shares(0, 1)) out = in_place_of(residual, 1, out_dtype);
   }
+  yields(out);
+  if (out.numel() == 0) return;
   View source = to_contiguous(x);
   const int64_t rows = out.numel() / out_features, row_bytes = k * dtype_bytes(x.dtype);
   if (row_bytes % 4 != 0) {

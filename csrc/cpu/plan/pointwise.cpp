@@ -55,7 +55,7 @@ void Builder::cast() {
   check_real(in(0).dtype), check_real(to);
   if (in(0).dtype == to) return yields(in(0));
   const View x = dense(in(0));
-  const View out = fresh_like(x, to);
+  const View out = in_place_of(x, 0, to);
   add(std::make_unique<CastDriver>(x.numel(), real_of(x.dtype), real_of(to), threads_), "cast", {&x}, out);
   yields(out);
 }
@@ -74,7 +74,7 @@ void Builder::lookup() {
   set_strides(table, false);
   table.buffer = weights_buffer_;
   table.offset = offset;
-  const View out = fresh_like(x, to);
+  const View out = in_place_of(x, 0, to);
   add(std::make_unique<LookupDriver>(x.numel(), threads_), "lookup", {&x, &table}, out);
   yields(out);
 }
@@ -91,9 +91,10 @@ Builder::Pairing Builder::pairing() {
   const View first = dense(a);
   const bool channels_last = is_channels_last(first);
   if (same || !(channels_last || is_contiguous(first)))
-    return {first, in_layout_of(first, expanded(b, first)), same_shape(a.numel())};
-  return {first, to_contiguous(b),
-          pykernels::per_channel(a.sizes[0], a.sizes[1], a.sizes[2] * a.sizes[3], channels_last)};
+    return {first, in_layout_of(first, expanded(b, first)), same_shape(a.numel()), false};
+  const View second = to_contiguous(b);
+  return {first, second, pykernels::per_channel(a.sizes[0], a.sizes[1], a.sizes[2] * a.sizes[3], channels_last),
+          first.buffer == second.buffer};
 }
 
 // numbers: zero points of both operands, dtype and zero point of the output, of a sum the activation; reals: the scales
@@ -108,7 +109,7 @@ void Builder::quantized_binary() {
   const Activation applied = sum ? activation() : Activation::none;
   const double a_scale = scale(), b_scale = scale(), out_scale = scale();
   const Pairing p = pairing();
-  const View out = fresh_like(p.a, to);
+  const View out = p.overlap ? fresh_like(p.a, to) : in_place_of(p.a, 0, to);
   add(std::make_unique<ByteArithmeticDriver>(
           sum ? Arithmetic::add : Arithmetic::mul, applied, p.broadcast, quantization(p.a.dtype, a_scale, a_zero),
           quantization(p.b.dtype, b_scale, b_zero), quantization(to, out_scale, zero), threads_),
@@ -120,7 +121,7 @@ void Builder::binary() {
   check_real(in(0).dtype);
   PK_CHECK(in(0).dtype == in(1).dtype, "run_plan: the operands of a step ", name(), " differ in dtype");
   const Pairing p = pairing();
-  const View out = fresh_like(p.a, p.a.dtype);
+  const View out = p.overlap ? fresh_like(p.a, p.a.dtype) : in_place_of(p.a, 0, p.a.dtype);
   add(std::make_unique<RealArithmeticDriver>(step_->kind == StepKind::add ? Arithmetic::add : Arithmetic::mul,
                                              p.broadcast, real_of(p.a.dtype), threads_),
       name(), {&p.a, &p.b}, out);
