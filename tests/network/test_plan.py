@@ -105,7 +105,6 @@ def network(name: str, precision: str) -> tuple[pk.Optimized, torch.Tensor]:
         *((name, precision) for name in ("mobilenet_v3_small", "shufflenet_v2_x0_5") for precision in PRECISIONS),
         *(("squeezenet1_1", precision) for precision in PRECISIONS),
         ("resnet18", "fp32"),
-        ("googlenet", "bf16"),
         ("densenet121", "fp32"),
     ],
 )
