@@ -23,7 +23,9 @@ def _require(holds: Any, what: str) -> None:
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """``scaled_dot_product_attention``; key and value have as many rows."""
-    _require(min(query.dim(), key.dim(), value.dim()) >= 2, "attention: query, key and value have at least 2 dimensions")
+    _require(
+        min(query.dim(), key.dim(), value.dim()) >= 2, "attention: query, key and value have at least 2 dimensions"
+    )
     _require(key.shape[-2] == value.shape[-2], "attention: key and value differ in their rows")
     return aten.scaled_dot_product_attention.default(query, key, value, *args, **kwargs)
 

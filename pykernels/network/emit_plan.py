@@ -8,9 +8,7 @@ of each kind of step before the function of its name in csrc/cpu/plan/builder.h.
 from __future__ import annotations
 
 import operator
-import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -21,6 +19,7 @@ from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 from pykernels.graph.nodes import aliases_layout
 from pykernels.network.emit_fx import Emitted, Emitter
 from pykernels.network.plan import WEIGHTS, Planned, places
+from pykernels.network.plan_format import DTYPES, UNTUNED, Program, Record, encode
 from pykernels.network.step import Call, Concatenation, Layer, Lookup, Network, Pool, QParams, Step, Value
 from pykernels.ops import names
 from pykernels.ops.dtypes import REALS
@@ -29,9 +28,6 @@ aten = torch.ops.aten
 
 __all__ = ["emit_plan"]
 
-_MAGIC, _VERSION = b"PKPLAN01", 1
-_KINDS = {name: number for number, name in enumerate(names.PLAN_STEPS)}
-_DTYPES = {getattr(torch, dtype): number for number, dtype in enumerate(names.DTYPES.values())}
 _ACTIVATIONS = {name: number for number, name in enumerate(names.ACTIVATIONS)}
 _MAX_DIMS = 6
 _NO_QUANTIZATION = QParams(1.0, 0, 0, 0, torch.uint8)
@@ -55,31 +51,36 @@ class _Unplanned(Exception):
     """A step that no plan can take."""
 
 
-@dataclass
-class _Record:
-    kind: str
-    label: str
-    inputs: list[int]
-    numbers: list[int] = field(default_factory=list)
-    reals: list[float] = field(default_factory=list)
-
-
 class _Segment:
     """A plan in the making: values by their numbers."""
 
     def __init__(self) -> None:
         self.inputs: list[Value] = []
-        self.records: list[_Record] = []
+        self.records: list[Record] = []  # what they read counts records from -1 downwards: the inputs are not all known
+        self.labels: list[str] = []
         self.results: dict[Value, int] = {}  # the record that yields it
         self.channels_last: dict[Value, bool] = {}  # of results of four dimensions
 
-    def number(self, value: Value) -> tuple[str, int]:
-        """Where a value comes from, as a number that is final only when all inputs are known."""
+    def number(self, value: Value) -> int:
+        """An input from 0 upwards, or the result of a record from -1 downwards."""
         if value in self.results:
-            return "record", self.results[value]
+            return -1 - self.results[value]
         if value not in self.inputs:
             self.inputs.append(value)
-        return "input", self.inputs.index(value)
+        return self.inputs.index(value)
+
+    def program(self, outputs: Sequence[Value], weight_bytes: int) -> Program:
+        """The plan that yields these values."""
+        first = len(self.inputs)
+        for record in self.records:
+            record.inputs = [place if place >= 0 else first - 1 - place for place in record.inputs]
+        inputs = [(DTYPES[value.dtype], len(value.shape or ())) for value in self.inputs]
+        return Program(
+            weight_bytes,
+            inputs,
+            self.records,
+            [(first + self.results[value], self.channels_last[value]) for value in outputs],
+        )
 
 
 class _Planner(Emitter):
@@ -147,13 +148,14 @@ class _Planner(Emitter):
                 raise _Unplanned
             rule(self, step)
         except _Unplanned:
-            del self.segment.records[records:], self.segment.inputs[inputs:]
+            for made, count in (("records", records), ("labels", records), ("inputs", inputs)):
+                del getattr(self.segment, made)[count:]
             return False
         return True
 
-    def _read(self, value: Any) -> Any:
-        """A tensor that a step reads: the number of what yields it."""
-        if not isinstance(value, Value) or value.shape is None or value.dtype not in _DTYPES:
+    def _read(self, value: Any) -> int:
+        """A tensor that a step reads: see `_Segment.number`."""
+        if not isinstance(value, Value) or value.shape is None or value.dtype not in DTYPES:
             raise _Unplanned
         if len(value.shape) > _MAX_DIMS:
             raise _Unplanned
@@ -161,28 +163,29 @@ class _Planner(Emitter):
             return self._constant(value)
         return self.segment.number(value)
 
-    def _constant(self, value: Value) -> Any:
+    def _constant(self, value: Value) -> int:
         key = ("constant", value.name)
         if key not in self.emitted.names or not value.constant.is_contiguous():
             raise _Unplanned
         offset, _ = self._in_weights(key)
-        return self._add("constant", [], [offset, _DTYPES[value.dtype], *value.constant.shape])
+        return self._add("constant", [], [offset, DTYPES[value.dtype], *value.constant.shape])
 
-    def _add(self, kind: str, inputs: Sequence[Any], numbers: Sequence[Any] = (), reals: Sequence[float] = ()) -> Any:
+    def _add(self, kind: str, inputs: Sequence[int], numbers: Sequence[Any] = (), reals: Sequence[float] = ()) -> int:
         """A record; its own number."""
         if not all(isinstance(number, int) for number in numbers):
             raise _Unplanned  # a size that varies
-        self.segment.records.append(_Record(kind, self.label, list(inputs), list(numbers), list(reals)))
-        return "record", len(self.segment.records) - 1
+        self.segment.records.append(Record(kind, list(inputs), list(numbers), list(reals)))
+        self.segment.labels.append(self.label)
+        return -len(self.segment.records)
 
-    def _yield(self, step: Step, number: Any, channels_last: bool = False) -> None:
+    def _yield(self, step: Step, number: int, channels_last: bool = False) -> None:
         """The step's result is that of a record, or one of the plan's inputs."""
         value = step.outputs[0]
-        if value.shape is None or value.dtype not in _DTYPES or len(value.shape) > _MAX_DIMS:
+        if value.shape is None or value.dtype not in DTYPES or len(value.shape) > _MAX_DIMS:
             raise _Unplanned
-        if number[0] == "input":
+        if number >= 0:  # an input: outputs are results
             number = self._add("reshape", [number], [-2 - d for d in range(len(value.shape))])
-        self.segment.results[value] = number[1]
+        self.segment.results[value] = -1 - number
         self.segment.channels_last[value] = channels_last and len(value.shape) == 4
 
     def _last(self, value: Value) -> bool:
@@ -198,9 +201,9 @@ class _Planner(Emitter):
         outputs = [value for value in segment.results if value in wanted]
         if not outputs:
             return
-        plan = _encode(segment, outputs, self.weights.numel())
+        plan = encode(segment.program(outputs, self.weights.numel()))
         name = f"plan_{len(self.labels) + 1}"
-        self.labels[name] = [record.label for record in segment.records]
+        self.labels[name] = segment.labels
         self.root.register_buffer(name, plan)
         if not hasattr(self.root, WEIGHTS):
             self.root.register_buffer(WEIGHTS, self.weights)
@@ -212,7 +215,7 @@ class _Planner(Emitter):
             [self._node(value) for value in segment.inputs],
             sizes,
             [len(value.shape) for value in outputs],
-            [_DTYPES[value.dtype] for value in outputs],
+            [DTYPES[value.dtype] for value in outputs],
             [int(segment.channels_last[value]) for value in outputs],
         )
         for place, value in enumerate(outputs):
@@ -258,8 +261,8 @@ class _Planner(Emitter):
             numbers += [*kernel, *layer.stride, *layer.padding, *layer.dilation, layer.groups]
         given, made = _quantization(x), _quantization(result)
         added = _quantization(residual[0]) if residual else _NO_QUANTIZATION
-        numbers += [_ACTIVATIONS[step.activation], int(step.residual_order == "after"), _DTYPES[result.dtype]]
-        numbers += [given.zero_point, made.zero_point, added.zero_point]
+        numbers += [_ACTIVATIONS[step.activation], int(step.residual_order == "after"), DTYPES[result.dtype]]
+        numbers += [given.zero_point, made.zero_point, added.zero_point, *UNTUNED]
         number = self._add(step.kind, operands, numbers, [given.scale, made.scale, added.scale])
         if line:
             number = self._add("reshape", [number], [-2, -3, -5])
@@ -281,7 +284,7 @@ class _Planner(Emitter):
             else:
                 numbers = list(geometry[0])
             given, made = _quantization(x), _quantization(result)
-            numbers += [_DTYPES[result.dtype], given.zero_point, made.zero_point]
+            numbers += [DTYPES[result.dtype], given.zero_point, made.zero_point]
         reals = [] if step.kind == "max_pool2d" else [given.scale, made.scale]
         self._yield(step, self._add(step.kind, [source], numbers, reals), self._last(x))
 
@@ -289,14 +292,14 @@ class _Planner(Emitter):
         """To 8 bits and back."""
         (x,), (result,) = step.inputs, step.outputs
         params = result.quantization or x.quantization
-        number = self._add(step.kind, [self._read(x)], [_DTYPES[result.dtype], params.zero_point], [params.scale])
+        number = self._add(step.kind, [self._read(x)], [DTYPES[result.dtype], params.zero_point], [params.scale])
         self._yield(step, number, self._last(x))
 
     def plan_binary(self, step: Step) -> None:
         """Sums and products of two 8-bit tensors."""
         (a, b), out = step.inputs, step.out
         _check_pair(a, b)
-        numbers = [a.quantization.zero_point, b.quantization.zero_point, _DTYPES[out.dtype], out.zero_point]
+        numbers = [a.quantization.zero_point, b.quantization.zero_point, DTYPES[out.dtype], out.zero_point]
         if step.kind == "add":
             numbers.append(_ACTIVATIONS[step.activation])
         reals = [a.quantization.scale, b.quantization.scale, out.scale]
@@ -306,7 +309,7 @@ class _Planner(Emitter):
         """Concatenations of 8-bit tensors."""
         assert isinstance(step.details, Concatenation)
         out, params = step.out, [x.quantization for x in step.inputs]
-        numbers = [step.details.dim % len(step.inputs[0].shape), _DTYPES[out.dtype], out.zero_point]
+        numbers = [step.details.dim % len(step.inputs[0].shape), DTYPES[out.dtype], out.zero_point]
         numbers += [p.zero_point for p in params]
         reals = [out.scale, *(p.scale for p in params)]
         operands = [self._read(x) for x in step.inputs]
@@ -317,7 +320,7 @@ class _Planner(Emitter):
         assert isinstance(step.details, Lookup)
         table = step.details.table
         key = ("table", bytes(table.view(torch.uint8).tolist()), table.dtype)
-        numbers = [self._in_weights(key)[0], _DTYPES[table.dtype]]
+        numbers = [self._in_weights(key)[0], DTYPES[table.dtype]]
         self._yield(step, self._add("qlookup", [self._read(step.inputs[0])], numbers), self._last(step.inputs[0]))
 
     def plan_call(self, step: Step) -> None:
@@ -447,7 +450,7 @@ class _Planner(Emitter):
         source = self._read(x)
         if x.dtype not in REALS or dtype not in REALS or any(rest):
             raise _Unplanned
-        self._yield(step, self._add("cast", [source], [_DTYPES[dtype]]), self._last(x))
+        self._yield(step, self._add("cast", [source], [DTYPES[dtype]]), self._last(x))
 
 
 _RULES: dict[str, Callable[[_Planner, Step], None]] = {
@@ -530,35 +533,3 @@ def _check_pair(a: Any, b: Any) -> None:
         raise _Unplanned
     if a.shape != b.shape and not (len(a.shape) == len(b.shape) == 4 and b.shape == (*a.shape[:2], 1, 1)):
         raise _Unplanned
-
-
-def _encode(segment: _Segment, outputs: Sequence[Value], weight_bytes: int) -> torch.Tensor:
-    """The words of a plan: see csrc/cpu/plan/format.h."""
-    first = len(segment.inputs)
-    words: list[int] = [weight_bytes, first]
-    for value in segment.inputs:
-        words += [_DTYPES[value.dtype], len(value.shape or ())]
-    words.append(len(segment.records))
-    for record in segment.records:
-        inputs = [place if kind == "input" else first + place for kind, place in record.inputs]
-        words.append(_KINDS[record.kind])
-        for numbers in (inputs, record.numbers, [_bits(real) for real in record.reals]):
-            words += [len(numbers), *numbers]
-    words.append(len(outputs))
-    for value in outputs:
-        words += [first + segment.results[value], int(segment.channels_last[value])]
-    body = struct.pack(f"<{len(words)}q", *words)
-    head = struct.pack("<8sqqQ", _MAGIC, _VERSION, len(words) + 4, _hash(body))
-    return torch.frombuffer(bytearray(head + body), dtype=torch.uint8).clone()
-
-
-def _bits(real: float) -> int:
-    return int.from_bytes(struct.pack("<d", real), "little", signed=True)
-
-
-def _hash(body: bytes) -> int:
-    """FNV-1a by words of 8 bytes."""
-    found = 1469598103934665603
-    for (word,) in struct.iter_unpack("<Q", body):
-        found = (found ^ word) * 1099511628211 % 2**64
-    return found

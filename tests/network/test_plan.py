@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import pykernels as pk
 from pykernels.bench import zoo
-from pykernels.network.emit_plan import _hash
+from pykernels.network.plan_format import hash_of
 from tests.models import ZOO
 
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -46,7 +46,9 @@ def calls(fast: pk.Optimized) -> list[str]:
     """What is torch's between the plans."""
     assert fast.planned is not None
     targets = [str(node.target) for node in fast.planned.program.graph.nodes if node.op == "call_function"]
-    return [target for target in targets if "run_plan" not in target and "getitem" not in target and "sym" not in target]
+    return [
+        target for target in targets if "run_plan" not in target and "getitem" not in target and "sym" not in target
+    ]
 
 
 @torch.no_grad()
@@ -350,7 +352,7 @@ def changed(plan: torch.Tensor, place: int, word: int) -> torch.Tensor:
     """A plan with another word, and the hash of that."""
     words = list(struct.unpack(f"<{plan.numel() // 8}Q", bytes(plan.tolist())))
     words[place] = word % 2**64
-    words[3] = _hash(struct.pack(f"<{len(words) - 4}Q", *words[4:]))
+    words[3] = hash_of(struct.pack(f"<{len(words) - 4}Q", *words[4:]))
     return torch.frombuffer(bytearray(struct.pack(f"<{len(words)}Q", *words)), dtype=torch.uint8)
 
 

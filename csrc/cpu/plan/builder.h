@@ -60,6 +60,7 @@ class Builder {
   bool dies(size_t i) const;  // whether nobody reads operand i, or another view of its memory, after this step
   bool shares(size_t i, size_t k) const { return roots_[step_->in[i]] == roots_[step_->in[k]]; }
   PackedView packed(Element element);
+  Tiling tiling();
   Epilogue epilogue(const PackedView& weights, const View& x, Dtype* out_dtype);
   void add(std::unique_ptr<Driver> driver, const char* kernel, const std::vector<const View*>& operands,
            const View& out, int64_t operations = 0, int64_t weight_bytes = 0);

@@ -8,7 +8,7 @@ namespace {
 
 constexpr char kMagic[9] = "PKPLAN01";
 constexpr int64_t kVersion = 1;
-constexpr int64_t kHeaderWords = 5;
+constexpr int64_t kHeaderWords = 7;
 constexpr int64_t kMaxSteps = 1 << 20, kMaxInputs = 1 << 12;
 
 #define PK_DAMAGED(condition) PK_CHECK(condition, "run_plan: plan is damaged")
@@ -55,6 +55,8 @@ Program read_program(const void* data, int64_t bytes) {
   p.hash = plan_hash(data, bytes);
   PK_DAMAGED(p.hash == hash_words(static_cast<const uint64_t*>(data) + 4, all[2] - 4));
   p.weight_bytes = all[4];
+  p.tuned_isa = all[5] - 1;
+  p.tuned_threads = all[6];
   PK_DAMAGED(p.weight_bytes >= 0);
 
   Words words(all + kHeaderWords, all[2] - kHeaderWords);

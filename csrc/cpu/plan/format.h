@@ -1,6 +1,7 @@
-// A plan as bytes: little-endian 64-bit words, written by pykernels/network/emit_plan.py. Torch-free.
+// A plan as bytes: little-endian 64-bit words, written by pykernels/network/plan_format.py. Torch-free.
 //
-//   magic "PKPLAN01", version, words of the whole, hash of all that follows, bytes of the weights
+//   magic "PKPLAN01", version, words of the whole, hash of all that follows
+//   bytes of the weights; the isa (its number plus one) and the threads that layers were tuned for, or zeros
 //   inputs    count, then (dtype, dimensions) of each
 //   steps     count, then (kind, operands, numbers, reals) of each; the lists begin with their length
 //   outputs   count, then (value, channels_last) of each
@@ -43,6 +44,7 @@ struct PlanOutput {
 struct Program {
   uint64_t hash;
   int64_t weight_bytes;
+  int64_t tuned_isa, tuned_threads;  // -1: for none
   std::vector<PlanInput> inputs;
   std::vector<PlanStep> steps;
   std::vector<PlanOutput> outputs;

@@ -56,8 +56,15 @@ Epilogue Builder::epilogue(const PackedView& weights, const View& x, Dtype* out_
   return e;
 }
 
+// A layer's last numbers: how it is cut, see Tiling.
+Tiling Builder::tiling() {
+  const int64_t rows = number(0, kMaxRows), block = number(0, 1 << 10), splits = number(0, 1 << 10);
+  const bool here = program_.tuned_isa == static_cast<int64_t>(current_isa()) && program_.tuned_threads == threads_;
+  return here ? Tiling{rows, block, splits} : Tiling{};
+}
+
 // numbers: where the packed weights begin and their bytes, output channels, kernel size, stride, padding (left, right,
-// top, bottom), dilation, groups, epilogue; reals: epilogue. Operands: x, residual.
+// top, bottom), dilation, groups, epilogue, tiling; reals: epilogue. Operands: x, residual.
 void Builder::conv2d() {
   const View& x = in(0);
   PK_CHECK(x.dims == 4 && (is_byte(x.dtype) || is_real(x.dtype)), "run_plan: a convolution's input is no image");
@@ -71,6 +78,7 @@ void Builder::conv2d() {
   check_conv_weight(name(), weights, s);
   Dtype out_dtype;
   Epilogue e = epilogue(weights, x, &out_dtype);
+  const Tiling cut = tiling();
   e.out_stride = s.o;
   const int64_t sizes[] = {s.n, s.o, s.oh, s.ow};
   View out = fresh(out_dtype, sizes, 4, true), residual;
@@ -101,12 +109,14 @@ void Builder::conv2d() {
         copy);
     source = copy;
   }
-  add(std::make_unique<TileDriver>(conv_problem(s, weights, e, fill, flip), threads_), "convolution", {&source, added},
-      out, operations, weights.h.bytes);
+  TileProblem problem = conv_problem(s, weights, e, fill, flip);
+  problem.tiling = cut;
+  add(std::make_unique<TileDriver>(problem, threads_), "convolution", {&source, added}, out, operations,
+      weights.h.bytes);
 }
 
-// numbers: where the packed weights begin and their bytes, output features, epilogue; reals: epilogue. Operands: x,
-// residual.
+// numbers: where the packed weights begin and their bytes, output features, epilogue, tiling; reals: epilogue.
+// Operands: x, residual.
 void Builder::linear() {
   const View& x = in(0);
   PK_CHECK(x.dims >= 1 && (is_byte(x.dtype) || is_real(x.dtype)), "run_plan: a linear layer's input has no features");
@@ -115,6 +125,7 @@ void Builder::linear() {
   check_linear_weight(name(), weights, k, out_features);
   Dtype out_dtype;
   const Epilogue e = epilogue(weights, x, &out_dtype);
+  const Tiling cut = tiling();
   Sizes sizes = x.sizes;
   sizes[x.dims - 1] = out_features;
   View out = fresh(out_dtype, sizes.data(), x.dims, false), residual;
@@ -134,8 +145,10 @@ void Builder::linear() {
     source = copy;
   }
   const uint8_t flip = x.dtype == Dtype::s8 ? 0x80 : 0;
-  add(std::make_unique<TileDriver>(linear_problem(rows, weights, e, flip), threads_), "product",
-      {&source, operands() > 1 ? &residual : nullptr}, out, 2 * out.numel() * k, weights.h.bytes);
+  TileProblem problem = linear_problem(rows, weights, e, flip);
+  problem.tiling = cut;
+  add(std::make_unique<TileDriver>(problem, threads_), "product", {&source, operands() > 1 ? &residual : nullptr}, out,
+      2 * out.numel() * k, weights.h.bytes);
 }
 
 // numbers of a plain pool: kernel size, stride, padding, dilation, ceil_mode; of an average besides: count_include_pad,

@@ -50,7 +50,7 @@ Range inside(int64_t count, int64_t size, int64_t stride, int64_t before, int64_
 }
 
 void plan_walk(const TileProblem& p, TilePlan& plan) {
-  const auto section = [&](int64_t pixels) { return Section{pixels, ceil_div(pixels, p.dot->max_rows)}; };
+  const auto section = [&](int64_t pixels) { return Section{pixels, ceil_div(pixels, p.max_rows())}; };
   if (plan.staged) {
     plan.sections[0] = section(p.columns);
     return;
@@ -347,7 +347,8 @@ TilePlan plan_tiles(TileProblem& p, int64_t threads) {
   const int64_t tile_bytes =
       p.kh * std::min(p.kw * tile_rows, (tile_rows - 1) * p.sw + p.kw) * p.pixel / 4 * p.dot->word_bytes;
   int64_t least_work = INT64_MAX, least_bytes = INT64_MAX;
-  for (int64_t m = std::min(threads, plan.tiles); m >= 1; --m) {
+  const int64_t forced = std::min(p.tiling.splits, plan.tiles);
+  for (int64_t m = forced > 0 ? forced : std::min(threads, plan.tiles); m >= std::max<int64_t>(forced, 1); --m) {
     const int64_t n = std::min(std::max<int64_t>(threads / m, 1), plan.panels);
     const int64_t tiles = ceil_div(plan.tiles, m), panels = ceil_div(plan.panels, n);
     const int64_t work = tiles * panels, bytes = tiles * tile_bytes + panels * p.weights.panel_bytes();
@@ -359,8 +360,8 @@ TilePlan plan_tiles(TileProblem& p, int64_t threads) {
     }
   }
   plan.tasks = plan.tile_splits * plan.panel_splits;
-  plan.block = std::clamp<int64_t>(block_bytes() / std::max<int64_t>(tile_bytes, 1), 1,
-                                   std::min(kMaxBlock, ceil_div(plan.tiles, plan.tile_splits)));
+  plan.block = p.tiling.block > 0 ? p.tiling.block : block_bytes() / std::max<int64_t>(tile_bytes, 1);
+  plan.block = std::clamp<int64_t>(plan.block, 1, std::min(kMaxBlock, ceil_div(plan.tiles, plan.tile_splits)));
   plan_taps(p, plan);
   if (plan.staged) {
     // A block touches so many lines at most, each with one patch.

@@ -1,6 +1,7 @@
 // Runs dot tiles and epilogues over a whole GEMM or convolution. Torch-free.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu/driver.h"
@@ -14,6 +15,13 @@ namespace pykernels {
 //   output pixel (i, y, x), row (i * rows + y) * columns + x of out, reads input pixels
 //   (i, y * sh - top + ky * dh, x * sw - left + kx * dw).
 // A GEMM is one image of one row, with a 1x1 kernel.
+// How a problem is cut, where somebody has measured it; 0: as plan_tiles() finds best by counting.
+struct Tiling {
+  int64_t rows = 0;    // of a tile at most
+  int64_t block = 0;   // tiles that reuse a panel group while it is in cache
+  int64_t splits = 0;  // pieces of the rows; as many pieces of the panels as threads are then left
+};
+
 struct TileProblem {
   const DotKernel* dot;
   void (*epilogue)(const Epilogue&, const EpilogueArgs&);
@@ -25,6 +33,9 @@ struct TileProblem {
   int64_t images = 1, rows = 1, columns;
   PackedView weights;
   Epilogue e;
+  Tiling tiling;
+
+  int64_t max_rows() const { return tiling.rows > 0 ? std::min<int64_t>(tiling.rows, dot->max_rows) : dot->max_rows; }
 };
 
 // The kernels of the isa in force for these weights.
