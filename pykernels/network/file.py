@@ -87,7 +87,9 @@ def write(path: str | os.PathLike[str], graphs: Mapping[str, fx.GraphModule], fa
         OSError: the file cannot be written.
     """
     tensors = _Tensors()
-    content: dict[str, Any] = {"graphs": {name: graph_json.dump(graph, tensors.number) for name, graph in graphs.items()}}
+    content: dict[str, Any] = {
+        "graphs": {name: graph_json.dump(graph, tensors.number) for name, graph in graphs.items()}
+    }
     parts = [memoryview(whole(storage).numpy()) for storage in tensors.storages]
     sums = [zlib.crc32(bytes(_padding(part.nbytes)), zlib.crc32(part)) for part in parts]
     content["facts"], content["tensors"] = facts, tensors.entries

@@ -40,7 +40,9 @@ def dump(spec: pytree.TreeSpec, depth: int = 0) -> Any:
         name, (factory, keys) = _name(spec.type), context
         names = [name for name, known in _FACTORIES.items() if known is factory]
         if not names:
-            raise ValueError(f"a defaultdict of {factory!r} is an input or output; {', '.join(_FACTORIES)} can be saved")
+            raise ValueError(
+                f"a defaultdict of {factory!r} is an input or output; {', '.join(_FACTORIES)} can be saved"
+            )
         context = [names[0], list(keys)]
     else:
         name, writer = _name(spec.type), pytree.SUPPORTED_SERIALIZED_TYPES[spec.type].to_dumpable_context
@@ -56,7 +58,9 @@ def _name(kind: Any) -> str:
     known = pytree.SUPPORTED_SERIALIZED_TYPES.get(kind)
     name = None if known is None else known.serialized_type_name
     if name is None or name == pytree.NO_SERIALIZED_TYPE_NAME_FOUND:
-        raise ValueError(f"{kind} is the type of an input or output and has no serialized_type_name: register it with one")
+        raise ValueError(
+            f"{kind} is the type of an input or output and has no serialized_type_name: register it with one"
+        )
     return str(name)
 
 
@@ -88,7 +92,12 @@ def _parse(content: Any, depth: int) -> pytree.TreeSpec:
         if not hasattr(context, "_fields"):
             raise ValueError(f"the type {context} is no named tuple")
     elif kind is defaultdict:
-        if type(context) is not list or len(context) != 2 or type(context[0]) is not str or context[0] not in _FACTORIES:
+        if (
+            type(context) is not list
+            or len(context) != 2
+            or type(context[0]) is not str
+            or context[0] not in _FACTORIES
+        ):
             raise ValueError(f"a defaultdict is one of {', '.join(_FACTORIES)}, with keys")
         context = [_FACTORIES[context[0]], context[1]]
     else:
