@@ -126,6 +126,13 @@ class Optimized(nn.Module):
         """What was fused, what stayed with torch and why, and the size of the weights; printable."""
         return self._report
 
+    def separate(self) -> Optimized:
+        """A copy whose weights have storages of their own, for what writes the storage of each tensor: AOTInductor."""
+        free, program = copy.deepcopy(self.free), separate(self.program)
+        result = Optimized(program, copy.deepcopy(self._report), self._in_spec, self._out_spec, free)
+        result.cuda_graph = self.cuda_graph
+        return result
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the network to one file, the same on every machine and from every device.
 

@@ -313,7 +313,7 @@ def test_whole_networks_run_in_an_aotinductor_package(precision: str, tmp_path) 
     model, x = network("resnet18")
     fast = pk.optimize(model, (x,), precision, [x] if precision == "int8" else None)
     with torch.no_grad():
-        exported = torch.export.export(fast, (x,))
+        exported = torch.export.export(fast.separate(), (x,))
         path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "net.pt2"))
         assert torch.equal(torch._inductor.aoti_load_package(path)(x), fast(x))
 

@@ -154,6 +154,14 @@ def test_a_pickle_holds_the_weights_once(saved) -> None:
     assert torch.equal(pickle.loads(text)(x), fast(x))
 
 
+def test_weights_can_have_storages_of_their_own_for_those_who_write_the_storage_of_each(saved) -> None:
+    _, fast = saved
+    apart, x = fast.separate(), torch.randn(2, *X)
+    written = torch.export.export(apart, (x,)).state_dict.values()
+    assert sum(tensor.untyped_storage().nbytes() for tensor in written) == fast.report().bytes_after
+    assert torch.equal(apart(x), fast(x)) and len(storages(fast)) == 1
+
+
 class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
