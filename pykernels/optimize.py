@@ -22,7 +22,7 @@ from pykernels.network.buffers import consolidate, separate
 from pykernels.network.devices import device_of, follow, to_device
 from pykernels.network.emit_fx import emit_fx
 from pykernels.network.emit_plan import emit_plan
-from pykernels.network.plan import PlanReport, Planned
+from pykernels.network.plan import Planned, PlanReport
 from pykernels.network.report import Report, bytes_of
 from pykernels.ops.dtypes import STORED
 
@@ -166,7 +166,7 @@ class Optimized(nn.Module):
             ValueError: the network has no plans: it is not on the CPU, or no step of it could be planned.
         """
         if self.planned is None or self._report.device != "cpu":
-            raise ValueError("the network has no plans: " + ("it is not on the CPU" if self.planned else "see its report"))
+            raise ValueError("the network has no plans: it is not on the CPU, or no step of it could be planned")
         if inputs is None:
             if None in self.example:
                 raise ValueError("inputs: some of the network's are no tensors, so they must be given")
@@ -374,7 +374,7 @@ def _network(graphs: dict[str, fx.GraphModule], facts: dict[str, Any]) -> Optimi
         raise ValueError("its free sizes are no dimensions of its inputs")
     if not isinstance(example, list) or len(example) != inputs or not all(map(_tensor_or_none, example)):
         raise ValueError("the shapes of its inputs are no shapes")
-    if any(known is None or max(dims, default=-1) >= len(known[1]) for known, dims in zip(example, free, strict=True) if dims):
+    if any(dims and (known is None or max(dims) >= len(known[1])) for known, dims in zip(example, free, strict=True)):
         raise ValueError("its free sizes are no dimensions of its inputs")
     planned = None
     if "planned" in graphs:

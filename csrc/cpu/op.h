@@ -19,15 +19,20 @@ inline uint8_t* mutable_bytes_of(const Tensor& t) { return static_cast<uint8_t*>
 
 // Binds the driver to its operands and runs all its tasks; their scratch is allocated here, since nothing may throw in
 // a task.
-inline void run(Driver& driver, std::initializer_list<const uint8_t*> in, const Tensor& out) {
+inline void run(Driver& driver, const uint8_t* const* in, const Tensor& out) {
   if (driver.tasks == 0) return;
-  driver.bind(in.begin(), mutable_bytes_of(out));
+  driver.bind(in, mutable_bytes_of(out));
   const int64_t each = (driver.scratch + 63) / 64 * 64;
-  const Tensor scratch = empty({driver.tasks * each}, ScalarType::Byte);
-  uint8_t* memory = mutable_bytes_of(scratch);
+  const Tensor scratch =
+      each ? empty({driver.tasks * each}, ScalarType::Byte) : out;  // an allocation takes a microsecond
+  uint8_t* memory = each ? mutable_bytes_of(scratch) : nullptr;
   parallel(driver.tasks, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) driver.run(task, memory + task * each);
   });
+}
+
+inline void run(Driver& driver, std::initializer_list<const uint8_t*> in, const Tensor& out) {
+  run(driver, in.begin(), out);
 }
 
 }  // namespace pykernels

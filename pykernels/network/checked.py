@@ -23,9 +23,7 @@ def _require(holds: Any, what: str) -> None:
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """``scaled_dot_product_attention``; key and value have as many rows."""
-    _require(
-        min(query.dim(), key.dim(), value.dim()) >= 2, "attention: query, key and value have at least 2 dimensions"
-    )
+    _require(min(query.dim(), key.dim(), value.dim()) >= 2, "attention: at least 2 dimensions each are needed")
     _require(key.shape[-2] == value.shape[-2], "attention: key and value differ in their rows")
     return aten.scaled_dot_product_attention.default(query, key, value, *args, **kwargs)
 
@@ -64,12 +62,12 @@ def lstm(
     bidirectional: bool,
     batch_first: bool,
 ) -> Any:
-    """``lstm``; weights [4 * H, inputs] and [4 * H, H or the projection's], biases [4 * H], of each layer and direction."""
+    """``lstm``; in each direction weights [4 * H, inputs] and [4 * H, H or the projection's], biases [4 * H]."""
     _require(x.dim() in (2, 3) and len(state) == 2, "lstm: an input of 2 or 3 dimensions and two states")
     hidden, cell = state
     projected, width, ways = hidden.shape[-1] != cell.shape[-1], cell.shape[-1], 2 if bidirectional else 1
     each = 2 + (2 if has_biases else 0) + (1 if projected else 0)
-    _require(0 < layers and len(params) == layers * ways * each, "lstm: parameters of another number of layers")
+    _require(layers > 0 and len(params) == layers * ways * each, "lstm: parameters of another number of layers")
     batch = [x.shape[0 if batch_first else 1]] if x.dim() == 3 else []
     _require(list(hidden.shape[:-1]) == [layers * ways, *batch], "lstm: a state that does not fit the input")
     _require(cell.shape[:-1] == hidden.shape[:-1], "lstm: two states that do not fit")

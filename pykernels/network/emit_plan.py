@@ -1,8 +1,8 @@
 """A network as plans: runs of steps that the CPU takes in one call each, `torch.ops.pykernels.run_plan`.
 
 What a plan cannot do stays a call of torch's between two plans. A plan says which steps there are, not how large their
-tensors are: that follows from the inputs of a call. The words it is made of stand in csrc/cpu/plan/format.h, the numbers
-of each kind of step before the function of its name in csrc/cpu/plan/builder.h.
+tensors are: that follows from the inputs of a call. What the numbers of a step mean stands in csrc/cpu/plan, before the
+function of its kind.
 """
 
 from __future__ import annotations

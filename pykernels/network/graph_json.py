@@ -111,7 +111,8 @@ def parse(content: Any, tensors: list[torch.Tensor], budget: Iterator[int] | Non
     for name, region in _pairs(content["regions"], "a region"):
         _new(root, name, "a region")
         root.add_module(name, parse(region, tensors, budget, depth + 1))
-    graph, known = fx.Graph(), []
+    graph = fx.Graph()
+    known: list[fx.Node] = []
     names: set[str] = set()
     for entry in expect(content["nodes"], list, "nodes"):
         if next(budget, None) is None:

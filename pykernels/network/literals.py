@@ -18,10 +18,8 @@ import torch
 
 __all__ = ["DTYPES", "decode", "encode", "expect"]
 
-_NAMES = (
-    "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float8_e4m3fn float8_e5m2 bfloat16 float16 float32 float64"
-)
-DTYPES = {name: getattr(torch, name) for name in f"{_NAMES} complex64 complex128".split()}
+_NAMES = "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float8_e4m3fn float8_e5m2 bfloat16 float16 float32"
+DTYPES = {name: getattr(torch, name) for name in f"{_NAMES} float64 complex64 complex128".split()}
 _FORMATS = {name: getattr(torch, name) for name in ("contiguous_format", "preserve_format", "channels_last")}
 _FORMATS["channels_last_3d"] = torch.channels_last_3d
 _TABLES: dict[str, dict[str, Any]] = {

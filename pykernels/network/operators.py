@@ -30,30 +30,37 @@ from pykernels.network.checked import CHECKED
 
 __all__ = ["check", "find", "name_of"]
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _COND = torch.ops.higher_order.cond
+_OPERATOR = _words("add sub mul floordiv truediv mod neg pow eq ne lt le gt ge and_ or_ not_ getitem")
+_TORCH = _words("sym_max sym_min sym_not sym_int sym_float sym_ite _sym_sqrt")
 # Functions that compute with sizes; `getitem` also takes a result out of several.
 _FUNCTIONS: dict[str, Any] = {
-    **{
-        f"operator.{name}": getattr(operator, name)
-        for name in "add sub mul floordiv truediv mod neg pow eq ne lt le gt ge and_ or_ not_ getitem".split()
-    },
-    **{f"torch.{name}": getattr(torch, name) for name in "sym_max sym_min sym_not sym_int sym_float sym_ite".split()},
-    **{f"math.{name}": getattr(math, name) for name in "ceil floor trunc".split()},
-    "torch._sym_sqrt": torch._sym_sqrt,
+    **{f"operator.{name}": getattr(operator, name) for name in _OPERATOR},
+    **{f"torch.{name}": getattr(torch, name) for name in _TORCH},
+    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
     "higher_order.cond": _COND,
 }
-_UNDERSCORED = frozenset(
-    "_softmax _log_softmax _to_copy _unsafe_view _convolution _adaptive_avg_pool2d _adaptive_avg_pool3d "
-    "_native_batch_norm_legit_no_training _scaled_dot_product_flash_attention_for_cpu "
-    "_scaled_dot_product_attention_math _assert_tensor_metadata _assert_scalar _assert_async _local_scalar_dense "
-    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa _shape_as_tensor _reshape_alias_copy".split()
+_UNDERSCORED = _words(
+    """
+    _softmax _log_softmax _to_copy _unsafe_view _convolution _adaptive_avg_pool2d _adaptive_avg_pool3d
+    _native_batch_norm_legit_no_training _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math
+    _assert_tensor_metadata _assert_scalar _assert_async _local_scalar_dense _upsample_bilinear2d_aa
+    _upsample_bicubic2d_aa _shape_as_tensor _reshape_alias_copy
+    """
 )
 # Tagged core, or views, and yet: memory that holds what was there before, raw layouts, sparse tensors.
-_NEVER = frozenset(
-    "empty empty_strided empty_like lift slice_inverse pin_memory coalesce values indices col_indices row_indices "
-    "crow_indices ccol_indices".split()
+_NEVER = _words(
+    """
+    empty empty_strided empty_like lift slice_inverse pin_memory coalesce values indices col_indices row_indices
+    crow_indices ccol_indices
+    """
 )
-_OPS = frozenset(
+_OPS = _words(
     """
     absolute adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d addbmm
     addmv addr affine_grid_generator alias_copy all alpha_dropout aminmax arange arccos arccosh arcsin arcsinh arctan
@@ -77,22 +84,22 @@ _OPS = frozenset(
     log_softmax logcumsumexp logdet logspace logsumexp lstm lstm_cell masked_select matmul matrix_exp matrix_power
     max_pool1d max_pool1d_with_indices max_pool2d max_pool3d max_unpool2d max_unpool3d median meshgrid mode mse_loss
     msort multinomial multiply mv nanmean nanmedian nanquantile nansum narrow_copy native_channel_shuffle negative
-    new_full new_ones new_zeros nll_loss nll_loss2d nll_loss_nd nonzero_numpy nonzero_static norm normal normal_functional
-    not_equal nuclear_norm one_hot ones ones_like outer pad pad_sequence pairwise_distance pdist permute_copy pinverse
-    pixel_shuffle pixel_unshuffle polar prelu qr quantile rand_like randint randint_like randn_like range renorm
-    repeat_interleave rms_norm rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell roll rot90 row_stack
-    scaled_dot_product_attention searchsorted select_copy slice_copy slogdet smooth_l1_loss softmax special_digamma
-    special_erf special_erfc special_erfinv special_exp2 special_expit special_expm1 special_gammainc special_gammaincc
-    special_gammaln special_i0 special_log1p special_log_softmax special_logit special_logsumexp special_multigammaln
-    special_ndtr special_polygamma special_psi special_round special_sinc special_softmax special_xlogy split_copy
-    split_with_sizes_copy squeeze_copy stack std std_mean stft subtract sum_to_size svd sym_constrain_range
-    sym_constrain_range_for_size t_copy take take_along_dim tensordot tile trace transpose_copy trapezoid trapz
-    triangular_solve tril tril_indices triu triu_indices true_divide type_as unbind_copy unflatten_dense_tensors
-    unfold_copy uniform unique_consecutive unique_dim unique_dim_consecutive unsafe_chunk unsafe_split
-    unsafe_split_with_sizes unsqueeze_copy upsample_bicubic2d upsample_linear1d upsample_nearest1d upsample_nearest3d
-    upsample_trilinear3d var_mean vander vdot view_as_complex_copy view_as_real_copy view_copy vstack zero zeros
-    zeros_like
-    """.split()
+    new_full new_ones new_zeros nll_loss nll_loss2d nll_loss_nd nonzero_numpy nonzero_static norm normal
+    normal_functional not_equal nuclear_norm one_hot ones ones_like outer pad pad_sequence pairwise_distance pdist
+    permute_copy pinverse pixel_shuffle pixel_unshuffle polar prelu qr quantile rand_like randint randint_like
+    randn_like range renorm repeat_interleave rms_norm rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell roll rot90
+    row_stack scaled_dot_product_attention searchsorted select_copy slice_copy slogdet smooth_l1_loss softmax
+    special_digamma special_erf special_erfc special_erfinv special_exp2 special_expit special_expm1 special_gammainc
+    special_gammaincc special_gammaln special_i0 special_log1p special_log_softmax special_logit special_logsumexp
+    special_multigammaln special_ndtr special_polygamma special_psi special_round special_sinc special_softmax
+    special_xlogy split_copy split_with_sizes_copy squeeze_copy stack std std_mean stft subtract sum_to_size svd
+    sym_constrain_range sym_constrain_range_for_size t_copy take take_along_dim tensordot tile trace transpose_copy
+    trapezoid trapz triangular_solve tril tril_indices triu triu_indices true_divide type_as unbind_copy
+    unflatten_dense_tensors unfold_copy uniform unique_consecutive unique_dim unique_dim_consecutive unsafe_chunk
+    unsafe_split unsafe_split_with_sizes unsqueeze_copy upsample_bicubic2d upsample_linear1d upsample_nearest1d
+    upsample_nearest3d upsample_trilinear3d vander var_mean vdot view_as_complex_copy view_as_real_copy view_copy vstack
+    zero zeros zeros_like
+    """
 )
 _ZEROS = {
     torch.ops.aten.empty.memory_format: torch.ops.aten.zeros.default,
@@ -102,7 +109,7 @@ _ZEROS = {
 _BACK = {function: target for target, function in CHECKED.items()}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 # Arguments that torch multiplies with one another unchecked.
-_GEOMETRY = frozenset("kernel_size stride padding dilation output_padding".split())
+_GEOMETRY = _words("kernel_size stride padding dilation output_padding")
 _MOST = 2**24
 # Types of arguments, as schemas spell them.
 _TYPES = {
@@ -178,8 +185,8 @@ def check(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse arguments that torch takes and should not, and numbers that make it overflow or Python compute for long.
 
     What is a dtype, device, layout or memory format in a schema is one here: torch takes numbers there, and looks them
-    up unchecked. Padding, stride and the like are at most 2**24; those of pools may be results of other calls, dilations
-    and the scales of a resizing may not.
+    up unchecked. Padding, stride and the like are at most 2**24; they may be results of other calls, but for dilations
+    and the scales of a resizing.
 
     Raises:
         ValueError: an argument is of another type or out of range.

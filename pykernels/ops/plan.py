@@ -42,9 +42,7 @@ def run_plan(
     Raises:
         RuntimeError: plan or weights are damaged or do not fit each other, or inputs do not fit the plan.
     """
-    return list(
-        torch.ops.pykernels.run_plan(plan, weights, inputs, out_sizes, out_dims, out_dtypes, out_channels_last)
-    )
+    return list(torch.ops.pykernels.run_plan(plan, weights, inputs, out_sizes, out_dims, out_dtypes, out_channels_last))
 
 
 def describe_plan(plan: torch.Tensor, weights: torch.Tensor, inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
@@ -52,8 +50,8 @@ def describe_plan(plan: torch.Tensor, weights: torch.Tensor, inputs: Sequence[to
 
     Returns:
         isa, threads; arena_bytes, least_arena_bytes (what lies between the steps, and what no placement could do
-        without), memory_bytes (all that a call holds); values: the shapes of inputs and steps; drivers, in order: kernel,
-        step, tasks, bytes (read and written), operations (multiplications and additions of products).
+        without), memory_bytes (all that a call holds); values: the shapes of inputs and steps; drivers, in order:
+        kernel, step, dtype (of what it reads), tasks, bytes (read and written), operations (multiplications and additions of products).
     """
     found: dict[str, Any] = json.loads(torch.ops.pykernels._describe_plan(plan, weights, inputs))
     return found

@@ -52,7 +52,7 @@ class Pictures(nn.Module):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         self.calls += 1
         y = F.relu(self.a(x))
-        y = torch.cat([F.max_pool2d(y, 2), F.interpolate(self.b(y), scale_factor=0.5)[..., :4, :4].new_ones(1, 8, 4, 4)], 1)
+        y = torch.cat([F.max_pool2d(y, 2), F.interpolate(self.b(y), (4, 4), mode="bilinear")], 1)
         y = torch.cond(y.sum() > 0, lambda y: y.cos(), lambda y: y.sin(), (y,))
         return {"scores": self.last(F.group_norm(y, 2).mean((2, 3))), "map": y}
 
@@ -113,9 +113,11 @@ class Parts:
         return file.header(text, file.HEADER.size + len(text) + len(body)) + text + body
 
 
-NUMBERS = [0, 1, -1, 2, 3, 7, 64, 2**15, 2**31 - 1, 2**31, 2**32, 2**40, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, -(2**63)]
-NAMES = ["", "a", "self", "torch", "forward", "graph", "_buffers", "__class__", "é", "x): import os #", "None", "a.b", "x" * 9999]
-TARGETS = """
+NUMBERS = [0, 1, -1, 2, 3, 7, 64, 2**15, -(2**63), *(2**n for n in (31, 32, 40, 62, 63, 64)), 2**31 - 1, 2**63 - 1]
+NAMES = ["", "a", "self", "torch", "forward", "graph", "_buffers", "__class__", "é", "x): import os #", "None", "a.b"]
+KINDS = ["dtype", "device", "layout", "memory_format", "float", "tuple", "slice", "complex", "dict", "node", "x"]
+WORDS = ["float32", "bool", "quint8", "cuda", "cpu", "nan", "channels_last", "strided", "sparse_coo", "x" * 9999]
+_TARGETS = """
     aten.from_file.default aten.set_.source_Storage aten.resize_.default aten.empty.memory_format aten.relu.default
     aten.add.Tensor aten.as_strided.default aten.view.dtype aten.copy_.default aten.cat.default aten.mul.Tensor
     aten.index.Tensor aten.reshape.default aten.sum.default aten.conv2d.default aten.expand.default aten.slice.Tensor
@@ -124,7 +126,8 @@ TARGETS = """
     pykernels.qlookup.default pykernels.qcat.default pykernels.qadd.default pykernels._set_isa.default
     pykernels.quantize_per_tensor.default pykernels.dequantize_per_tensor.default pykernels.compress_encode.default
     operator.getitem operator.mul operator.pow os.system builtins.eval higher_order.cond math.floor
-""".split()
+"""
+TARGETS = _TARGETS.split()
 
 
 def value(r: random.Random) -> Any:
@@ -135,8 +138,8 @@ def value(r: random.Random) -> Any:
         lambda: r.choice(TARGETS),
         lambda: r.choice([None, True, False, [], {}, [[]], 1.5, -0.0, 1e308, 10**30]),
         lambda: {"node": r.choice([*range(12), *NUMBERS])},
-        lambda: {r.choice(["dtype", "device", "layout", "memory_format", "float"]): r.choice(["float32", "bool", "cuda", "nan"])},
-        lambda: {r.choice(["tuple", "slice", "complex", "dict", "node", "x"]): [value(r) for _ in range(r.randrange(4))]},
+        lambda: {r.choice(KINDS): r.choice(WORDS)},
+        lambda: {r.choice(KINDS): [value(r) for _ in range(r.randrange(4))]},
         lambda: [value(r) for _ in range(r.randrange(4))],
         lambda: json.loads("[" * 60 + "]" * 60),
     ]
@@ -207,7 +210,9 @@ def text(parts: Parts, r: random.Random) -> bytes:
     """Bytes of the JSON part."""
     raw = bytearray(parts.text())
     for _ in range(r.randrange(1, 5)):
-        raw[r.randrange(len(raw))] = r.choice(b'[]{}",:0123456789-eE\x00\xff \\u') if r.random() < 0.8 else r.randrange(256)
+        raw[r.randrange(len(raw))] = (
+            r.choice(b'[]{}",:0123456789-eE\x00\xff \\u') if r.random() < 0.8 else r.randrange(256)
+        )
     return parts.together(bytes(raw))
 
 

@@ -1,4 +1,4 @@
-"""Saved networks: one mapped file, no Python class needed, nothing in it is executed, and nothing else is taken for one.
+"""Saved networks: one mapped file, no Python class needed, nothing in it executed, and nothing else taken for one.
 
 What happens to thousands of damaged files is in fuzz_file.py.
 """
@@ -84,7 +84,10 @@ def test_arguments_of_every_kind_are_kept(tmp_path) -> None:
         z = torch.zeros(2, 3, dtype=torch.int32, device="cpu") + torch.arange(3)
         return y, z, x[:, 1:, ::2].nan_to_num(float("nan")), torch.view_as_complex(x.view(2, -1, 2)) * (1 + 2j)
 
-    fast, x = pk.optimize(Function(forward).eval(), torch.randn(2, 3, 4, 4), dynamic_batch=False), torch.randn(2, 3, 4, 4)
+    fast, x = (
+        pk.optimize(Function(forward).eval(), torch.randn(2, 3, 4, 4), dynamic_batch=False),
+        torch.randn(2, 3, 4, 4),
+    )
     for loaded, expected in zip(again(fast, tmp_path)(x), fast(x), strict=True):
         assert torch.equal(loaded, expected) and loaded.stride() == expected.stride()
 
@@ -145,11 +148,10 @@ def test_weights_lie_in_one_storage_each_at_a_multiple_of_64_bytes(saved) -> Non
 
 
 def test_a_pickle_holds_the_weights_once(saved) -> None:
-    path, fast = saved
-    text = pickle.dumps(fast.program.state_dict()), pickle.dumps(fast)
-    assert len(text[1]) < 2 * fast.report().bytes_after + 100_000
-    x = torch.randn(2, *X)
-    assert torch.equal(pickle.loads(text[1])(x), fast(x))
+    _, fast = saved
+    text, x = pickle.dumps(fast), torch.randn(2, *X)
+    assert len(text) < fast.report().bytes_after + 100_000
+    assert torch.equal(pickle.loads(text)(x), fast(x))
 
 
 class Counting(nn.Module):
@@ -342,10 +344,10 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda c: c.pop("tensors"), "it has no 'tensors'"),
     (lambda c: c.__setitem__("graphs", []), "graphs: dict is needed, not list"),
     (lambda c: c["graphs"].clear(), "it has the graphs"),
-    (lambda c: c["storages"].append([2**62, 0]), "storage 1 ends beyond the file"),
+    (lambda c: c["storages"].append([2**62, 0]), r"storage \d ends beyond the file"),
     (lambda c: c["storages"][0].__setitem__(0, -64), "something other than numbers"),
     (lambda c: c["storages"][0].__setitem__(0, 64), "bytes follow|fails its checksum"),
-    (tensor(0, 1), "in storage 1 of 1"),
+    (tensor(0, 1), r"in storage 1 of 1|leaves its storage"),
     (tensor(1, "quint8"), "a tensor is 'quint8'"),
     (tensor(2, [2**40, 2**40]), "strides has 1 numbers, not 2"),
     (tensor(2, [2**62]), "too many elements"),
@@ -385,12 +387,15 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
 @pytest.mark.parametrize(("change", "why"), HOSTILE, ids=[why for _, why in HOSTILE])
 def test_what_cannot_be_is_refused_by_name(change: Callable[[dict[str, Any]], Any], why: str, saved, tmp_path) -> None:
     parts = Parts(saved[0].read_bytes())
-    assert [entry[0] for entry in parts.content["graphs"]["program"]["nodes"][:3]] == ["placeholder", "get_attr", "call_function"]
+    ops = [entry[0] for entry in parts.content["graphs"]["program"]["nodes"][:3]]
+    assert ops == ["placeholder", "get_attr", "call_function"], "what the changes are made for"
     change(parts.content)
     refused(tmp_path / "bad.pk", parts.together(), f".*cannot be loaded.*({why})")
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"[" * 10**6, b'{"graphs": NaN}', b"\xff", b'"' + b"a" * 2**24 + b'"'])
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"{", b"[" * 10**6, b'{"graphs": NaN}', b"\xff", b'"' + b"a" * 2**24 + b'"']
+)
 def test_a_description_that_is_no_json_object_is_refused(text: bytes, saved, tmp_path) -> None:
     refused(tmp_path / "bad.pk", Parts(saved[0].read_bytes()).together(text), "cannot be loaded")
 
@@ -456,7 +461,9 @@ def test_several_graphs_share_storages(tmp_path, saved) -> None:
     whole = torch.fx.GraphModule(root, graph)
     for loaded_from in ("as it was", "as it was loaded"):
         file.write(tmp_path / "two.pk", {"program": program, "whole": whole}, {"a": 1})
-        assert (tmp_path / "two.pk").stat().st_size < path.stat().st_size + 2048, f"storages are written once, {loaded_from}"
+        assert (tmp_path / "two.pk").stat().st_size < path.stat().st_size + 2048, (
+            f"storages are written once, {loaded_from}"
+        )
         graphs, facts = file.read(tmp_path / "two.pk")
         program, whole = graphs["program"], graphs["whole"]
         assert facts == {"a": 1} and whole.weights.numel() == whole.weights.untyped_storage().nbytes()

@@ -115,10 +115,7 @@ Tensor qcat(std::vector<Tensor> xs, std::vector<double> scales, Ints zero_points
   }
   ConcatDriver driver(std::move(parts), outer, row, quantization(out_dtype, out_scale, out_zero_point),
                       torch::stable::get_num_threads());
-  driver.bind(in.data(), mutable_bytes_of(out));
-  parallel(driver.tasks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) driver.run(task, nullptr);
-  });
+  run(driver, in.data(), out);
   return out;
 }
 
