@@ -17,6 +17,7 @@ from pykernels.graph.alias import writes
 from pykernels.graph.capture import Captured, canonicalize, capture
 from pykernels.graph.qdq import has_quantizers
 from pykernels.network import file, literals, tree_json
+from pykernels.network import tune as tuning
 from pykernels.network.assemble import assemble
 from pykernels.network.buffers import consolidate, separate
 from pykernels.network.devices import device_of, follow, to_device
@@ -165,13 +166,39 @@ class Optimized(nn.Module):
         Raises:
             ValueError: the network has no plans: it is not on the CPU, or no step of it could be planned.
         """
+        planned, inputs = self._planned_inputs(inputs)
+        return planned.describe(inputs, rounds)
+
+    def _planned_inputs(self, inputs: tuple[Any, ...] | None) -> tuple[Planned, tuple[Any, ...]]:
         if self.planned is None or self._report.device != "cpu":
             raise ValueError("the network has no plans: it is not on the CPU, or no step of it could be planned")
         if inputs is None:
             if None in self.example:
                 raise ValueError("inputs: some of the network's are no tensors, so they must be given")
             inputs = tuple(torch.zeros(shape, dtype=dtype) for dtype, shape in filter(None, self.example))
-        return self.planned.describe(inputs, rounds)
+        return self.planned, inputs
+
+    def tune(
+        self,
+        inputs: tuple[Any, ...] | None = None,
+        rounds: int = 20,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        """Time ways to cut each layer into tiles and tasks, and keep the best ones; `save` writes them down, too.
+
+        They hold for the isa in force and for the number of threads set now (`torch.set_num_threads`); with others the
+        network runs as if it had not been tuned. Answers do not change.
+
+        Args:
+            inputs: flat inputs of one call, by default of the example's shapes.
+            rounds: timed calls for each way.
+            progress: called as ``progress("tuning", done, total)``.
+
+        Raises:
+            ValueError: as `plan`.
+        """
+        planned, inputs = self._planned_inputs(inputs)
+        tuning.tune(planned, inputs, rounds, progress)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the network to one file, the same on every machine and from every device.
@@ -213,6 +240,7 @@ def optimize(
     cuda_graph: bool = True,
     dynamic_shapes: Any = None,
     progress: Callable[[str, int, int], None] | None = None,
+    tune: bool = False,
 ) -> Optimized:
     """Rewrite a model onto our kernels: batch norm folded, activations and residual adds fused, weights packed.
 
@@ -235,7 +263,9 @@ def optimize(
         cuda_graph: on a CUDA device, replay calls as CUDA graphs.
         dynamic_shapes: which sizes are free, as ``torch.export.export`` takes it, in place of the batch size alone:
             ``{"input_ids": {0: Dim("batch"), 1: Dim("length")}}``. A free size must not be 1 in the example.
-        progress: called as ``progress(stage, done, total)`` in the long parts of int8: calibrating, refining.
+        progress: called as ``progress(stage, done, total)`` in the long parts: calibrating and refining int8,
+            tuning.
+        tune: on the CPU, time ways to cut each layer into tiles and tasks on the example (`Optimized.tune`).
 
     Returns:
         An `Optimized` module that is called like `model`.
@@ -277,6 +307,8 @@ def optimize(
     example = [(leaf.dtype, list(leaf.shape)) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
     result = Optimized(program, report, captured.in_spec, captured.out_spec, free, example, planned)
     result.cuda_graph = cuda_graph
+    if tune and planned is not None:
+        result.tune(tuple(leaves), progress=progress)
     return result
 
 

@@ -84,6 +84,22 @@ class Planned:
         weakref.finalize(self.program, torch.ops.pykernels._forget_plans, self.weights.data_ptr())
 
 
+def calls_of_plans(planned: Planned, inputs: Sequence[Any]) -> dict[str, tuple[torch.Tensor, list[torch.Tensor]]]:
+    """The plans that a call with these flat inputs runs, by the names of their buffers, and what each reads."""
+    found: dict[str, tuple[torch.Tensor, list[torch.Tensor]]] = {}
+
+    class Reader(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            if node.op == "call_function" and node.target is torch.ops.pykernels.run_plan.default:
+                plan, _, given = self.fetch_args_kwargs_from_env(node)[0][:3]
+                found[str(node.args[0].target)] = (plan, given)
+            return super().run_node(node)
+
+    with torch.no_grad():
+        Reader(planned.program).run(*inputs)
+    return found
+
+
 def places(ops: fx.GraphModule, weights: torch.Tensor) -> dict[str, int]:
     """Where the constants of a graph begin in `weights`; those elsewhere, state, are left out."""
     storage = weights.untyped_storage()._cdata

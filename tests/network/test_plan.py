@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 import pykernels as pk
 from pykernels.bench import zoo
-from pykernels.network.plan_format import hash_of
+from pykernels.network import tune
+from pykernels.network.plan_format import UNTUNED, decode, hash_of
 from tests.models import ZOO
 
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -333,6 +334,25 @@ def test_the_report_of_a_plan_names_layers_kernels_and_memory(small: pk.Optimize
     text = str(found)
     assert "stem: conv2d + relu" in text and "MB" in text
     assert small.plan((torch.randn(9, 3, 20, 20),)).rows[-1].shape == (9, 5)
+
+
+def test_tuning_changes_how_layers_are_cut_and_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 40, 40)
+    fast = optimized(Small(), x)
+    expected, seen = fast(x), []
+    monkeypatch.setattr(tune, "_GAIN", 1e9)  # take the best in any case
+    monkeypatch.setattr(tune, "_GAIN_OF_ALL", 1e9)
+    fast.tune(rounds=2, progress=lambda stage, done, total: seen.append((stage, done, total)))
+    assert fast.planned is not None
+    found = decode(fast.planned.program.plan_1)
+    assert found.threads == torch.get_num_threads() and found.isa > 0
+    assert any(tuple(r.numbers[-3:]) != UNTUNED for r in found.records if r.kind == "conv2d")
+    assert seen[0] == ("tuning", 0, 3) and seen[-1] == ("tuning", 3, 3)
+    fast.save(tmp_path / "net.pk")
+    for other in (fast, pk.load(tmp_path / "net.pk")):
+        assert torch.equal(other(x), expected)
+        assert torch.equal(other(torch.randn(1, 3, 28, 28) * 0 + 1), fast.program(torch.ones(1, 3, 28, 28))[0])
 
 
 def test_wrong_inputs_are_refused_by_name(small: pk.Optimized) -> None:
