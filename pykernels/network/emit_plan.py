@@ -69,18 +69,22 @@ class _Segment:
             self.inputs.append(value)
         return self.inputs.index(value)
 
-    def program(self, outputs: Sequence[Value], weight_bytes: int) -> Program:
-        """The plan that yields these values."""
-        first = len(self.inputs)
+    def program(self, outputs: Sequence[Value], weight_bytes: int) -> tuple[Program, list[str]]:
+        """The plan that yields these values, and what its steps stand for; what none of them needs is left out."""
+        needed = {self.results[value] for value in outputs}
+        for place in reversed(range(len(self.records))):
+            if place in needed:
+                needed.update(-1 - source for source in self.records[place].inputs if source < 0)
+        places = {place: len(self.inputs) + number for number, place in enumerate(sorted(needed))}
         for record in self.records:
-            record.inputs = [place if place >= 0 else first - 1 - place for place in record.inputs]
-        inputs = [(DTYPES[value.dtype], len(value.shape or ())) for value in self.inputs]
-        return Program(
+            record.inputs = [source if source >= 0 else places.get(-1 - source, 0) for source in record.inputs]
+        program = Program(
             weight_bytes,
-            inputs,
-            self.records,
-            [(first + self.results[value], self.channels_last[value]) for value in outputs],
+            [(DTYPES[value.dtype], len(value.shape or ())) for value in self.inputs],
+            [self.records[place] for place in places],
+            [(places[self.results[value]], self.channels_last[value]) for value in outputs],
         )
+        return program, [self.labels[place] for place in places]
 
 
 class _Planner(Emitter):
@@ -91,6 +95,7 @@ class _Planner(Emitter):
         self.label = ""
         self.segment = _Segment()
         self.pieces: dict[Value, list[tuple[Value, list[int]]]] = {}  # of a tuple: slices of a value
+        self.views: dict[Value, Step] = {}  # results of the segment that are views
         self.symbols: dict[Any, fx.Node] = {}
 
     def run(self) -> fx.GraphModule:
@@ -194,16 +199,31 @@ class _Planner(Emitter):
 
     def _flush(self) -> None:
         """Call the plan in hand."""
-        segment, self.segment = self.segment, _Segment()
-        self.pieces = {}
-        wanted = {value for step in self.steps[self.place :] for value in step.values}
-        wanted.update(value for value in self.network.outputs if isinstance(value, Value))
-        outputs = [value for value in segment.results if value in wanted]
-        if not outputs:
-            return
-        plan = encode(segment.program(outputs, self.weights.numel()))
-        name = f"plan_{len(self.labels) + 1}"
-        self.labels[name] = segment.labels
+        segment, views, self.segment, self.views, self.pieces = self.segment, self.views, _Segment(), {}, {}
+        read = {value for step in self.steps[self.place :] for value in step.values}
+        returned = [value for value in self.network.outputs if isinstance(value, Value) and value in segment.results]
+        # Views that torch reads are torch's, so that their strides are what they are in the graph of ops.
+        tail: dict[Value, Step] = {}
+        outputs = dict.fromkeys(value for value in returned if value not in read)
+        pending = [value for value in (*segment.results, *views) if value in read]
+        while pending:
+            value = pending.pop()
+            if value in views:
+                tail[value] = views[value]
+                pending += [source for source in views[value].values if source in segment.results or source in views]
+            else:
+                outputs[value] = None
+        if outputs:
+            self._call(segment, list(outputs))
+        for step in self.steps:
+            if step.outputs[0] in tail:
+                self.nodes[step.outputs[0]] = self.emit(step)
+
+    def _call(self, segment: _Segment, outputs: list[Value]) -> None:
+        """The plan that yields these values, and its call."""
+        program, labels = segment.program(outputs, self.weights.numel())
+        plan, name = encode(program), f"plan_{len(self.labels) + 1}"
+        self.labels[name] = labels
         self.root.register_buffer(name, plan)
         if not hasattr(self.root, WEIGHTS):
             self.root.register_buffer(WEIGHTS, self.weights)
@@ -330,6 +350,8 @@ class _Planner(Emitter):
         if rule is None:
             raise _Unplanned
         rule(self, step, *step.details.args, **step.details.kwargs)
+        if rule in _VIEWS:
+            self.views[step.outputs[0]] = step
 
     # --- calls ---
 
@@ -498,6 +520,16 @@ _CALLS: dict[Any, Callable[..., None]] = {
     aten.contiguous.default: _Planner.plan_contiguous,
     aten.to.dtype: _Planner.plan_cast,
 }
+_VIEWS = (
+    _Planner.plan_reshape,
+    _Planner.plan_permute,
+    _Planner.plan_transpose,
+    _Planner.plan_slice,
+    _Planner.plan_select,
+    _Planner.plan_pieces,
+    _Planner.plan_piece,
+    _Planner.plan_expand,
+)
 _ARITHMETIC: dict[Any, Any] = {
     sympy.Add: operator.add,
     sympy.Mul: operator.mul,
