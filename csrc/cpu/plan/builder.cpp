@@ -19,10 +19,46 @@ bool may_be_view(StepKind kind) {
   }
 }
 
+bool same_meaning(const PlanStep& cat, size_t i) {
+  return cat.kind == StepKind::cat || (cat.numbers[3 + i] == cat.numbers[2] &&
+                                       static_cast<float>(cat.reals[1 + i]) == static_cast<float>(cat.reals[0]));
+}
+
 }  // namespace
 
-Builder::Builder(const Program& program, const uint8_t* weights, const std::vector<View>& inputs, int64_t threads)
-    : program_(program), weights_(weights), threads_(threads) {
+// Convolutions can write pixels apart from one another; whoever reads them must not mind.
+Joined::Joined(const Program& program, const PlanLayout& layout) {
+  const size_t inputs = program.inputs.size();
+  pieces.resize(layout.values.size());
+  wholes.resize(layout.values.size());
+  std::vector<int> readers(layout.values.size());
+  for (const PlanStep& step : program.steps)
+    for (const int v : step.in) ++readers[v];
+  for (const PlanOutput& output : program.outputs) ++readers[output.value];
+  for (size_t c = 0; c < program.steps.size(); ++c) {
+    const PlanStep& cat = program.steps[c];
+    const View& whole = layout.values[inputs + c];
+    if ((cat.kind != StepKind::cat && cat.kind != StepKind::qcat) || cat.numbers[0] != 1 || whole.numel() == 0 ||
+        !is_channels_last(whole) || is_contiguous(whole))
+      continue;
+    int64_t channel = 0;
+    for (size_t i = 0; i < cat.in.size(); ++i) {
+      const size_t v = cat.in[i];
+      const PlanStep* step = v < inputs ? nullptr : &program.steps[v - inputs];
+      if (step && step->kind == StepKind::conv2d && step->in.size() == 1 && readers[v] == 1 &&
+          layout.values[v].dtype == whole.dtype && same_meaning(cat, i)) {
+        pieces[v] = {static_cast<int>(inputs + c), channel};
+        wholes[inputs + c] = whole;
+        any = true;
+      }
+      channel += layout.values[v].sizes[1];
+    }
+  }
+}
+
+Builder::Builder(const Program& program, const uint8_t* weights, const std::vector<View>& inputs, int64_t threads,
+                 const Joined* joined)
+    : program_(program), weights_(weights), threads_(threads), joined_(joined) {
   for (size_t i = 0; i < inputs.size(); ++i) {
     View v = inputs[i];
     v.buffer = static_cast<int>(layout.buffers.size());
@@ -128,7 +164,7 @@ double Builder::scale() {
 
 // --- memory ---
 
-View Builder::fresh(Dtype dtype, const int64_t* sizes, int64_t dims, bool channels_last) {
+View Builder::shaped(Dtype dtype, const int64_t* sizes, int64_t dims, bool channels_last) const {
   View v;
   v.dtype = dtype;
   v.dims = dims;
@@ -140,6 +176,11 @@ View Builder::fresh(Dtype dtype, const int64_t* sizes, int64_t dims, bool channe
              "run_plan: a step ", name(), " yields a tensor of shape ", shape_of(sizes, dims));
   }
   set_strides(v, channels_last);
+  return v;
+}
+
+View Builder::fresh(Dtype dtype, const int64_t* sizes, int64_t dims, bool channels_last) {
+  View v = shaped(dtype, sizes, dims, channels_last);
   v.buffer = static_cast<int>(layout.buffers.size());
   layout.buffers.push_back({Buffer::Kind::arena, v.bytes(), 0});
   return v;
@@ -149,6 +190,24 @@ View Builder::fresh_like(const View& v, Dtype dtype) {
   View out = fresh(dtype, v.sizes.data(), v.dims, false);
   out.strides = v.strides;
   return out;
+}
+
+View Builder::whole(int value, const View& like) {
+  View v = like;
+  v.offset = 0;
+  const auto [found, is_new] = whole_buffers_.try_emplace(value, static_cast<int>(layout.buffers.size()));
+  if (is_new) layout.buffers.push_back({Buffer::Kind::arena, v.bytes(), 0});
+  v.buffer = found->second;
+  return v;
+}
+
+View Builder::fresh_pixels(Dtype dtype, const int64_t* sizes) {
+  if (!joined_ || joined_->pieces[value()].cat < 0) return fresh(dtype, sizes, 4, true);
+  const Joined::Piece& piece = joined_->pieces[value()];
+  View v = whole(piece.cat, joined_->wholes[piece.cat]);
+  std::copy_n(sizes, 4, v.sizes.data());
+  v.offset = piece.channel * dtype_bytes(dtype);
+  return v;
 }
 
 bool Builder::dies(size_t i) const {

@@ -2,15 +2,31 @@
 // comment before its function in builder.cpp, moves.cpp and layers.cpp.
 #pragma once
 
+#include <map>
+
 #include "cpu/arithmetic/driver.h"
 #include "cpu/conv/driver.h"
 #include "cpu/plan/prepare.h"
 
 namespace pykernels {
 
+// Values that are written where a concatenation of them will stand, by a first look at the shapes.
+struct Joined {
+  struct Piece {
+    int cat = -1;         // the value that joins it with others; -1: it has memory of its own
+    int64_t channel = 0;  // where it begins in it
+  };
+  std::vector<Piece> pieces;  // of each value
+  std::vector<View> wholes;   // of each value that joins others
+  bool any = false;
+
+  Joined(const Program& program, const PlanLayout& layout);
+};
+
 class Builder {
  public:
-  Builder(const Program& program, const uint8_t* weights, const std::vector<View>& inputs, int64_t threads);
+  Builder(const Program& program, const uint8_t* weights, const std::vector<View>& inputs, int64_t threads,
+          const Joined* joined = nullptr);
 
   PlanLayout layout;
 
@@ -53,8 +69,16 @@ class Builder {
   double scale();
   void yields(const View& value) { value_ = value; }
 
+  View shaped(Dtype dtype, const int64_t* sizes, int64_t dims, bool channels_last) const;  // without memory
   View fresh(Dtype dtype, const int64_t* sizes, int64_t dims, bool channels_last);
   View fresh_like(const View& v, Dtype dtype);  // of v's dense strides
+  // What the step in hand yields, [n, c, h, w] in channels_last: memory of its own, or a part of a concatenation.
+  View fresh_pixels(Dtype dtype, const int64_t* sizes);
+  // The memory of a concatenation, the same for all who write into it.
+  View whole(int value, const View& like);
+  int value() const { return static_cast<int>(layout.values.size()); }  // what the step in hand yields
+  bool joins() const { return joined_ && joined_->wholes[value()].dims > 0; }
+  bool in_place(size_t i) const { return joined_ && joined_->pieces[step_->in[i]].cat == value(); }
   // Like `v`, operand i or a dense copy of it, and in its place where nobody reads it after this step.
   View in_place_of(const View& v, size_t i, Dtype dtype);
   bool dies(size_t i) const;  // whether nobody reads operand i, or another view of its memory, after this step
@@ -88,8 +112,10 @@ class Builder {
   size_t numbers_read_ = 0, reals_read_ = 0;
   View value_;
   int weights_buffer_ = -1;
-  std::vector<int> roots_;        // of each value the first of those that may be views of one memory
-  std::vector<size_t> last_use_;  // of the values of a root: the last step that reads one, or the number of steps
+  const Joined* joined_;
+  std::map<int, int> whole_buffers_;  // of concatenations, by their values
+  std::vector<int> roots_;            // of each value the first of those that may be views of one memory
+  std::vector<size_t> last_use_;      // of the values of a root: the last step that reads one, or the number of steps
 };
 
 }  // namespace pykernels

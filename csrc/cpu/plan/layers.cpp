@@ -79,9 +79,9 @@ void Builder::conv2d() {
   Dtype out_dtype;
   Epilogue e = epilogue(weights, x, &out_dtype);
   const Tiling cut = tiling();
-  e.out_stride = s.o;
   const int64_t sizes[] = {s.n, s.o, s.oh, s.ow};
-  View out = fresh(out_dtype, sizes, 4, true), residual;
+  View out = fresh_pixels(out_dtype, sizes), residual;
+  e.out_stride = out.strides[3];
   if (operands() > 1) {
     PK_CHECK(same_sizes(in(1), out), "run_plan: a convolution's residual has not its output's shape");
     residual = to_channels_last(in(1));

@@ -189,11 +189,12 @@ void Builder::cat() {
     sizes[d] += x.sizes[d];
     channels_last = channels_last && is_channels_last(x) && !is_contiguous(x);
   }
-  const View out = fresh(first.dtype, sizes.data(), first.dims, channels_last);
+  const View out =
+      joins() ? whole(value(), joined_->wholes[value()]) : fresh(first.dtype, sizes.data(), first.dims, channels_last);
   View piece = out;
   for (size_t i = 0; i < operands(); ++i) {
     piece.sizes[d] = in(i).sizes[d];
-    copy(in(i), piece);
+    if (!in_place(i)) copy(in(i), piece);
     piece.offset += piece.sizes[d] * out.strides[d] * dtype_bytes(out.dtype);
   }
   yields(out);

@@ -138,7 +138,7 @@ void Builder::quantized_cat() {
   const int64_t zero = zero_point(to);
   const double out_scale = scale();
   // The layout of the first: memory order of the dimensions, from it the bytes of a row that an operand contributes.
-  const bool channels_last = is_channels_last(first) && !is_contiguous(first);
+  const bool channels_last = joins() || (is_channels_last(first) && !is_contiguous(first));
   Sizes sizes = first.sizes;
   sizes[d] = 0;
   int64_t outer = 1, inner = 1;
@@ -165,14 +165,18 @@ void Builder::quantized_cat() {
     const int64_t x_zero = zero_point(x.dtype);
     const Quantization q = quantization(x.dtype, scale(), x_zero);
     const int64_t length = inner * x.sizes[d];
-    if (x.numel() == 0) continue;
+    if (x.numel() == 0 || in_place(i)) {
+      offset += length;
+      continue;
+    }
     operands_in.push_back(channels_last ? to_channels_last(x) : to_contiguous(x));
     parts.push_back({q, offset, length});
     offset += length;
   }
-  const View out = fresh(to, sizes.data(), first.dims, channels_last);
+  const View out =
+      joins() ? whole(value(), joined_->wholes[value()]) : fresh(to, sizes.data(), first.dims, channels_last);
   yields(out);
-  if (out.numel() == 0) return;
+  if (out.numel() == 0 || parts.empty()) return;
   std::vector<const View*> pointers;
   for (const View& v : operands_in) pointers.push_back(&v);
   add(std::make_unique<ConcatDriver>(std::move(parts), outer, offset, quantization(to, out_scale, zero), threads_),

@@ -9,8 +9,9 @@
 
 namespace pykernels {
 
-PlanLayout prepare(const Program& program, const uint8_t* weights, const std::vector<View>& inputs, int64_t threads) {
-  Builder b(program, weights, inputs, threads);
+namespace {
+
+PlanLayout build(Builder b, const Program& program) {
   for (const PlanStep& step : program.steps) {
     b.begin(step);
     switch (step.kind) {
@@ -40,8 +41,15 @@ PlanLayout prepare(const Program& program, const uint8_t* weights, const std::ve
     b.end();
   }
   b.finish();
+  return std::move(b.layout);
+}
 
-  PlanLayout& layout = b.layout;
+}  // namespace
+
+PlanLayout prepare(const Program& program, const uint8_t* weights, const std::vector<View>& inputs, int64_t threads) {
+  PlanLayout layout = build({program, weights, inputs, threads}, program);
+  if (const Joined joined(program, layout); joined.any)
+    layout = build({program, weights, inputs, threads, &joined}, program);
   std::vector<Lifetime> pieces;
   std::vector<Buffer*> placed;
   for (Buffer& buffer : layout.buffers)
@@ -55,7 +63,7 @@ PlanLayout prepare(const Program& program, const uint8_t* weights, const std::ve
   static const int64_t memory = sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
   PK_CHECK(layout.arena_bytes < memory, "run_plan: ", layout.arena_bytes,
            " bytes are needed for what lies between the steps, more than this machine has");
-  return std::move(b.layout);
+  return layout;
 }
 
 }  // namespace pykernels
