@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pykernels.network.plan_format import Program, Record, encode
+
 ops = torch.ops.pykernels
 NHWC = torch.channels_last
 
@@ -41,12 +43,20 @@ class Sample:
         """For the test's id."""
         return f"{self.op} {self.label}".strip()
 
+    def arguments(self, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """The op's arguments that depend on tensors."""
+        if self.op == "qcat":
+            return {"xs": [tensors["a"], tensors["b"]]}
+        if self.op == "run_plan":
+            n = tensors["x"].shape[0]
+            fixed = {name: tensors[name] for name in ("plan", "weights")}
+            return {**fixed, "inputs": [tensors["x"]], "out_sizes": [n, 8, 4, 3, n, 96]}
+        return dict(tensors)
+
     def call(self, **tensors: torch.Tensor) -> Any:
         """Run the op. One without outputs writes into copies of its mutated arguments, which are returned."""
-        gathered: dict[str, Any] = dict(tensors)
+        gathered = self.arguments(tensors)
         gathered |= {name: tensors[name].clone() for name in self.mutated}
-        if self.op == "qcat":
-            gathered = {"xs": [tensors["a"], tensors["b"]]}
         outputs = getattr(ops, self.op)(**gathered, **self.rest)
         return [gathered[name] for name in self.mutated] if self.mutated else outputs
 
@@ -58,6 +68,12 @@ def images(n: int, c: int = 8, h: int = 9, w: int = 7) -> torch.Tensor:
 def bytes_(t: torch.Tensor, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
     zero_point = 128 if dtype == torch.uint8 else 0
     return (t * 30 + zero_point).round().clamp(*((0, 255) if dtype == torch.uint8 else (-128, 127))).to(dtype)
+
+
+def plan() -> torch.Tensor:
+    """A max pool over [n, 8, 9, 7], and the same flattened."""
+    pool = Record("max_pool2d", [0], [2, 2, 2, 2, 0, 0, 1, 1, 0])
+    return encode(Program(0, [(0, 4)], [pool, Record("reshape", [1], [-2, -1])], [(1, True), (2, False)]))
 
 
 def layouts(t: torch.Tensor) -> list[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
@@ -190,6 +206,8 @@ def samples() -> list[Sample]:
         add("qmul", pair, label, batched=["a", "b"], **parameters)
         add("qmul", lambda n, f=layout: {"a": f(bytes_(images(n))), "b": bytes_(images(n, 8, 1, 1))}, f"{label}, gate",
             batched=["a", "b"], **parameters)  # fmt: skip
+        add("run_plan", lambda n, f=layout: {"plan": plan(), "weights": torch.empty(0, dtype=torch.uint8),
+            "x": f(images(n))}, label, out_dims=[4, 2], out_dtypes=[0, 0], out_channels_last=[1, 0])  # fmt: skip
         add("qcat", pair, label, batched=["a", "b"], scales=[0.1, 0.2], zero_points=[3, 4], dim=1, **OUT)
         add(
             "qlookup",

@@ -17,7 +17,7 @@ from pykernels.ops import conv, linear, quantize
 
 SAMPLES = samples()
 # These name the process, not a computation: no tensors, so nothing to trace.
-NOT_TENSOR_OPS = {"_isa", "_set_isa", "_peak", "_bandwidth"}
+NOT_TENSOR_OPS = {"_isa", "_set_isa", "_peak", "_bandwidth", "_describe_plan", "_profile_plan", "_forget_plans"}
 DIFFERENTIABLE = {
     "conv_bn_act",
     "max_pool2d",
@@ -108,9 +108,7 @@ def test_no_python_stands_before_a_kernel_without_gradient() -> None:
 @every_op
 def test_opcheck(sample: Sample) -> None:
     tensors = sample.make(3)
-    arguments: dict[str, Any] = dict(tensors)
-    if sample.op == "qcat":
-        arguments = {"xs": [tensors["a"], tensors["b"]]}
+    arguments = sample.arguments(tensors)
     op = getattr(torch.ops.pykernels, sample.op).default
     torch.library.opcheck(op, (), {**arguments, **sample.rest})
 

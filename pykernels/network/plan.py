@@ -15,6 +15,9 @@ from pykernels.ops.plan import describe_plan, profile_plan
 __all__ = ["PlanReport", "PlanRow", "Planned"]
 
 WEIGHTS = "weights"
+# Addresses of weights that are gone. A finalizer can run in the middle of a trace, where no op may be called: the next
+# network forgets the plans of those before it.
+_released: list[int] = []
 
 
 class Planned:
@@ -81,7 +84,9 @@ class Planned:
 
     def _watch(self) -> None:
         """What was made ready is forgotten with the weights that it was made ready over."""
-        weakref.finalize(self.program, torch.ops.pykernels._forget_plans, self.weights.data_ptr())
+        while _released:
+            torch.ops.pykernels._forget_plans(_released.pop())
+        weakref.finalize(self.program, _released.append, self.weights.data_ptr())
 
 
 def calls_of_plans(planned: Planned, inputs: Sequence[Any]) -> dict[str, tuple[torch.Tensor, list[torch.Tensor]]]:
