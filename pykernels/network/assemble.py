@@ -262,7 +262,8 @@ class _Assembler:
             if self.real is not None and not region:
                 args, kwargs = _in_dtype(args, self.real), _in_dtype(kwargs, self.real)
             left.details = Call(node.target, args, kwargs)
-            result = self._value(node, dtype=facts(node).dtype if _of_region(node) else None)
+            own = _of_region(node) or _chooses_its_dtype(node)
+            result = self._value(node, dtype=facts(node).dtype if own else None)
             self._add(left, [], result)
             self.forms[node] = _Forms(make=lambda n=node, v=result: self._stored(n, v))
 
@@ -417,6 +418,12 @@ def _of_region(node: fx.Node) -> bool:
     """Whether a tensor comes out of a control-flow call."""
     call = node.args[0] if name_of(node) == "getitem" else node
     return facts(node) is not None and isinstance(call.target, torch._ops.HigherOrderOperator)
+
+
+def _chooses_its_dtype(node: fx.Node) -> bool:
+    """Whether a call makes a tensor of numbers, in torch's default dtype."""
+    told = any(isinstance(leaf, torch.dtype) for leaf in pytree.tree_leaves((node.args, node.kwargs)))
+    return facts(node) is not None and not told and all(facts(value) is None for value in node.all_input_nodes)
 
 
 def _pair(value: Any, one_d: bool) -> tuple[int, int]:

@@ -357,14 +357,18 @@ class _Planner(Emitter):
 
     def plan_arithmetic(self, step: Step, a: Any, b: Any, alpha: Any = 1) -> None:
         """Sums and products of two floats."""
-        kind = "add" if step.details.target is aten.add.Tensor else "mul"
-        if not isinstance(a, Value) or not isinstance(b, Value) or alpha != 1:
+        kind = "mul" if step.details.target is aten.mul.Tensor else "add"
+        less = step.details.target is aten.sub.Tensor
+        if not isinstance(a, Value) or alpha != 1 or a.dtype not in REALS or step.outputs[0].dtype != a.dtype:
             raise _Unplanned
-        if a.dtype != b.dtype or a.dtype not in REALS or step.outputs[0].dtype != a.dtype:
+        if type(b) in (int, float) and a.dtype is torch.float32:
+            self._yield(step, self._add(kind, [self._read(a)], reals=[-float(b) if less else float(b)]), self._last(a))
+            return
+        if less or not isinstance(b, Value) or a.dtype != b.dtype:
             raise _Unplanned
-        if _smaller(a, b):
+        if step.outputs[0].shape != a.shape:
             a, b = b, a
-        _check_pair(a, b)
+        _check_pair(a, b, channels=True)
         self._yield(step, self._add(kind, [self._read(a), self._read(b)]), self._last(a))
 
     def plan_cat(self, step: Step, values: Any, dim: int = 0) -> None:
@@ -494,6 +498,7 @@ _RULES: dict[str, Callable[[_Planner, Step], None]] = {
 _CALLS: dict[Any, Callable[..., None]] = {
     aten.add.Tensor: _Planner.plan_arithmetic,
     aten.mul.Tensor: _Planner.plan_arithmetic,
+    aten.sub.Tensor: _Planner.plan_arithmetic,
     aten.cat.default: _Planner.plan_cat,
     aten.reshape.default: _Planner.plan_reshape,
     aten.view.default: _Planner.plan_reshape,
@@ -554,14 +559,16 @@ def _quantization(value: Value) -> QParams:
     return value.quantization or _NO_QUANTIZATION
 
 
-def _smaller(a: Value, b: Value) -> bool:
-    """Whether `a` is the one that is repeated over the height and width of `b`."""
-    return a.shape is not None and b.shape is not None and a.shape != b.shape and a.shape[2:] == (1, 1)
-
-
-def _check_pair(a: Any, b: Any) -> None:
-    """Two tensors of one shape, or [N, C, H, W] and [N, C, 1, 1]."""
+def _check_pair(a: Any, b: Any, channels: bool = False) -> None:
+    """Two tensors of one shape, or [N, C, H, W] and [N, C, 1, 1]; with `channels` b may have one element a channel, or
+    one at all."""
     if not isinstance(a, Value) or not isinstance(b, Value) or a.shape is None or b.shape is None:
         raise _Unplanned
-    if a.shape != b.shape and not (len(a.shape) == len(b.shape) == 4 and b.shape == (*a.shape[:2], 1, 1)):
+    image = len(a.shape) == 4
+    if a.shape == b.shape or (image and b.shape == (*a.shape[:2], 1, 1)):
+        return
+    one = (1,) * (len(a.shape) - len(b.shape)) + b.shape
+    kinds = [(1,) * len(a.shape), (*(1,) * (len(a.shape) - 1), *a.shape[-1:])]
+    kinds += [(1, a.shape[1], 1, 1)] if image else []
+    if not channels or len(b.shape) > len(a.shape) or one not in kinds:
         raise _Unplanned

@@ -138,6 +138,10 @@ MOVES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "cat of contiguous": lambda y: torch.cat([y.flatten(2), y.flatten(2)], 2),
     "add": lambda y: y + y.roll(1, 1),
     "mul of an attention": lambda y: y * y.amax((2, 3), keepdim=True),
+    "a number": lambda y: (y - 0.3) * 2.5 + 1,
+    "one number a channel": lambda y: y * torch.linspace(0, 1, 8).view(8, 1, 1) + torch.ones(1, 8, 1, 1),
+    "one number a column": lambda y: y * torch.linspace(0, 1, 7),
+    "a part of itself": lambda y: y * y[:1, :1, :1, :1] + y[:, :, :1, :1],
     "clone": lambda y: y.clone().contiguous(),
     "a result twice": lambda y: torch.cat([y, y], 1),
 }

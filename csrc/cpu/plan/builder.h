@@ -103,7 +103,7 @@ class Builder {
     Broadcast broadcast;
     bool overlap;  // b is part of a, and read for several of its elements
   };
-  Pairing pairing();
+  Pairing pairing(const View& a, const View& other);
 
   const Program& program_;
   const uint8_t* weights_;

@@ -1,5 +1,8 @@
 // Steps between dense tensors, element by element, and concatenations of bytes.
+#include <bit>
+
 #include "cpu/arithmetic/driver.h"
+#include "cpu/copy/driver.h"
 #include "cpu/plan/builder.h"
 #include "cpu/quantize/driver.h"
 
@@ -12,6 +15,17 @@ Real real_of(Dtype t) { return t == Dtype::f32 ? Real::fp32 : t == Dtype::f16 ? 
 
 Quantization quantization(Dtype t, double scale, int64_t zero_point) {
   return {t == Dtype::s8, static_cast<float>(scale), static_cast<int32_t>(zero_point)};
+}
+
+// v with ones before its sizes.
+View with_dims(View v, int64_t dims) {
+  const int64_t more = dims - v.dims;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    v.sizes[d] = d < more ? 1 : v.sizes[d - more];
+    v.strides[d] = d < more ? 0 : v.strides[d - more];
+  }
+  v.dims = dims;
+  return v;
 }
 
 }  // namespace
@@ -79,22 +93,39 @@ void Builder::lookup() {
   yields(out);
 }
 
-// The operands of a sum or product, dense: of one shape, or [N, C, H, W] and [N, C, 1, 1].
-Builder::Pairing Builder::pairing() {
-  const View &a = in(0), &b = in(1);
-  bool same = a.dims == b.dims;
-  for (int64_t d = 0; same && d < a.dims; ++d) same = a.sizes[d] == b.sizes[d];
-  const bool per_channel = a.dims == 4 && b.dims == 4 && a.sizes[0] == b.sizes[0] && a.sizes[1] == b.sizes[1] &&
-                           b.sizes[2] == 1 && b.sizes[3] == 1;
-  PK_CHECK(same || per_channel, "run_plan: tensors of shapes ", shape_of(a.sizes.data(), a.dims), " and ",
+// The operands of a sum or product, dense: b has a's shape, one element, or one for each channel: [N, C, 1, 1] or
+// [C, 1, 1] of an image, [C] where the channels are a's last dimension.
+Builder::Pairing Builder::pairing(const View& a, const View& other) {
+  PK_CHECK(other.dims <= a.dims, "run_plan: the second operand of a step ", name(),
+           " has more dimensions than the first");
+  const View b = with_dims(other, a.dims), first = dense(a);
+  const bool image = a.dims == 4, channels_last = image && is_channels_last(first);
+  const int64_t channel = image && b.sizes[1] > 1 ? 1 : a.dims - 1;
+  bool same = true, one_a_channel = true, fits = true;
+  for (int64_t d = 0; d < a.dims; ++d) {
+    fits = fits && (b.sizes[d] == a.sizes[d] || b.sizes[d] == 1);
+    same = same && b.sizes[d] == a.sizes[d];
+    one_a_channel = one_a_channel && (d == channel ? b.sizes[d] == a.sizes[d] : b.sizes[d] == 1);
+  }
+  PK_CHECK(fits, "run_plan: tensors of shapes ", shape_of(a.sizes.data(), a.dims), " and ",
            shape_of(b.sizes.data(), b.dims), " cannot be combined");
-  const View first = dense(a);
-  const bool channels_last = is_channels_last(first);
-  if (same || !(channels_last || is_contiguous(first)))
-    return {first, in_layout_of(first, expanded(b, first)), same_shape(a.numel()), false};
-  const View second = to_contiguous(b);
-  return {first, second, pykernels::per_channel(a.sizes[0], a.sizes[1], a.sizes[2] * a.sizes[3], channels_last),
-          first.buffer == second.buffer};
+  const int64_t elements = a.numel();
+  if (!same && b.numel() == 1) return {first, b, {Operand::rows, 1, 1, elements}, first.buffer == b.buffer};
+  const bool last = (channel == 1 && channels_last) || (channel == a.dims - 1 && is_contiguous(first));
+  if (!same && one_a_channel && last && elements > 0) {
+    const View second = to_contiguous(b);
+    const int64_t channels = a.sizes[channel];
+    return {first, second, {Operand::columns, 1, elements / channels, channels}, first.buffer == second.buffer};
+  }
+  const bool per_image = image && b.sizes[1] == a.sizes[1] && b.sizes[2] == 1 && b.sizes[3] == 1;
+  if (!same && per_image && (channels_last || is_contiguous(first))) {
+    View each = b;
+    if (b.sizes[0] != a.sizes[0]) each.sizes[0] = a.sizes[0], each.strides[0] = 0;
+    const View second = to_contiguous(each);
+    return {first, second, per_channel(a.sizes[0], a.sizes[1], a.sizes[2] * a.sizes[3], channels_last),
+            first.buffer == second.buffer};
+  }
+  return {first, in_layout_of(first, expanded(b, first)), same_shape(elements), false};
 }
 
 // numbers: zero points of both operands, dtype and zero point of the output, of a sum the activation; reals: the scales
@@ -108,7 +139,7 @@ void Builder::quantized_binary() {
   const int64_t zero = zero_point(to);
   const Activation applied = sum ? activation() : Activation::none;
   const double a_scale = scale(), b_scale = scale(), out_scale = scale();
-  const Pairing p = pairing();
+  const Pairing p = pairing(in(0), in(1));
   const View out = p.overlap ? fresh_like(p.a, to) : in_place_of(p.a, 0, to);
   add(std::make_unique<ByteArithmeticDriver>(
           sum ? Arithmetic::add : Arithmetic::mul, applied, p.broadcast, quantization(p.a.dtype, a_scale, a_zero),
@@ -117,10 +148,22 @@ void Builder::quantized_binary() {
   yields(out);
 }
 
+// reals: the second operand, where there is only one
 void Builder::binary() {
   check_real(in(0).dtype);
-  PK_CHECK(in(0).dtype == in(1).dtype, "run_plan: the operands of a step ", name(), " differ in dtype");
-  const Pairing p = pairing();
+  View second;
+  if (operands() > 1) {
+    second = in(1);
+    PK_CHECK(in(0).dtype == second.dtype, "run_plan: the operands of a step ", name(), " differ in dtype");
+  } else {
+    PK_CHECK(in(0).dtype == Dtype::f32, "run_plan: a number can be combined with float32 only");
+    const int64_t one = 1;
+    second = fresh(Dtype::f32, &one, 1, false);
+    if (in(0).dims == 0) second.dims = 0;
+    const auto bits = std::bit_cast<uint32_t>(static_cast<float>(real()));
+    add(std::make_unique<FillDriver>(4, 1, bits, threads_), "number", {}, second);
+  }
+  const Pairing p = pairing(in(0), second);
   const View out = p.overlap ? fresh_like(p.a, p.a.dtype) : in_place_of(p.a, 0, p.a.dtype);
   add(std::make_unique<RealArithmeticDriver>(step_->kind == StepKind::add ? Arithmetic::add : Arithmetic::mul,
                                              p.broadcast, real_of(p.a.dtype), threads_),
