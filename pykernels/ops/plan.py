@@ -51,7 +51,8 @@ def describe_plan(plan: torch.Tensor, weights: torch.Tensor, inputs: Sequence[to
     Returns:
         isa, threads; arena_bytes, least_arena_bytes (what lies between the steps, and what no placement could do
         without), memory_bytes (all that a call holds); values: the shapes of inputs and steps; drivers, in order:
-        kernel, step, dtype (of what it reads), tasks, bytes (read and written), operations (multiplications and additions of products).
+        kernel, step, dtype (of what it reads), tasks, bytes (read and written), operations (multiplications and
+        additions of products).
     """
     found: dict[str, Any] = json.loads(torch.ops.pykernels._describe_plan(plan, weights, inputs))
     return found
