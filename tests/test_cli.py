@@ -225,10 +225,17 @@ def test_optimize_refuses_an_empty_calibration_folder_and_a_tensor_of_another_sh
 
 
 # ---- plan ------------------------------------------------------------------------------------------------------------
-def saved(nets: pathlib.Path, name: str = "build", *shape: int) -> pathlib.Path:
-    x = torch.randn(shape or (1, 3, 16, 16))
-    pk.optimize(getattr(__import__(str(nets)), name)(), (x,)).save(f"{name}.pk")
+def saved(name: str = "build", *shape: int) -> pathlib.Path:
+    """One of the networks, optimized for an input of this shape, as a file in the working folder."""
+    namespace: dict[str, Any] = {}
+    exec(NETWORK, namespace)
+    pk.optimize(namespace[name](), (torch.randn(shape or (1, 3, 16, 16)),)).save(f"{name}.pk")
     return pathlib.Path(f"{name}.pk")
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -238,8 +245,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peaks, "measure", lambda: peaks.Peaks(rates, (peaks.Level("DRAM", None, 1e18, 1e18),)))
 
 
-def test_plan_show_lists_kernel_calls_and_memory(nets: pathlib.Path) -> None:
-    path, before = saved(nets), torch.get_num_threads()
+@pytest.mark.usefixtures("folder")
+def test_plan_show_lists_kernel_calls_and_memory() -> None:
+    path, before = saved(), torch.get_num_threads()
     text = pykernels("plan", "show", path, "--batch", 2, "--size", "20x24", "--threads", 1)
     operations = 2 * 2 * 8 * 10 * 12 * 27 / 1e6
     assert re.search(rf"^0: conv2d \+ relu +convolution +2x8x10x12 +{operations:.1f} ", text, re.MULTILINE)
@@ -251,23 +259,25 @@ def test_plan_show_lists_kernel_calls_and_memory(nets: pathlib.Path) -> None:
     assert "1x8x8x8" in pykernels("plan", "show", path)  # the example's sizes
 
 
-def test_plan_show_names_what_torch_does_between_plans(nets: pathlib.Path) -> None:
-    text = pykernels("plan", "show", saved(nets, "parted"))
+@pytest.mark.usefixtures("folder")
+def test_plan_show_names_what_torch_does_between_plans() -> None:
+    text = pykernels("plan", "show", saved("parted"))
     assert re.search(r"in 2 plans; left to torch between: 1 aten\.\w*log_softmax", text)
 
 
-@pytest.mark.usefixtures("measured")
-def test_plan_profile_times_each_kernel_call(nets: pathlib.Path) -> None:
-    text = pykernels("plan", "profile", saved(nets), "--rounds", 3, "--chart", "plan.svg")
+@pytest.mark.usefixtures("folder", "measured")
+def test_plan_profile_times_each_kernel_call() -> None:
+    text = pykernels("plan", "profile", saved(), "--rounds", 3, "--chart", "plan.svg")
     assert re.search(r"^0: conv2d \+ relu +convolution .* [\d.]+ +0 % (ops|bytes) +\d+ +[\d.]+$", text, re.MULTILINE)
     assert re.search(r"^kernels [\d.]+ ms, 0 % of the limit; whole call [\d.]+ ms: a call costs [\d.]+ ms", text, re.M)
     assert "this machine's peaks: fp32 1000000000, " in text and "written: plan.svg" in text
     assert "<svg" in pathlib.Path("plan.svg").read_text()
-    pykernels("plan", "profile", saved(nets, "parted"), "--rounds", 2, "--chart", "plan.PNG")
+    pykernels("plan", "profile", saved("parted"), "--rounds", 2, "--chart", "plan.PNG")
     assert pathlib.Path("plan.PNG").read_bytes().startswith(b"\x89PNG")
 
 
-def test_plan_profile_measures_the_machine_for_its_threads(nets: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("folder")
+def test_plan_profile_measures_the_machine_for_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     found, measure = [], peaks.measure
 
     def shortly() -> peaks.Peaks:
@@ -275,13 +285,13 @@ def test_plan_profile_measures_the_machine_for_its_threads(nets: pathlib.Path, m
         return found[-1][1]
 
     monkeypatch.setattr(peaks, "measure", shortly)
-    text = pykernels("plan", "profile", saved(nets), "--rounds", 2, "--threads", 1)
+    text = pykernels("plan", "profile", saved(), "--rounds", 2, "--threads", 1)
     ((threads, rates),) = found
     assert threads == 1 and f"peaks: fp32 {rates.operations['fp32'] / 1e9:.0f}, " in text
 
 
-@pytest.mark.usefixtures("measured")
-def test_plan_profile_says_what_the_chart_needs(nets: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("folder", "measured")
+def test_plan_profile_says_what_the_chart_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def absent(name: str, *rest: Any, **options: Any) -> Any:
@@ -290,13 +300,14 @@ def test_plan_profile_says_what_the_chart_needs(nets: pathlib.Path, monkeypatch:
         return real(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    text = pykernels("plan", "profile", saved(nets), "--rounds", 1, "--chart", "plan.png", status=1)
+    text = pykernels("plan", "profile", saved(), "--rounds", 1, "--chart", "plan.png", status=1)
     assert "--chart: the chart needs matplotlib: pip install matplotlib" in text
 
 
+@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("command", ["show", "profile"])
-def test_plan_names_the_argument_that_is_wrong(nets: pathlib.Path, command: str) -> None:
-    path, words = saved(nets, "flat"), saved(nets, "words", 2, 6)
+def test_plan_names_the_argument_that_is_wrong(command: str) -> None:
+    path, words = saved("flat"), saved("words", 2, 6)
     damaged = bytearray(path.read_bytes())
     damaged[100] ^= 1
     pathlib.Path("damaged.pk").write_bytes(damaged)
@@ -304,7 +315,7 @@ def test_plan_names_the_argument_that_is_wrong(nets: pathlib.Path, command: str)
         (["absent.pk"], "NETWORK: absent.pk does not exist"),
         (["damaged.pk"], "NETWORK: damaged.pk cannot be loaded: "),
         (["."], "NETWORK: . cannot be loaded: it is no regular file"),
-        ([saved(nets, "torchs", 2, 3)], "NETWORK: the network has no plans: "),
+        ([saved("torchs", 2, 3)], "NETWORK: the network has no plans: "),
         ([path, "--size", "20"], "--size: '20' is not a height and a width: 224x224 is"),
         ([path, "--size", "0x20"], "--size: '0x20' is not a height and a width"),
         ([path, "--size", "20x18"], "--size: it refuses inputs of [1, 3, 20, 18]: "),
@@ -314,8 +325,9 @@ def test_plan_names_the_argument_that_is_wrong(nets: pathlib.Path, command: str)
         assert message in pykernels("plan", command, *arguments, status=1)
 
 
-def test_plan_profile_refuses_charts_that_it_cannot_write(nets: pathlib.Path) -> None:
-    path = saved(nets)
+@pytest.mark.usefixtures("folder")
+def test_plan_profile_refuses_charts_that_it_cannot_write() -> None:
+    path = saved()
     text = pykernels("plan", "profile", path, "--chart", "plan.txt", status=1)
     assert "--chart: plan.txt must end in .png or .svg" in text
     text = pykernels("plan", "profile", path, "--chart", "absent/plan.png", status=1)
