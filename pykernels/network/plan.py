@@ -171,7 +171,8 @@ class PlanReport:
             ).rstrip()
             for line in table
         ]
-        between = f", {self.plans} plans with {len(self.left)} calls of torch's between" if self.left else ""
+        calls = f"{len(self.left)} call{'s' * (len(self.left) != 1)} of torch's"
+        between = f", {self.plans} plan{'s' * (self.plans != 1)} with {calls} between" if self.left else ""
         threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
         lines.append(f"{len(self.rows)} kernel calls{between}; {self.isa}, {threads}")
         lines.append(
