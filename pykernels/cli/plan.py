@@ -211,11 +211,12 @@ def _times(report: PlanReport, limits: Sequence[float], peaks: Peaks) -> str:
     kernels, call = report.seconds or 0.0, report.call_seconds or 0.0
     operations = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in peaks.operations.items())
     levels = ", ".join(f"{level.name} {level.read / 1e9:.0f}" for level in peaks.levels)
-    beside = "the calls, torch's included, cost" if report.left else "a call costs"
+    who = "the calls, torch's included, cost" if report.left else "a call costs"
+    beside = f"{1e3 * (call - kernels):.3f} ms" if call > kernels else "nothing measurable"
     lines = [
         f"this machine's peaks: {operations} GOP/s; {levels} GB/s",
         f"kernels {1e3 * kernels:.3f} ms, {100 * sum(limits) / max(kernels, 1e-9):.0f} % of the limit; "
-        f"whole call {1e3 * call:.3f} ms: {beside} {1e3 * max(0.0, call - kernels):.3f} ms beside them",
+        f"whole call {1e3 * call:.3f} ms: {who} {beside} beside them",
     ]
     # Kernels are timed on one thread, which saw little of them if it came late; peaks are low on busy cores.
     if kernels < sum(limits) or (not report.left and kernels < call / 2 and call > BUSY):
