@@ -269,7 +269,7 @@ def test_plan_show_names_what_torch_does_between_plans() -> None:
 def test_plan_profile_times_each_kernel_call() -> None:
     text = pykernels("plan", "profile", saved(), "--rounds", 3, "--chart", "plan.svg")
     assert re.search(r"^0: conv2d \+ relu +convolution .* [\d.]+ +0 % (ops|bytes) +\d+ +[\d.]+$", text, re.MULTILINE)
-    assert re.search(r"^kernels [\d.]+ ms, 0 % of the limit; whole call [\d.]+ ms: a call costs (nothing|[\d.]+ ms)", text, re.M)
+    assert re.search(r"^kernels [\d.]+ ms, 0 % of the limit; whole call [\d.]+ ms: a call costs ", text, re.MULTILINE)
     assert "this machine's peaks: fp32 1000000000, " in text and "written: plan.svg" in text
     assert "<svg" in pathlib.Path("plan.svg").read_text()
     pykernels("plan", "profile", saved("parted"), "--rounds", 2, "--chart", "plan.PNG")
