@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import pykernels as pk
-from pykernels.bench import machine
+from pykernels.bench import machine, peaks
 from pykernels.cli.main import app
 from pykernels.cuda import registry
 from pykernels.ops import _load
@@ -30,6 +32,18 @@ def build():
 
 def half():
     return build().half()
+
+def flat():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14 * 14, 2)).eval()
+
+def parted():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.LogSoftmax(1), nn.Conv2d(4, 2, 1)).eval()
+
+def torchs():
+    return nn.LogSoftmax(1)
+
+def words():
+    return nn.Linear(6, 4).eval()
 
 def nothing():
     return 3
@@ -56,7 +70,7 @@ def nets(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pat
 
 def test_help_names_every_command() -> None:
     text = pykernels("--help")
-    for command in ("doctor", "optimize", "bench", "comm"):
+    for command in ("doctor", "optimize", "plan", "bench", "comm"):
         assert re.search(rf"\b{command}\b", text)
         assert "Usage" in pykernels(command, "--help")
 
@@ -208,3 +222,113 @@ def test_optimize_refuses_an_empty_calibration_folder_and_a_tensor_of_another_sh
     assert "holds no image and no .pt or .npy file" in pykernels("optimize", *arguments, status=1)
     np.save(folder / "b.npy", np.zeros((2, 3, 8, 8), np.float32))
     assert "must hold one tensor of shape [N, 3, 16, 16]" in pykernels("optimize", *arguments, status=1)
+
+
+# ---- plan ------------------------------------------------------------------------------------------------------------
+def saved(name: str = "build", *shape: int) -> pathlib.Path:
+    """One of the networks, optimized for an input of this shape, as a file in the working folder."""
+    namespace: dict[str, Any] = {}
+    exec(NETWORK, namespace)
+    pk.optimize(namespace[name](), (torch.randn(shape or (1, 3, 16, 16)),)).save(f"{name}.pk")
+    return pathlib.Path(f"{name}.pk")
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaks that cost no time; nothing reaches them."""
+    rates = {"fp32": 1e18, "bf16": 1e18, "int8": 1e18}
+    monkeypatch.setattr(peaks, "measure", lambda: peaks.Peaks(rates, (peaks.Level("DRAM", None, 1e18, 1e18),)))
+
+
+@pytest.mark.usefixtures("folder")
+def test_plan_show_lists_kernel_calls_and_memory() -> None:
+    path, before = saved(), torch.get_num_threads()
+    text = pykernels("plan", "show", path, "--batch", 2, "--size", "20x24", "--threads", 1)
+    operations = 2 * 2 * 8 * 10 * 12 * 27 / 1e6
+    assert re.search(rf"^0: conv2d \+ relu +convolution +2x8x10x12 +{operations:.1f} ", text, re.MULTILINE)
+    assert re.search(r"^5: linear +product +2x4 ", text, re.MULTILINE)
+    assert "in 1 plan; left to torch between: nothing" in text
+    assert re.search(r"memory between the steps [\d.]+ MB, of which no placement could do without [\d.]+", text)
+    assert f"isa {torch.ops.pykernels._isa()}, 1 thread\n" in text
+    assert torch.get_num_threads() == before
+    assert "1x8x8x8" in pykernels("plan", "show", path)  # the example's sizes
+
+
+@pytest.mark.usefixtures("folder")
+def test_plan_show_names_what_torch_does_between_plans() -> None:
+    text = pykernels("plan", "show", saved("parted"))
+    assert re.search(r"in 2 plans; left to torch between: 1 aten\.\w*log_softmax", text)
+
+
+@pytest.mark.usefixtures("folder", "measured")
+def test_plan_profile_times_each_kernel_call() -> None:
+    text = pykernels("plan", "profile", saved(), "--rounds", 3, "--chart", "plan.svg")
+    assert re.search(r"^0: conv2d \+ relu +convolution .* [\d.]+ +0 % (ops|bytes) +\d+ +[\d.]+$", text, re.MULTILINE)
+    assert re.search(r"^kernels [\d.]+ ms, 0 % of the limit; whole call [\d.]+ ms: a call costs ", text, re.MULTILINE)
+    assert "this machine's peaks: fp32 1000000000, " in text and "written: plan.svg" in text
+    assert "<svg" in pathlib.Path("plan.svg").read_text()
+    pykernels("plan", "profile", saved("parted"), "--rounds", 2, "--chart", "plan.PNG")
+    assert pathlib.Path("plan.PNG").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("folder")
+def test_plan_profile_measures_the_machine_for_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, measure = [], peaks.measure
+
+    def shortly() -> peaks.Peaks:
+        found.append((torch.get_num_threads(), measure(0.001)))
+        return found[-1][1]
+
+    monkeypatch.setattr(peaks, "measure", shortly)
+    text = pykernels("plan", "profile", saved(), "--rounds", 2, "--threads", 1)
+    ((threads, rates),) = found
+    assert threads == 1 and f"peaks: fp32 {rates.operations['fp32'] / 1e9:.0f}, " in text
+
+
+@pytest.mark.usefixtures("folder", "measured")
+def test_plan_profile_says_what_the_chart_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def absent(name: str, *rest: Any, **options: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ModuleNotFoundError(f"No module named '{name}'")
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    text = pykernels("plan", "profile", saved(), "--rounds", 1, "--chart", "plan.png", status=1)
+    assert "--chart: the chart needs matplotlib: pip install matplotlib" in text
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("command", ["show", "profile"])
+def test_plan_names_the_argument_that_is_wrong(command: str) -> None:
+    path, words = saved("flat"), saved("words", 2, 6)
+    damaged = bytearray(path.read_bytes())
+    damaged[100] ^= 1
+    pathlib.Path("damaged.pk").write_bytes(damaged)
+    for arguments, message in (
+        (["absent.pk"], "NETWORK: absent.pk does not exist"),
+        (["damaged.pk"], "NETWORK: damaged.pk cannot be loaded: "),
+        (["."], "NETWORK: . cannot be loaded: it is no regular file"),
+        ([saved("torchs", 2, 3)], "NETWORK: the network has no plans: "),
+        ([path, "--size", "20"], "--size: '20' is not a height and a width: 224x224 is"),
+        ([path, "--size", "0x20"], "--size: '0x20' is not a height and a width"),
+        ([path, "--size", "20x18"], "--size: it refuses inputs of [1, 3, 20, 18]: "),
+        ([path, "--batch", 2, "--size", "2x2"], "--batch, --size: it refuses inputs of [2, 3, 2, 2]: "),
+        ([words, "--size", "8x8"], "--size: the network has no input of four dimensions"),
+    ):
+        assert message in pykernels("plan", command, *arguments, status=1)
+
+
+@pytest.mark.usefixtures("folder")
+def test_plan_profile_refuses_charts_that_it_cannot_write() -> None:
+    path = saved()
+    text = pykernels("plan", "profile", path, "--chart", "plan.txt", status=1)
+    assert "--chart: plan.txt must end in .png or .svg" in text
+    text = pykernels("plan", "profile", path, "--chart", "absent/plan.png", status=1)
+    assert "--chart: the folder absent does not exist" in text

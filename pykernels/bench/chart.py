@@ -1,4 +1,5 @@
-"""A run as a picture: bars beside the rivals, and where every entry stands under the machine's roofline."""
+"""A run as a picture: bars beside the rivals, and where every entry stands under the machine's roofline. A plan as one:
+the time of each kernel call."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ from typing import Any
 from pykernels.bench.harness import Result, Run
 from pykernels.bench.peaks import Peaks
 from pykernels.bench.report import pairs
+from pykernels.network.plan import PlanReport
 
 COLORS = {"fp32": "#4c72b0", "bf16": "#dd8452", "int8": "#55a868"}
+PALE = "#c9d5e8"
 DETAILED = 8
 """With at most so many cases every entry has its bar; with more, ours and the fastest rival of each precision."""
 
@@ -22,19 +25,13 @@ def draw(run: Run, path: pathlib.Path) -> pathlib.Path:
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: nothing was timed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"the chart needs matplotlib: pip install matplotlib ({error})") from error
     timed = [r for r in run.results if r.median_ms is not None]
     if not timed:
         raise ValueError("run: nothing was timed, so there is nothing to draw")
     bars = _bars(timed)
     roofline = run.peaks is not None and any(r.work > 0 for r in timed)
     height = max(5.0, 0.24 * sum(len(entries) + 1 for _, entries in bars) + 1.5)
-    figure = Figure(figsize=(17 if roofline else 10, min(height, 60.0)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(17 if roofline else 10, height)
     axes = figure.subplots(1, 2 if roofline else 1, squeeze=False)[0]
     _draw_bars(axes[0], bars)
     if roofline:
@@ -48,6 +45,52 @@ def draw(run: Run, path: pathlib.Path) -> pathlib.Path:
     )
     figure.savefig(path, dpi=120)
     return path
+
+
+def draw_plan(report: PlanReport, limits: Sequence[float], title: str, path: pathlib.Path) -> pathlib.Path:
+    """Draw the time of each kernel call of timed plans, in order, to a file that matplotlib can write; return its path.
+
+    Args:
+        limits: of each row the least seconds that the machine needs; drawn in full colour, what is above them pale.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: nothing was timed.
+    """
+    if report.seconds is None:
+        raise ValueError("report: nothing was timed, so there is nothing to draw")
+    figure = _figure(11, 0.19 * len(report.rows) + 1.5)
+    axes = figure.subplots()
+    for place, (row, least) in enumerate(zip(report.rows, limits, strict=True)):
+        taken = 1e6 * (row.seconds or 0.0)
+        axes.barh(place, taken, color=PALE, height=0.8)
+        axes.barh(place, min(1e6 * least, taken), color=COLORS["fp32"], height=0.8)
+        axes.text(taken, place, f" {taken:.3g}", va="center", fontsize=7)
+    labels = [f"{row.step} · {row.kernel} {'x'.join(map(str, row.shape))}" for row in report.rows]
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.set_ylim(len(labels), -1)
+    axes.set_xlabel("median µs; in full colour what the machine needs at least")
+    axes.spines[["top", "right"]].set_visible(False)
+    kernels, call = 1e3 * report.seconds, 1e3 * (report.call_seconds or 0.0)
+    figure.suptitle(f"{title}\nkernels {kernels:.3f} ms, whole call {call:.3f} ms", fontsize=10)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure, in inches.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"the chart needs matplotlib: pip install matplotlib ({error})") from error
+    figure = Figure(figsize=(width, min(height, 60.0)), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _bars(timed: Sequence[Result]) -> list[tuple[str, list[Result]]]:

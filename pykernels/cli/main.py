@@ -1,4 +1,4 @@
-"""The command `pykernels`: doctor, optimize, bench, comm."""
+"""The command `pykernels`: doctor, optimize, plan, bench, comm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -20,6 +20,8 @@ from torch.export.passes import move_to_device_pass
 import pykernels
 from pykernels.bench import machine as machines
 from pykernels.bench.command import bench
+from pykernels.cli.errors import fail
+from pykernels.cli.plan import app as plan_app
 from pykernels.comm.command import app as comm_app
 from pykernels.cuda import registry
 
@@ -41,12 +43,6 @@ class Precision(str, enum.Enum):
     bf16 = "bf16"
     fp16 = "fp16"
     int8 = "int8"
-
-
-def fail(message: str) -> NoReturn:
-    """Say what is wrong on stderr and leave with status 1."""
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {message}", highlight=False)
-    raise typer.Exit(1)
 
 
 def hush() -> None:
@@ -178,6 +174,7 @@ def optimize(
 
 
 app.command()(bench)
+app.add_typer(plan_app, name="plan")
 app.add_typer(comm_app, name="comm")
 
 
