@@ -115,7 +115,7 @@ def test_doctor_fails_and_says_why_without_the_library(monkeypatch: pytest.Monke
 
 # ---- optimize --------------------------------------------------------------------------------------------------------
 def test_optimize_saves_a_network_that_answers_as_the_model(nets: pathlib.Path) -> None:
-    text = pykernels("optimize", f"{nets}:build", "--input-shape", "1,3,16,16", "-o", "net.pk")
+    text = pykernels("optimize", f"{nets}:build", "--input-shape", "1,3,16,16", "-o", "net.pk", "--tune")
     assert "fused" in text
     model = __import__(str(nets)).build()
     x = torch.randn(2, 3, 16, 16)

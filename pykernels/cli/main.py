@@ -124,6 +124,9 @@ def optimize(
     device: Annotated[
         str, typer.Option(help="Where to optimize and calibrate: cpu, cuda or cuda:1. The file serves every device.")
     ] = "cpu",
+    tune: Annotated[
+        bool, typer.Option("--tune", help="On the CPU, time ways to cut each layer over the threads, and keep the best.")
+    ] = False,
 ) -> None:
     """Fuse a network onto our kernels, in fp32, bf16, fp16 or int8, and save it.
 
@@ -161,6 +164,7 @@ def optimize(
                 precision=precision.value,
                 calibration=inputs,
                 progress=_bar(progress, task, what),
+                tune=tune,
             )
             progress.update(task, description=f"saving {output}", total=None)
             fast.save(output)
