@@ -16,15 +16,15 @@ from pykernels.cuda.graphs import CudaGraphs
 from pykernels.graph.alias import writes
 from pykernels.graph.capture import Captured, canonicalize, capture
 from pykernels.graph.qdq import has_quantizers
-from pykernels.network import file, literals, tree_json
-from pykernels.network import tune as tuning
 from pykernels.network.assemble import assemble
 from pykernels.network.buffers import consolidate, separate
 from pykernels.network.devices import device_of, follow, to_device
 from pykernels.network.emit_fx import emit_fx
-from pykernels.network.emit_plan import emit_plan
-from pykernels.network.plan import Planned, PlanReport
+from pykernels.network.plan import tune as tuning
+from pykernels.network.plan.emit import emit_plan
+from pykernels.network.plan.planned import Planned, PlanReport
 from pykernels.network.report import Report, bytes_of
+from pykernels.network.saved import file, literals, tree_json
 from pykernels.ops.dtypes import STORED
 
 __all__ = ["Optimized", "load", "optimize"]

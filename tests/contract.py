@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pykernels.network.plan_format import Program, Record, encode
+from pykernels.network.plan.format import Program, Record, encode
 
 ops = torch.ops.pykernels
 NHWC = torch.channels_last

@@ -10,7 +10,7 @@ from typing import Any
 from pykernels.bench.harness import Result, Run
 from pykernels.bench.peaks import Peaks
 from pykernels.bench.report import pairs
-from pykernels.network.plan import PlanReport
+from pykernels.network.plan.planned import PlanReport
 
 COLORS = {"fp32": "#4c72b0", "bf16": "#dd8452", "int8": "#55a868"}
 PALE = "#c9d5e8"

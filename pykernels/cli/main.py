@@ -125,7 +125,8 @@ def optimize(
         str, typer.Option(help="Where to optimize and calibrate: cpu, cuda or cuda:1. The file serves every device.")
     ] = "cpu",
     tune: Annotated[
-        bool, typer.Option("--tune", help="On the CPU, time ways to cut each layer over the threads, and keep the best.")
+        bool,
+        typer.Option("--tune", help="On the CPU, time ways to cut each layer into tasks, and keep the best."),
     ] = False,
 ) -> None:
     """Fuse a network onto our kernels, in fp32, bf16, fp16 or int8, and save it.

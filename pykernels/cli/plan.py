@@ -22,7 +22,7 @@ from pykernels.bench.machine import machine
 from pykernels.bench.peaks import Peaks
 from pykernels.bench.report import LIMITS
 from pykernels.cli.errors import fail
-from pykernels.network.plan import PlanReport, PlanRow
+from pykernels.network.plan.planned import PlanReport, PlanRow
 
 app = typer.Typer(help="What a saved network does on the CPU.", no_args_is_help=True)
 PEAKS = {"uint8": "int8", "int8": "int8", "bfloat16": "bf16"}

@@ -1,4 +1,4 @@
-"""A plan: a network, or a part of one, as one call on the CPU. `pykernels.network.emit_plan` makes plans."""
+"""A plan: a network, or a part of one, as one call on the CPU. `pykernels.network.plan.emit` makes plans."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pykernels as pk
-from pykernels.network import file
+from pykernels.network.saved import file
 
 front_door = importlib.import_module("pykernels.optimize")
 

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 import pykernels as pk
 from pykernels.bench import zoo
-from pykernels.network import tune
-from pykernels.network.plan_format import UNTUNED, decode, hash_of
+from pykernels.network.plan import tune
+from pykernels.network.plan.format import UNTUNED, decode, hash_of
 from tests.models import ZOO
 
 PRECISIONS = ("fp32", "bf16", "int8")

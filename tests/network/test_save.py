@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import pykernels as pk
-from pykernels.network import file
+from pykernels.network.saved import file
 from tests.network.fuzz_file import Parts
 
 X = (3, 12, 12)
@@ -427,7 +427,7 @@ SHAPES = {"x": (2, 5, 6), "w_ih": (32, 6), "w_hh": (32, 8), "h": (1, 2, 8)}
 
 @pytest.mark.parametrize(("name", "shape"), [("w_ih", (32, 2)), ("w_hh", (32, 4)), ("h", (1, 1, 8)), ("x", (2, 5, 3))])
 def test_shapes_that_torch_s_lstm_would_trust_are_checked(name: str, shape: tuple[int, ...]) -> None:
-    from pykernels.network.checked import lstm
+    from pykernels.network.saved.checked import lstm
 
     def call(shapes: dict[str, tuple[int, ...]]) -> Any:
         x, *weights, h = (torch.zeros(shapes[name]) for name in SHAPES)
@@ -439,7 +439,7 @@ def test_shapes_that_torch_s_lstm_would_trust_are_checked(name: str, shape: tupl
 
 
 def test_shapes_that_torch_s_attention_would_trust_are_checked() -> None:
-    from pykernels.network.checked import attention, flash_attention
+    from pykernels.network.saved.checked import attention, flash_attention
 
     q, k, v = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4096, 8), torch.zeros(1, 2, 4, 8)
     for function in (attention, flash_attention):

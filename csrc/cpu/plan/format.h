@@ -1,4 +1,4 @@
-// A plan as bytes: little-endian 64-bit words, written by pykernels/network/plan_format.py. Torch-free.
+// A plan as bytes: little-endian 64-bit words, written by pykernels/network/plan/format.py. Torch-free.
 //
 //   magic "PKPLAN01", version, words of the whole, hash of all that follows
 //   bytes of the weights; the isa (its number plus one) and the threads that layers were tuned for, or zeros

@@ -26,7 +26,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from pykernels.network.checked import CHECKED
+from pykernels.network.saved.checked import CHECKED
 
 __all__ = ["check", "find", "name_of"]
 

@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from pykernels.network import graph_json
 from pykernels.network.buffers import ALIGNMENT, whole
-from pykernels.network.literals import DTYPES, expect
+from pykernels.network.saved import graph_json
+from pykernels.network.saved.literals import DTYPES, expect
 
 __all__ = ["VERSION", "read", "write"]
 

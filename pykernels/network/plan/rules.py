@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pykernels.network.plan_format import DTYPES, UNTUNED
+from pykernels.network.plan.format import DTYPES, UNTUNED
 from pykernels.network.step import Call, Concatenation, Layer, Lookup, Pool, QParams, Step, Value
 from pykernels.ops import names
 from pykernels.ops.dtypes import REALS
 
 if TYPE_CHECKING:
-    from pykernels.network.emit_plan import Planner
+    from pykernels.network.plan.emit import Planner
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
-from pykernels.network.literals import decode, encode, expect
+from pykernels.network.saved.literals import decode, encode, expect
 
 __all__ = ["dump", "parse"]
 

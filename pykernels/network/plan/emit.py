@@ -18,9 +18,9 @@ from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from pykernels.graph.nodes import aliases_layout
 from pykernels.network.emit_fx import Emitted, Emitter
-from pykernels.network.plan import WEIGHTS, Planned, places
-from pykernels.network.plan_format import DTYPES, Program, Record, encode
-from pykernels.network.plan_rules import RULES, Unplanned
+from pykernels.network.plan.format import DTYPES, Program, Record, encode
+from pykernels.network.plan.planned import WEIGHTS, Planned, places
+from pykernels.network.plan.rules import RULES, Unplanned
 from pykernels.network.step import Layer, Network, Step, Value
 
 aten = torch.ops.aten

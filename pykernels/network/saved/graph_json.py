@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from pykernels.network import operators
-from pykernels.network.literals import decode, encode, expect
+from pykernels.network.saved import operators
+from pykernels.network.saved.literals import decode, encode, expect
 
 __all__ = ["dump", "parse"]
 

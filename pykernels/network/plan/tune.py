@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from pykernels.network.plan import Planned, calls_of_plans
-from pykernels.network.plan_format import UNTUNED, Program, decode, encode
+from pykernels.network.plan.format import UNTUNED, Program, decode, encode
+from pykernels.network.plan.planned import Planned, calls_of_plans
 from pykernels.ops import names
 from pykernels.ops.plan import describe_plan, profile_plan
 

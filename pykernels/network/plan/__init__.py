@@ -1,0 +1,1 @@
+"""Networks as plans: emitted, described, tuned. Run by csrc/cpu/plan."""

@@ -1,0 +1,1 @@
+"""Networks as files that are mapped and in which nothing is executed."""
