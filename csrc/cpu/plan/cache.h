@@ -20,43 +20,52 @@ struct PlanKey {
   bool operator==(const PlanKey&) const = default;
 };
 
-// One plan made ready, with memory of its own: for one call at a time.
+// Memory, at a multiple of kArenaAlignment, every page of which has been touched.
+struct Block {
+  struct Free {
+    void operator()(uint8_t* memory) const;
+  };
+  int64_t bytes = 0;
+  std::unique_ptr<uint8_t[], Free> memory;
+};
+
+// One plan made ready: for one call at a time.
 class Prepared {
  public:
   Prepared(PlanKey key, PlanLayout layout, const uint8_t* weights);
 
   const PlanKey key;
   const PlanLayout& layout() const { return layout_; }
-  int64_t memory_bytes() const { return static_cast<int64_t>(memory_bytes_); }
+  int64_t memory_bytes() const;  // of the block that a call takes
 
-  // `memory[i]`: the first byte of input or output i.
+  // Takes a block for this call, which give() hands on. [i]: the first byte of input or output i.
   void bind(const uint8_t* const* inputs, uint8_t* const* outputs);
   Runner& runner() { return runner_; }
-  uint8_t* scratch(int64_t thread) { return scratch_ + thread * runner_.scratch_bytes(); }
+  uint8_t* scratch(int64_t thread) { return block_.memory.get() + arena_bytes() + thread * runner_.scratch_bytes(); }
 
  private:
-  struct Free {
-    void operator()(uint8_t* memory) const;
-  };
+  friend void give(std::unique_ptr<Prepared> prepared);
+
+  int64_t arena_bytes() const;
   uint8_t* at(const PlanLayout::Place& place, const uint8_t* const* inputs, uint8_t* const* outputs) const;
   void bind(size_t driver, const uint8_t* const* inputs, uint8_t* const* outputs);
 
   PlanLayout layout_;
   const uint8_t* weights_;
   Runner runner_;
-  size_t memory_bytes_;
-  std::unique_ptr<uint8_t[], Free> memory_;
-  uint8_t* scratch_;
+  Block block_;
+  const uint8_t* bound_to_ = nullptr;  // the block that all drivers know
   std::vector<const uint8_t*> operands_;
-  std::vector<size_t> bound_;  // drivers that touch an input or output
+  std::vector<size_t> outer_;  // drivers that touch an input or output
 };
 
 // Takes one that lies ready, or null; it comes back by give(), which keeps those of the kinds used last: so many of one
-// plan, and so many of all.
+// plan, and so many of all. Their blocks serve any plan: there are as many as calls that ran at once, each as large as
+// the largest of these needed.
 inline constexpr size_t kKept = 16, kKeptOfAll = 256;
 std::unique_ptr<Prepared> take(const PlanKey& key);
 void give(std::unique_ptr<Prepared> prepared);
-// Forgets all that was made ready over these weights.
+// Forgets all that was made ready over these weights, and the blocks that lie ready.
 void forget(const void* weights);
 
 }  // namespace pykernels

@@ -17,7 +17,7 @@ inline void pause() {
 }
 
 // The others' last tasks of a driver end within microseconds, unless the cores are wanted by somebody else.
-constexpr int kSpins = 4000;
+constexpr int kSpins = 500;
 
 int64_t now() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
