@@ -8,6 +8,8 @@
 
 namespace pykernels {
 
+int64_t memory_of_machine();  // in bytes
+
 class Builder {
  public:
   Builder(const Program& program, const uint8_t* weights, const std::vector<View>& inputs, int64_t threads);
