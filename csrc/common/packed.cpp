@@ -79,7 +79,7 @@ const char* read_packed(const void* data, int64_t bytes, PackedView* view) {
   int64_t weights = 1;
   for (int64_t size : {h.groups, h.n, h.k, h.kh, h.kw})
     sane = sane && size >= 0 && size < (int64_t{1} << 31) && !__builtin_mul_overflow(weights, size + 64, &weights);
-  sane = sane && weights < (int64_t{1} << 56) && h.groups > 0 && h.kh > 0 && h.kw > 0;
+  sane = sane && weights < (int64_t{1} << 56) && h.groups > 0 && h.kh > 0 && h.kw > 0 && (h.k > 0 || h.kh * h.kw == 1);
   sane = sane && (!depthwise || (h.groups == 1 && h.k == 1)) && (h.has_bias == 0 || h.has_bias == 1);
   if (!sane) return "its header is damaged";
   const PackedHeader right = make_header(h.kind, h.element, h.groups, h.n, h.k, h.kh, h.kw, h.has_bias);

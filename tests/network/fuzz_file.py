@@ -14,6 +14,7 @@ import argparse
 import copy
 import importlib
 import json
+import math
 import os
 import random
 import resource
@@ -32,6 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pykernels as pk
+from pykernels.network.plan import format as plan_format
 from pykernels.network.saved import file
 
 front_door = importlib.import_module("pykernels.optimize")
@@ -114,6 +116,7 @@ class Parts:
 
 
 NUMBERS = [0, 1, -1, 2, 3, 7, 64, 2**15, -(2**63), *(2**n for n in (31, 32, 40, 62, 63, 64)), 2**31 - 1, 2**63 - 1]
+REALS = [0.0, -1.0, 1e-30, 0.5, 3.0, 1e30, 1e300, math.inf, math.nan]
 NAMES = ["", "a", "self", "torch", "forward", "graph", "_buffers", "__class__", "é", "x): import os #", "None", "a.b"]
 KINDS = ["dtype", "device", "layout", "memory_format", "float", "tuple", "slice", "complex", "dict", "node", "x"]
 WORDS = ["float32", "bool", "quint8", "cuda", "cpu", "nan", "channels_last", "strided", "sparse_coo", "x" * 9999]
@@ -230,6 +233,22 @@ def weights(parts: Parts, r: random.Random) -> bytes:
     return parts.together()
 
 
+def plans(parts: Parts, r: random.Random) -> bytes:
+    """Words of a plan, with a hash that fits."""
+    index = r.choice([i for i, part in enumerate(parts.storages) if part.startswith(plan_format.MAGIC)])
+    words = list(struct.unpack(f"<{len(parts.storages[index]) // 8}q", parts.storages[index]))
+    count = words[2]
+    for _ in range(r.randrange(1, 4)):
+        place = r.randrange(4, count)
+        near, real = words[place] + r.choice([-1, 1]), struct.unpack("<q", struct.pack("<d", r.choice(REALS)))[0]
+        words[place] = r.choice([r.choice(NUMBERS), r.randrange(300), near, real, words[r.randrange(4, count)]])
+    words = [max(-(2**63), min(2**63 - 1, word)) for word in words]
+    body = struct.pack(f"<{count - 4}q", *words[4:count])
+    head, padding = parts.storages[index][:24], parts.storages[index][8 * count :]
+    parts.storages[index] = head + struct.pack("<Q", plan_format.hash_of(body)) + body + padding
+    return parts.together()
+
+
 def raw(parts: Parts, r: random.Random) -> bytes:
     """Any byte, checksums left as they were: always refused."""
     data = bytearray(parts.together())
@@ -251,7 +270,23 @@ def head(parts: Parts, r: random.Random) -> bytes:
     return bytes(data)
 
 
-CHANGES = [structure, structure, calls, calls, calls, numbers, numbers, text, weights, weights, raw, length, head]
+CHANGES = [
+    structure,
+    structure,
+    calls,
+    calls,
+    calls,
+    numbers,
+    numbers,
+    text,
+    weights,
+    weights,
+    plans,
+    plans,
+    raw,
+    length,
+    head,
+]
 
 
 class Fuzz:

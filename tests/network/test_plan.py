@@ -380,6 +380,63 @@ def changed(plan: torch.Tensor, place: int, word: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(struct.pack(f"<{len(words)}Q", *words)), dtype=torch.uint8)
 
 
+class Woven(nn.Module):
+    """Random steps over values of one shape, each read by any later step. Many could be written where an operand lies:
+    sums and residuals of a value with itself, of views of one memory, of what is an output or read again. Nothing here
+    is rounded otherwise where values lie otherwise, as averages of real numbers are."""
+
+    STEPS = 14
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        chosen = random.Random(seed)
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, *chosen.choice([(1,), (3, 1, 1)])) for _ in range(3))
+        self.wide = nn.Conv2d(8, 8, 3, 1, 1, groups=8)
+        self.seed = seed
+
+    def step(self, chosen: random.Random, values: list[torch.Tensor]) -> torch.Tensor:
+        u, v = (chosen.choice(values[-4:] if chosen.random() < 0.7 else values) for _ in range(2))
+        u = v if chosen.random() < 0.2 else u
+        conv = chosen.choice([*self.convs, self.wide])
+        steps: list[Callable[[], torch.Tensor]] = [
+            lambda: conv(u),
+            lambda: F.relu(conv(u) + v),
+            lambda: v + F.relu(conv(u)),
+            lambda: u + v,
+            lambda: F.relu(u + v),
+            lambda: u * v,
+            lambda: u * F.max_pool2d(v, 6),
+            lambda: u * v[:, :, 2:3, 4:5],
+            lambda: torch.cat([u[:, 5:], v[:, :5]], 1),
+            lambda: torch.cat([u, v], 1)[:, 3:11],
+            lambda: u.permute(0, 1, 3, 2),
+            lambda: u.reshape(u.shape[0], 2, 4, 36).transpose(1, 2).reshape(u.shape),
+            lambda: u[:, :, :1].expand(-1, -1, 6, -1),
+            lambda: F.pad(u[:, :, 1:, :-1], (1, 0, 0, 1)),
+            lambda: F.max_pool2d(u, 3, 1, 1),
+        ]
+        return chosen.choice(steps)()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        chosen = random.Random(self.seed)
+        values = [x, self.convs[0](x)]
+        for _ in range(self.STEPS):
+            values.append(self.step(chosen, values))
+        return values[-1], *chosen.sample(values[1:-1], chosen.randrange(3))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("first", range(0, 60, 10))
+def test_what_is_written_where_an_operand_lay_is_read_by_nobody_else(first: int, precision: str) -> None:
+    for seed in range(first, first + 10):
+        torch.manual_seed(seed)
+        x = torch.randn(2, 8, 6, 6)
+        fast = optimized(Woven(seed), x, precision=precision)
+        assert plans(fast) >= 1
+        same(fast, x)
+        same(fast, torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_a_damaged_plan_is_refused_or_harmless(precision: str) -> None:
     torch.manual_seed(0)

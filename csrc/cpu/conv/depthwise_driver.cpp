@@ -7,6 +7,8 @@
 namespace pykernels {
 namespace {
 
+constexpr int64_t kMost = int64_t{1} << 60;  // bytes that no machine has
+
 // Pixels of `valid` bytes, `from_pixel` apart, to pixels of whole panels.
 void copy_pixels(const uint8_t* from, int64_t from_pixel, int64_t valid, uint8_t* to, int64_t pixel, int64_t pixels,
                  uint8_t flip) {
@@ -111,8 +113,8 @@ DepthwiseDriver::DepthwiseDriver(const ConvShape& shape, const PackedView& packe
   if (s.top || s.bottom) blank.assign(s.w * s.c * element, fill);
 
   if (s.n == 0) return;
-  const int64_t work = s.n * s.oh * s.ow * s.c * s.kh * s.kw;
-  split(std::clamp<int64_t>(work >> 15, 1, threads));
+  const double work = static_cast<double>(s.n * s.oh * s.ow * s.c) * static_cast<double>(s.kh * s.kw);
+  split(static_cast<int64_t>(std::clamp<double>(work / (1 << 15), 1, static_cast<double>(threads))));
   tasks = line_splits * panel_splits;
   scratch = pieces_count * taps() * static_cast<int64_t>(sizeof(const uint8_t*)) + kBlockBytes;
   for (int i = 0; i < pieces_count; ++i)
@@ -132,7 +134,9 @@ void DepthwiseDriver::add_piece(int64_t first, int64_t last, bool in_place) {
 
 // Bytes of a ring of `panels` panels: its rows and one of padding.
 int64_t DepthwiseDriver::ring_bytes(const Piece& p, int64_t panels) const {
-  return p.in_place ? 0 : (slots + 1) * p.columns * panels * kColumns * element;
+  int64_t bytes = 0;
+  const bool many = __builtin_mul_overflow((slots + 1) * panels * kColumns * element, p.columns, &bytes);
+  return p.in_place ? 0 : many ? kMost : std::min(bytes, kMost);
 }
 
 // The split of least work for the slowest thread; a piece of lines begins with rows that its neighbour brings, too.

@@ -1,5 +1,7 @@
 #include "cpu/plan/builder.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "cpu/copy/driver.h"
@@ -25,6 +27,11 @@ bool same_meaning(const PlanStep& cat, size_t i) {
 }
 
 }  // namespace
+
+int64_t memory_of_machine() {
+  static const int64_t bytes = sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
+  return bytes;
+}
 
 // Convolutions can write pixels apart from one another; whoever reads them must not mind.
 Joined::Joined(const Program& program, const PlanLayout& layout) {
@@ -61,6 +68,10 @@ Builder::Builder(const Program& program, const uint8_t* weights, const std::vect
     : program_(program), weights_(weights), threads_(threads), joined_(joined) {
   for (size_t i = 0; i < inputs.size(); ++i) {
     View v = inputs[i];
+    PK_CHECK(is_countable(v), "run_plan: inputs[", i, "] has too many elements: its shape is ",
+             shape_of(v.sizes.data(), v.dims));
+    for (int64_t d = 0; d < v.dims; ++d)  // strides that nobody steps along may be anything
+      if (v.sizes[d] == 1 || v.numel() == 0) v.strides[d] = 0;
     v.buffer = static_cast<int>(layout.buffers.size());
     v.offset = 0;
     layout.buffers.push_back({Buffer::Kind::input, 0, static_cast<int64_t>(i)});
@@ -168,13 +179,9 @@ View Builder::shaped(Dtype dtype, const int64_t* sizes, int64_t dims, bool chann
   View v;
   v.dtype = dtype;
   v.dims = dims;
-  int64_t elements = 1;
-  for (int64_t d = 0; d < dims; ++d) {
-    v.sizes[d] = sizes[d];
-    PK_CHECK(sizes[d] >= 0 && !__builtin_mul_overflow(elements, std::max<int64_t>(sizes[d], 1), &elements) &&
-                 elements < (int64_t{1} << 48),
-             "run_plan: a step ", name(), " yields a tensor of shape ", shape_of(sizes, dims));
-  }
+  std::copy_n(sizes, dims, v.sizes.data());
+  PK_CHECK(is_countable(v) && v.bytes() <= memory_of_machine(), "run_plan: a step ", name(),
+           " yields a tensor of shape ", shape_of(sizes, dims), ", more than this machine's memory holds");
   set_strides(v, channels_last);
   return v;
 }

@@ -10,6 +10,8 @@
 
 namespace pykernels {
 
+int64_t memory_of_machine();  // in bytes
+
 // Values that are written where a concatenation of them will stand, by a first look at the shapes.
 struct Joined {
   struct Piece {

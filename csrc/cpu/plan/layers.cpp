@@ -33,6 +33,12 @@ bool same_sizes(const View& a, const View& b) {
   return same;
 }
 
+// Of so many products of so many terms, as far as 64 bits can count.
+int64_t operations_of(int64_t outputs, int64_t terms) {
+  int64_t operations;
+  return __builtin_mul_overflow(2 * outputs, terms, &operations) ? INT64_MAX : operations;
+}
+
 }  // namespace
 
 // The rest of a layer's numbers: activation, whether the residual is added after it, dtype of the output, zero points
@@ -92,7 +98,7 @@ void Builder::conv2d() {
   const View* added = operands() > 1 ? &residual : nullptr;
   const auto fill = static_cast<uint8_t>(e.x_zero_point);
   const uint8_t flip = x.dtype == Dtype::s8 ? 0x80 : 0;
-  const int64_t operations = 2 * out.numel() * weights.taps() * weights.h.k;
+  const int64_t operations = operations_of(out.numel(), weights.taps() * weights.h.k);
   if (weights.h.kind == PackKind::depthwise) {
     const View source = to_channels_last(x);
     add(std::make_unique<DepthwiseDriver>(s, weights, e, fill, flip, threads_), "depthwise convolution",
@@ -148,7 +154,7 @@ void Builder::linear() {
   TileProblem problem = linear_problem(rows, weights, e, flip);
   problem.tiling = cut;
   add(std::make_unique<TileDriver>(problem, threads_), "product", {&source, operands() > 1 ? &residual : nullptr}, out,
-      2 * out.numel() * k, weights.h.bytes);
+      operations_of(out.numel(), k), weights.h.bytes);
 }
 
 // numbers of a plain pool: kernel size, stride, padding, dilation, ceil_mode; of an average besides: count_include_pad,

@@ -47,13 +47,10 @@ void Builder::constant() {
   v.dtype = dtype();
   v.dims = static_cast<int64_t>(step_->numbers.size()) - 2;
   PK_CHECK(v.dims <= kMaxDims, "run_plan: a constant has ", v.dims, " dimensions");
-  int64_t bytes = dtype_bytes(v.dtype);
-  for (int64_t d = 0; d < v.dims; ++d) {
-    v.sizes[d] = number(0, INT64_MAX);
-    PK_CHECK(!__builtin_mul_overflow(bytes, v.sizes[d], &bytes), "run_plan: a constant is too large");
-  }
+  for (int64_t d = 0; d < v.dims; ++d) v.sizes[d] = number();
+  PK_CHECK(is_countable(v), "run_plan: a constant has shape ", shape_of(v.sizes.data(), v.dims));
   PK_CHECK(offset >= 0 && offset % kBlockBytes == 0 && offset <= program_.weight_bytes &&
-               bytes <= program_.weight_bytes - offset,
+               v.bytes() <= program_.weight_bytes - offset,
            "run_plan: a constant lies outside of the weights");
   set_strides(v, false);
   v.buffer = weights_buffer_;
@@ -83,7 +80,7 @@ void Builder::reshape() {
              " cannot be reshaped");
     v.sizes[open] = x.numel() / known;
   }
-  PK_CHECK(v.numel() == x.numel(), "run_plan: a tensor of shape ", shape_of(x.sizes.data(), x.dims),
+  PK_CHECK(is_countable(v) && v.numel() == x.numel(), "run_plan: a tensor of shape ", shape_of(x.sizes.data(), x.dims),
            " cannot be reshaped to ", shape_of(v.sizes.data(), v.dims));
   if (x.numel() == 0 || x.dims == 0) {
     set_strides(v, false);
@@ -120,7 +117,7 @@ void Builder::slice() {
   const int64_t step = number(1, int64_t{1} << 31);
   v.sizes[d] = (end - start + step - 1) / step;
   v.offset += start * v.strides[d] * dtype_bytes(v.dtype);
-  v.strides[d] *= step;
+  if (v.sizes[d] > 1) v.strides[d] *= step;
   yields(v);
 }
 
@@ -131,18 +128,16 @@ void Builder::expand() {
   v.dims = static_cast<int64_t>(step_->numbers.size());
   PK_CHECK(v.dims >= x.dims && v.dims <= kMaxDims, "run_plan: a tensor of ", x.dims,
            " dimensions cannot be expanded to ", v.dims);
-  int64_t elements = 1;
   for (int64_t d = 0; d < v.dims; ++d) {
     const int64_t from = d - (v.dims - x.dims), size = number(-1, int64_t{1} << 48);
     PK_CHECK(size >= 0 || from >= 0, "run_plan: a new dimension of an expanded tensor has no size");
     v.sizes[d] = size < 0 ? x.sizes[from] : size;
     PK_CHECK(from < 0 || x.sizes[from] == 1 || x.sizes[from] == v.sizes[d], "run_plan: a tensor of shape ",
              shape_of(x.sizes.data(), x.dims), " cannot be expanded so");
-    PK_CHECK(
-        !__builtin_mul_overflow(elements, std::max<int64_t>(v.sizes[d], 1), &elements) && elements < (int64_t{1} << 48),
-        "run_plan: an expanded tensor has too many elements");
     v.strides[d] = from < 0 || (x.sizes[from] == 1 && v.sizes[d] != 1) ? 0 : x.strides[from];
   }
+  PK_CHECK(is_countable(v), "run_plan: an expanded tensor has too many elements: its shape is ",
+           shape_of(v.sizes.data(), v.dims));
   yields(v);
 }
 

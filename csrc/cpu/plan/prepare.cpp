@@ -1,7 +1,5 @@
 #include "cpu/plan/prepare.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 
 #include "cpu/plan/builder.h"
@@ -60,9 +58,12 @@ PlanLayout prepare(const Program& program, const uint8_t* weights, const std::ve
   const std::vector<int64_t> places = place(pieces, &layout.arena_bytes);
   for (size_t i = 0; i < placed.size(); ++i) placed[i]->place = places[i];
   layout.least_arena_bytes = least_bytes(pieces);
-  static const int64_t memory = sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
-  PK_CHECK(layout.arena_bytes < memory, "run_plan: ", layout.arena_bytes,
-           " bytes are needed for what lies between the steps, more than this machine has");
+  int64_t scratch = 0;
+  for (const auto& driver : layout.drivers) scratch = std::max(scratch, driver->scratch);
+  const int64_t memory = memory_of_machine();
+  PK_CHECK(scratch < memory / threads && layout.arena_bytes < memory - scratch * threads,
+           "run_plan: ", layout.arena_bytes, " bytes are needed for what lies between the steps and ", scratch,
+           " by each of ", threads, " threads, more than this machine has");
   return layout;
 }
 

@@ -27,6 +27,9 @@ struct View {
   int64_t bytes() const { return numel() * dtype_bytes(dtype); }
 };
 
+// Whether there are so few elements that no size, stride or number of bytes of a tensor overflows, be some sizes 0 or
+// not.
+bool is_countable(const View& v);
 // As torch has them.
 bool is_contiguous(const View& v);
 bool is_channels_last(const View& v);

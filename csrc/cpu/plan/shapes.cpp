@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "cpu/plan/prepare.h"
 
 namespace pykernels {
@@ -6,6 +8,15 @@ int64_t View::numel() const {
   int64_t n = 1;
   for (int64_t d = 0; d < dims; ++d) n *= sizes[d];
   return n;
+}
+
+bool is_countable(const View& v) {
+  int64_t elements = 1;
+  for (int64_t d = 0; d < v.dims; ++d)
+    if (v.sizes[d] < 0 || __builtin_mul_overflow(elements, std::max<int64_t>(v.sizes[d], 1), &elements) ||
+        elements >= (int64_t{1} << 48))
+      return false;
+  return true;
 }
 
 bool is_contiguous(const View& v) {

@@ -1,7 +1,6 @@
 #include "cpu/pool/driver.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <utility>
 
 namespace pykernels {
@@ -16,6 +15,8 @@ struct Axis {
   // Alike but for clipping: output o covers o * stride - padding + [0, kernel) * step. stride 0: not so.
   int64_t kernel = 0, stride = 0, padding = 0;
 };
+
+constexpr int64_t kMostWindows = int64_t{1} << 24;  // of an axis
 
 // As torch: with ceil_mode a window may overrun the end, but must begin inside the plane or its first padding.
 int64_t output_size(const char* op, const PoolProblem& p, int d) {
@@ -137,10 +138,13 @@ std::array<int64_t, 2> pool_output(const char* op, const PoolProblem& p) {
     for (int d : {0, 1})
       PK_CHECK(p.padding[d] <= p.kernel[d] / 2, op, ": padding must be at most half of kernel_size, not ", p.padding[d],
                " for kernel_size ", p.kernel[d]);
-    PK_CHECK(!p.divisor || (*p.divisor != 0 && std::abs(*p.divisor) < (int64_t{1} << 31)), op,
+    PK_CHECK(!p.divisor || (*p.divisor != 0 && *p.divisor > -(int64_t{1} << 31) && *p.divisor < (int64_t{1} << 31)), op,
              ": divisor_override must not be 0 and lie within 2^31, not ", p.divisor.value_or(0));
     for (int d : {0, 1}) out[d] = output_size(op, p, d);
   }
+  for (int d : {0, 1})  // a window each is kept
+    PK_CHECK(out[d] <= kMostWindows, op, ": the output would have a ", axis_name(d), " of ", out[d], ", more than ",
+             kMostWindows);
   PK_CHECK(p.kind != PoolKind::max_with_indices || p.sizes[2] < (int64_t{1} << 31) / p.sizes[3], op,
            ": x must have fewer than 2^31 elements a plane, not shape ", shape_of(p.sizes.data(), 4));
   return out;
