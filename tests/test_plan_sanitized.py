@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pykernels as pk
-from pykernels.network.plan_format import DTYPES, Program, Record, decode, encode
+from pykernels.network.plan.format import DTYPES, Program, Record, decode, encode
 from pykernels.ops import names
 from tests.executables import buildable, report
 
