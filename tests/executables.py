@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 
@@ -24,15 +25,21 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env={**os.environ, "PATH": PATH}, capture_output=True, text=True)
 
 
-def report(target: str, folder: pathlib.Path, *options: str) -> list[str]:
-    """What the executable prints, line by line; it was configured with these options and built in the folder."""
+def built(target: str, folder: pathlib.Path, *options: str) -> pathlib.Path:
+    """The executable, configured with these options and built in the folder."""
     assert CMAKE is not None
     fixed = [f"-DPython_EXECUTABLE={sys.executable}", "-DPYKERNELS_CPP_TESTS=ON", "-DPYKERNELS_CUDA=off"]
     for command in (
         [CMAKE, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *fixed, *options],
         [CMAKE, "--build", str(folder), "--target", target],
-        [str(folder / target)],
     ):
         done = _run(*command)
         assert done.returncode == 0, done.stdout + done.stderr
+    return folder / target
+
+
+def report(target: str, folder: pathlib.Path, *options: str, arguments: Sequence[str] = ()) -> list[str]:
+    """What the executable prints, line by line, when it is built so and called with these arguments."""
+    done = _run(str(built(target, folder, *options)), *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
