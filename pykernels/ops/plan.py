@@ -61,7 +61,7 @@ def describe_plan(plan: torch.Tensor, weights: torch.Tensor, inputs: Sequence[to
 def profile_plan(
     plan: torch.Tensor, weights: torch.Tensor, inputs: Sequence[torch.Tensor], rounds: int = 100
 ) -> torch.Tensor:
-    """How long each driver took: [rounds, drivers] int64, nanoseconds on the calling thread."""
+    """How long each driver took until its last task was done: [rounds, drivers] int64, nanoseconds."""
     times: torch.Tensor = torch.ops.pykernels._profile_plan(plan, weights, inputs, rounds)
     return times
 

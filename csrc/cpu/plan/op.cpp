@@ -97,7 +97,7 @@ class Ready {
   std::unique_ptr<Prepared> prepared_;
 };
 
-std::vector<Tensor> run_ready(Prepared& prepared, const std::vector<Tensor>& inputs, int64_t* times = nullptr) {
+std::vector<Tensor> run_ready(Prepared& prepared, const std::vector<Tensor>& inputs, int64_t* ends = nullptr) {
   std::vector<Tensor> outputs;
   const PlanLayout& layout = prepared.layout();
   for (size_t i = 0; i < layout.outputs.size(); ++i) {
@@ -113,7 +113,7 @@ std::vector<Tensor> run_ready(Prepared& prepared, const std::vector<Tensor>& inp
   Runner& runner = prepared.runner();
   runner.begin();
   parallel(prepared.key.threads, 1, [&](int64_t first, int64_t last) {
-    for (int64_t me = first; me < last; ++me) runner.take_part(me, prepared.scratch(me), times);
+    for (int64_t me = first; me < last; ++me) runner.take_part(me, prepared.scratch(me), ends);
   });
   return outputs;
 }
@@ -162,7 +162,11 @@ Tensor profile_plan(const Tensor& plan, const Tensor& weights, std::vector<Tenso
   const Tensor times = empty({rounds, drivers}, ScalarType::Long);
   auto* all = mutable_pointer<int64_t>(times);
   std::memset(all, 0, times.numel() * sizeof(int64_t));
-  for (int64_t round = 0; round < rounds; ++round) run_ready(*ready, inputs, all + round * drivers);
+  for (int64_t round = 0; round < rounds; ++round) {
+    int64_t *ends = all + round * drivers, before = steady_nanoseconds();
+    run_ready(*ready, inputs, ends);
+    for (int64_t d = 0; d < drivers; ++d) ends[d] -= std::exchange(before, ends[d]);
+  }
   return times;
 }
 

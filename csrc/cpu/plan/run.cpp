@@ -19,12 +19,12 @@ inline void pause() {
 // The others' last tasks of a driver end within microseconds, unless the cores are wanted by somebody else.
 constexpr int kSpins = 500;
 
-int64_t now() {
+}  // namespace
+
+int64_t steady_nanoseconds() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
       .count();
 }
-
-}  // namespace
 
 Runner::Runner(std::vector<const Driver*> drivers, int64_t threads)
     : threads_(threads),
@@ -39,13 +39,13 @@ void Runner::begin() {
   for (Counter& counter : done_) counter.value.store(0, std::memory_order_relaxed);
 }
 
-void Runner::take_part(int64_t me, uint8_t* memory, int64_t* times) {
+void Runner::take_part(int64_t me, uint8_t* memory, int64_t* ends) {
   const size_t count = drivers_.size();
-  int64_t before = times && me == 0 ? now() : 0;
   for (size_t d = 0; d < count; ++d) {
     const Driver& driver = *drivers_[d];
     if (threads_ == 1) {
       for (int64_t task = 0; task < driver.tasks; ++task) driver.run(task, memory);
+      if (ends) ends[d] = steady_nanoseconds();
     } else {
       Counter* taken = taken_.data() + d * threads_;
       int64_t mine = 0;
@@ -61,17 +61,13 @@ void Runner::take_part(int64_t me, uint8_t* memory, int64_t* times) {
         }
       }
       std::atomic<int64_t>& done = done_[d].value;
-      if (mine > 0) done.fetch_add(mine, std::memory_order_acq_rel);
+      if (mine > 0 && done.fetch_add(mine, std::memory_order_acq_rel) + mine == driver.tasks && ends)
+        ends[d] = steady_nanoseconds();
       for (int spins = 0; done.load(std::memory_order_acquire) < driver.tasks; ++spins)
         if (spins < kSpins)
           pause();
         else
           sched_yield();
-    }
-    if (times && me == 0) {
-      const int64_t after = now();
-      times[d] += after - before;
-      before = after;
     }
   }
 }

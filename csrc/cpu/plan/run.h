@@ -13,6 +13,8 @@
 
 namespace pykernels {
 
+int64_t steady_nanoseconds();
+
 class Runner {
  public:
   // For as many threads as the drivers were made for; they must outlive it.
@@ -22,9 +24,9 @@ class Runner {
 
   // Before the threads come.
   void begin();
-  // What thread `me` of all does; `memory` is scratch_bytes() of its own. With `times`, thread 0 adds the nanoseconds
-  // that each driver took it.
-  void take_part(int64_t me, uint8_t* memory, int64_t* times = nullptr);
+  // What thread `me` of all does; `memory` is scratch_bytes() of its own. `ends`: when the last task of each driver was
+  // done, in nanoseconds of the steady clock.
+  void take_part(int64_t me, uint8_t* memory, int64_t* ends = nullptr);
 
  private:
   struct alignas(128) Counter {
