@@ -51,7 +51,7 @@ SLICES = [
     emulate("convolutions, products, pools", 30, *CONV),
     sanitize("codecs, quantization", 30, *CODECS, *QUANTIZE),
     emulate("codecs, quantization", 30, *CODECS, *QUANTIZE),
-    Slice("slow tests", ["test-slow"], 7),
+    Slice("slow tests", ["test-slow"], 11),
     sanitize("convolutions, products, pools", 30, *CONV),
     emulate("networks and modules", 30, "tests/network", "tests/nn", "tests/quantization", "tests/bench"),
     emulate("ranks, command line, contracts", 30, "tests/comm", "tests/test_*.py"),

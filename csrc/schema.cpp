@@ -79,8 +79,8 @@ STABLE_TORCH_LIBRARY(pykernels, m) {
       "ScalarType out_dtype) -> Tensor");
   m.def("qlookup(Tensor x, Tensor table) -> Tensor");
 
-  // plan: a network as one call. Sizes (those of all outputs, one after another), numbers of dimensions, dtypes (by their
-  // number in names.json) and layouts are what its shape function knows of the outputs.
+  // plan: a network as one call. Sizes (those of all outputs, one after another), numbers of dimensions, dtypes (by
+  // their number in names.json) and layouts are what its shape function knows of the outputs.
   m.def(
       "run_plan(Tensor plan, Tensor weights, Tensor[] inputs, SymInt[] out_sizes, int[] out_dims, int[] out_dtypes, "
       "int[] out_channels_last) -> Tensor[]");

@@ -26,6 +26,7 @@
 
 #include "cpu/arithmetic/kernels.h"
 #include "cpu/conv/kernels.h"
+#include "cpu/plan/builder.h"
 #include "cpu/plan/cache.h"
 #include "cpu/pool/kernels.h"
 #include "cpu/quantize/kernels.h"
@@ -51,7 +52,8 @@ PK_EITHER(QuantizeKernels, quantize_kernels)
 
 namespace {
 
-constexpr int64_t kMuch = int64_t{1} << 30;  // no allocation of a plan made ready needs as much here
+constexpr int64_t kMuch = int64_t{1} << 30;  // is refused by the allocator here
+std::atomic<size_t> most_asked{0};           // in bytes
 
 }  // namespace
 
@@ -59,6 +61,7 @@ constexpr int64_t kMuch = int64_t{1} << 30;  // no allocation of a plan made rea
 #define PK_ALLOCATOR __attribute__((noinline))
 PK_ALLOCATOR void* operator new(size_t bytes, std::align_val_t alignment, const std::nothrow_t&) noexcept {
   void* p = nullptr;
+  if (bytes > most_asked) most_asked = bytes;
   return bytes < kMuch && posix_memalign(&p, static_cast<size_t>(alignment), bytes) == 0 ? p : nullptr;
 }
 PK_ALLOCATOR void* operator new(size_t bytes, std::align_val_t alignment) {
@@ -283,7 +286,7 @@ class Case {
     for (const Input& input : call.inputs) inputs_.push_back(input.view);
   }
 
-  // What became of it; null: more memory was asked for than its sizes tell.
+  // What became of it; null: more memory was asked for than there is.
   const char* run() {
     isa_in_force = file_.isa;
     const int64_t kinds = below(8);
@@ -294,7 +297,7 @@ class Case {
     try {
       return run_changed();
     } catch (const std::bad_alloc&) {
-      return nullptr;
+      return most_asked > static_cast<uint64_t>(memory_of_machine()) ? nullptr : "too large to be made ready";
     } catch (const std::runtime_error&) {
       return "refused";
     }

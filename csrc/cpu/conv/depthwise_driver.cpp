@@ -107,10 +107,10 @@ DepthwiseDriver::DepthwiseDriver(const ConvShape& shape, const PackedView& packe
     add_piece(0, first, false);
     add_piece(first, last, true);
     add_piece(last, s.ow, false);
+    if (s.top || s.bottom) blank.assign(s.w * s.c * element, fill);
   } else {
     add_piece(0, s.ow, false);
   }
-  if (s.top || s.bottom) blank.assign(s.w * s.c * element, fill);
 
   if (s.n == 0) return;
   const double work = static_cast<double>(s.n * s.oh * s.ow * s.c) * static_cast<double>(s.kh * s.kw);
