@@ -7,17 +7,7 @@
 
 namespace pykernels {
 
-inline bool is_dense(const Tensor& t) {
-  if (t.is_contiguous()) return true;
-  int64_t filled = 1;
-  for (int64_t step = 0; step < t.dim() && filled < t.numel(); ++step)
-    for (int64_t d = 0; d < t.dim(); ++d)
-      if (t.size(d) > 1 && t.stride(d) == filled) {
-        filled *= t.size(d);
-        break;
-      }
-  return filled == t.numel();
-}
+inline bool is_dense(const Tensor& t) { return is_dense(t.sizes().data(), t.strides().data(), t.dim()); }
 
 // t itself, or a dense copy in the order of its strides: what an expanded, overlapping or strided input becomes.
 inline Tensor dense(const Tensor& t) { return is_dense(t) ? t : torch::stable::clone(t); }

@@ -16,6 +16,7 @@
 #include "common/check.h"
 #include "common/quantized.h"
 #include "common/real.h"
+#include "common/strides.h"
 
 namespace pykernels {
 
@@ -105,15 +106,8 @@ inline Activation activation_by_name(const char* op, const std::string& name) {
   PK_CHECK(false, op, ": activation must be one of " PK_ACTIVATION_WORDS ", not '", name, "'");
 }
 
-// NHWC memory of a 4-D logical NCHW tensor, by strides; strides of dimensions of size 1 mean nothing.
 inline bool is_channels_last(const Tensor& t) {
-  if (t.dim() != 4) return false;
-  int64_t expected = 1;
-  for (int64_t d : {1, 3, 2, 0}) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
+  return is_channels_last(t.sizes().data(), t.strides().data(), t.dim());
 }
 
 inline Tensor empty(const Ints& sizes, ScalarType dtype, bool channels_last = false) {

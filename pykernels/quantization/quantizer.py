@@ -193,7 +193,7 @@ class Int8Quantizer(Quantizer):
         node = step.output
         maps: dict[Node, QuantizationSpecBase | None] = {}
         shared: SharedQuantizationSpec | None = None
-        for value in step.reads:
+        for value in dict.fromkeys(step.reads):  # an operand that stands there twice must not share with itself
             if not _read_only_by(value, node):
                 maps[value] = self.activation_spec
             else:

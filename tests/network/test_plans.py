@@ -144,6 +144,7 @@ MOVES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "a part of itself": lambda y: y * y[:1, :1, :1, :1] + y[:, :, :1, :1],
     "clone": lambda y: y.clone().contiguous(),
     "a result twice": lambda y: torch.cat([y, y], 1),
+    "what nobody else reads twice": lambda y: torch.cat([F.max_pool2d(y, 2)] * 2, 1),
 }
 
 
@@ -382,8 +383,8 @@ def changed(plan: torch.Tensor, place: int, word: int) -> torch.Tensor:
 
 class Woven(nn.Module):
     """Random steps over values of one shape, each read by any later step. Many could be written where an operand lies:
-    sums and residuals of a value with itself, of views of one memory, of what is an output or read again. Nothing here
-    is rounded otherwise where values lie otherwise, as averages of real numbers are."""
+    sums and residuals of a value with itself, of views of one memory, of what is an output or read again. Averages tell
+    where values lie otherwise than in the graph of ops: their sums are then rounded otherwise."""
 
     STEPS = 14
 
@@ -406,6 +407,8 @@ class Woven(nn.Module):
             lambda: F.relu(u + v),
             lambda: u * v,
             lambda: u * F.max_pool2d(v, 6),
+            lambda: u * F.adaptive_avg_pool2d(v, 1),
+            lambda: F.avg_pool2d(u, 3, 1, 1),
             lambda: u * v[:, :, 2:3, 4:5],
             lambda: torch.cat([u[:, 5:], v[:, :5]], 1),
             lambda: torch.cat([u, v], 1)[:, 3:11],
@@ -428,16 +431,17 @@ class Woven(nn.Module):
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("first", [0, *(pytest.param(first, marks=pytest.mark.slow) for first in range(10, 60, 10))])
 def test_what_is_written_where_an_operand_lay_is_read_by_nobody_else(first: int, precision: str) -> None:
-    shared_in_a_circle = {11, 20, 45}  # operands share observers until torchao goes round and round
     for seed in range(first, first + 10):
-        if precision == "int8" and seed in shared_in_a_circle:
-            continue
         torch.manual_seed(seed)
         x = torch.randn(2, 8, 6, 6)
         fast = optimized(Woven(seed), x, precision=precision)
         assert plans(fast) >= 1
         same(fast, x)
-        same(fast, torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last))
+        same(fast, torch.randn(3, 8, 6, 6))
+        # In the other memory format what torch reads between plans may lie otherwise, and averages differ in last bits.
+        other = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(other), fast.program(other), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

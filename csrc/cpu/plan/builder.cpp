@@ -273,7 +273,16 @@ View Builder::to_channels_last(const View& v) {
   return out;
 }
 
-View Builder::dense(const View& v) { return is_dense(v) ? v : to_contiguous(v); }
+View Builder::dense(const View& v, const View* beside) {
+  if (is_dense(v)) return v;
+  View out = fresh(v.dtype, v.sizes.data(), v.dims, false);
+  if (beside)
+    set_strides_like(out, {&v, beside});
+  else
+    set_strides_like(out, {&v});
+  copy(v, out);
+  return out;
+}
 
 View Builder::in_layout_of(const View& a, const View& b) {
   bool same = true;

@@ -93,7 +93,7 @@ class Builder {
   void copy(const View& from, const View& to);
   View to_contiguous(const View& v);
   View to_channels_last(const View& v);
-  View dense(const View& v);
+  View dense(const View& v, const View* beside = nullptr);  // beside: another operand, of v's shape
   View in_layout_of(const View& a, const View& b);
 
   View expanded(const View& v, const View& to);

@@ -9,7 +9,7 @@ namespace {
 constexpr char kMagic[9] = "PKPLAN01";
 constexpr int64_t kVersion = 1;
 constexpr int64_t kHeaderWords = 7;
-constexpr int64_t kMaxSteps = 1 << 20, kMaxInputs = 1 << 12;
+constexpr int64_t kMaxSteps = 1 << 13, kMaxInputs = 1 << 12;  // memory is placed in quadratic time
 
 #define PK_DAMAGED(condition) PK_CHECK(condition, "run_plan: plan is damaged")
 

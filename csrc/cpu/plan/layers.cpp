@@ -7,9 +7,6 @@
 namespace pykernels {
 namespace {
 
-bool is_byte(Dtype t) { return t == Dtype::u8 || t == Dtype::s8; }
-bool is_real(Dtype t) { return t == Dtype::f32 || t == Dtype::bf16 || t == Dtype::f16; }
-
 Element element_for(Dtype t) {
   return t == Dtype::f32    ? Element::f32
          : t == Dtype::bf16 ? Element::bf16

@@ -145,8 +145,7 @@ void Builder::expand() {
 void Builder::pad() {
   const View x = in(0);
   const double value = real();
-  PK_CHECK(std::abs(value) < 1e9 || x.dtype == Dtype::f32 || x.dtype == Dtype::bf16 || x.dtype == Dtype::f16,
-           "run_plan: integers are padded with ", value);
+  PK_CHECK(std::abs(value) < 1e9 || is_real(x.dtype), "run_plan: integers are padded with ", value);
   Sizes sizes = x.sizes, before{};
   const int64_t dims = static_cast<int64_t>(step_->numbers.size()) / 2;
   PK_CHECK(dims <= x.dims, "run_plan: more dimensions are padded than there are");
@@ -155,7 +154,7 @@ void Builder::pad() {
     before[d] = number(0, int64_t{1} << 31);
     sizes[d] += before[d] + number(0, int64_t{1} << 31);
   }
-  const View out = fresh(x.dtype, sizes.data(), x.dims, is_channels_last(x) && !is_contiguous(x));
+  const View out = fresh(x.dtype, sizes.data(), x.dims, suggests_channels_last(x));
   View inside = out;
   inside.sizes = x.sizes;
   for (int64_t d = 0; d < x.dims; ++d) inside.offset += before[d] * out.strides[d] * dtype_bytes(x.dtype);
@@ -182,7 +181,7 @@ void Builder::cat() {
     PK_CHECK(fits, "run_plan: tensors of shapes ", shape_of(first.sizes.data(), first.dims), " and ",
              shape_of(x.sizes.data(), x.dims), " cannot be joined");
     sizes[d] += x.sizes[d];
-    channels_last = channels_last && is_channels_last(x) && !is_contiguous(x);
+    channels_last = channels_last && suggests_channels_last(x);
   }
   const View out =
       joins() ? whole(value(), joined_->wholes[value()]) : fresh(first.dtype, sizes.data(), first.dims, channels_last);

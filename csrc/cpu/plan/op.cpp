@@ -6,20 +6,15 @@
 
 #include "cpu/isa/isa.h"
 #include "cpu/plan/cache.h"
+#include "cpu/tile/op.h"
 
 namespace pykernels {
 namespace {
 
 Dtype plan_dtype(const char* op, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::f16;
-    case ScalarType::Byte: return Dtype::u8;
-    case ScalarType::Char: return Dtype::s8;
-    case ScalarType::Int: return Dtype::s32;
-    default: PK_CHECK(false, op, ": inputs must not be ", dtype_name(t.scalar_type()));
-  }
+  const ScalarType type = t.scalar_type();
+  PK_CHECK(is_real(type) || is_byte(type) || type == ScalarType::Int, op, ": inputs must not be ", dtype_name(type));
+  return dtype_of(type);
 }
 
 ScalarType scalar_type(Dtype t) {

@@ -9,8 +9,6 @@
 namespace pykernels {
 namespace {
 
-bool is_byte(Dtype t) { return t == Dtype::u8 || t == Dtype::s8; }
-
 Real real_of(Dtype t) { return t == Dtype::f32 ? Real::fp32 : t == Dtype::f16 ? Real::fp16 : Real::bf16; }
 
 Quantization quantization(Dtype t, double scale, int64_t zero_point) {
@@ -31,8 +29,7 @@ View with_dims(View v, int64_t dims) {
 }  // namespace
 
 void Builder::check_real(Dtype t) const {
-  PK_CHECK(t == Dtype::f32 || t == Dtype::bf16 || t == Dtype::f16, "run_plan: a step ", name(),
-           " is of real numbers, not of integers");
+  PK_CHECK(is_real(t), "run_plan: a step ", name(), " is of real numbers, not of integers");
 }
 
 void Builder::check_byte(Dtype t) const {
@@ -98,7 +95,7 @@ void Builder::lookup() {
 Builder::Pairing Builder::pairing(const View& a, const View& other) {
   PK_CHECK(other.dims <= a.dims, "run_plan: the second operand of a step ", name(),
            " has more dimensions than the first");
-  const View b = with_dims(other, a.dims), first = dense(a);
+  const View b = with_dims(other, a.dims), repeated = expanded(b, a), first = dense(a, &repeated);
   const bool image = a.dims == 4, channels_last = image && is_channels_last(first);
   const int64_t channel = image && b.sizes[1] > 1 ? 1 : a.dims - 1;
   bool same = true, one_a_channel = true, fits = true;
@@ -125,7 +122,7 @@ Builder::Pairing Builder::pairing(const View& a, const View& other) {
     return {first, second, per_channel(a.sizes[0], a.sizes[1], a.sizes[2] * a.sizes[3], channels_last),
             first.buffer == second.buffer};
   }
-  return {first, in_layout_of(first, expanded(b, first)), same_shape(elements), false};
+  return {first, in_layout_of(first, repeated), same_shape(elements), false};
 }
 
 // numbers: zero points of both operands, dtype and zero point of the output, of a sum the activation; reals: the scales
@@ -187,8 +184,7 @@ void Builder::quantized_cat() {
   int64_t outer = 1, inner = 1;
   bool before = true;
   for (int64_t place = 0; place < first.dims; ++place) {
-    constexpr int64_t nhwc[] = {0, 2, 3, 1};
-    const int64_t at = channels_last ? nhwc[place] : place;
+    const int64_t at = channels_last ? kNhwc[place] : place;
     if (at == d)
       before = false;
     else

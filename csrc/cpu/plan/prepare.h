@@ -4,10 +4,12 @@
 #pragma once
 
 #include <array>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "common/strides.h"
 #include "cpu/plan/format.h"
 #include "cpu/plan/run.h"
 
@@ -35,7 +37,11 @@ bool is_contiguous(const View& v);
 bool is_channels_last(const View& v);
 // Elements fill their memory without holes or overlaps, in whatever order of the dimensions.
 bool is_dense(const View& v);
+// What torch makes of `v` where it keeps a memory format: the order of its strides, with holes or without.
+bool suggests_channels_last(const View& v);
 void set_strides(View& v, bool channels_last);
+// Dense, in the order in which torch's elementwise functions lay out the result of these operands, of v's sizes.
+void set_strides_like(View& v, std::initializer_list<const View*> operands);
 
 struct Buffer {
   enum class Kind { arena, input, output, weights } kind;

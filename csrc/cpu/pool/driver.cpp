@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "common/strides.h"
+
 namespace pykernels {
 namespace {
 
@@ -109,15 +111,7 @@ void set_blocks(Pool& p, int64_t lines, int64_t threads) {
 }  // namespace
 
 bool PoolProblem::channels_last() const {
-  if (sizes[1] <= 1 || strides[1] != 1) return false;
-  bool contiguous = true;
-  int64_t expected = 1;
-  for (int d = 3; d >= 0; --d) {
-    if (sizes[d] == 0) return false;
-    contiguous = contiguous && (sizes[d] == 1 || strides[d] == expected);
-    expected *= sizes[d];
-  }
-  return !contiguous;
+  return sizes[1] > 1 && strides[1] == 1 && !is_contiguous(sizes.data(), strides.data(), 4);
 }
 
 bool PoolProblem::readable() const { return channels_last() || strides[3] == 1 || sizes[3] == 1; }

@@ -318,7 +318,7 @@ Epilogue make_epilogue(const PackedView& weights, Activation activation) {
 
 void set_out(Epilogue& e, Dtype dtype, double scale, int64_t zero_point) {
   e.out_dtype = dtype;
-  if (dtype != Dtype::u8 && dtype != Dtype::s8) return;
+  if (!is_byte(dtype)) return;
   e.inverse_scale = 1.0f / static_cast<float>(scale);
   e.zero_point = static_cast<int32_t>(zero_point);
 }

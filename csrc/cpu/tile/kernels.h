@@ -43,6 +43,8 @@ inline constexpr int kMaxPanels = 8;
 inline constexpr int kMaxTile = 32 * 16;  // accumulators of one tile, any isa
 
 enum class Dtype : int32_t { PK_DTYPES(PK_NAME) };
+inline bool is_byte(Dtype t) { return t == Dtype::u8 || t == Dtype::s8; }
+inline bool is_real(Dtype t) { return t == Dtype::f32 || t == Dtype::bf16 || t == Dtype::f16; }
 inline int64_t dtype_bytes(Dtype t) {
   return t == Dtype::u8 || t == Dtype::s8 ? 1 : t == Dtype::bf16 || t == Dtype::f16 ? 2 : 4;
 }

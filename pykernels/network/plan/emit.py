@@ -8,7 +8,7 @@ function of its kind.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 __all__ = ["emit_plan"]
 
-_MAX_DIMS = 6
+_MAX_DIMS, _MAX_STEPS = 6, 4096  # csrc/cpu/plan/format.h: kMaxDims, and half of kMaxSteps: a step may take two
 
 
 def emit_plan(network: Network, emitted: Emitted, weights: torch.Tensor) -> Planned | None:
@@ -52,7 +52,6 @@ class _Segment:
         self.records: list[Record] = []  # what they read counts records from -1 downwards: the inputs are not all known
         self.labels: list[str] = []
         self.results: dict[Value, int] = {}  # the record that yields it
-        self.channels_last: dict[Value, bool] = {}  # of results of four dimensions
 
     def number(self, value: Value) -> int:
         """An input from 0 upwards, or the result of a record from -1 downwards."""
@@ -62,7 +61,9 @@ class _Segment:
             self.inputs.append(value)
         return self.inputs.index(value)
 
-    def program(self, outputs: Sequence[Value], weight_bytes: int) -> tuple[Program, list[str]]:
+    def program(
+        self, outputs: Sequence[Value], channels_last: Mapping[Value, bool], weight_bytes: int
+    ) -> tuple[Program, list[str]]:
         """The plan that yields these values, and what its steps stand for; what none of them needs is left out."""
         needed = {self.results[value] for value in outputs}
         for place in reversed(range(len(self.records))):
@@ -75,7 +76,7 @@ class _Segment:
             weight_bytes,
             [(DTYPES[value.dtype], len(value.shape or ())) for value in self.inputs],
             [self.records[place] for place in places],
-            [(places[self.results[value]], self.channels_last[value]) for value in outputs],
+            [(places[self.results[value]], channels_last[value]) for value in outputs],
         )
         return program, [self.labels[place] for place in places]
 
@@ -87,6 +88,7 @@ class Planner(Emitter):
         self.labels: dict[str, list[str]] = {}  # of each plan, what its steps stand for
         self.label = ""
         self.segment = _Segment()
+        self.channels_last: dict[Value, bool] = {}  # of values of four dimensions
         self.pieces: dict[Value, list[tuple[Value, list[int]]]] = {}  # of a tuple: slices of a value
         self.views: dict[Value, Step] = {}  # results of the segment that are views
         self.free = {  # sizes that vary, with an input and a dimension that have it
@@ -100,15 +102,21 @@ class Planner(Emitter):
     def run(self) -> fx.GraphModule:
         for value in self.network.inputs:
             self.nodes[value] = self.graph.placeholder(value.name)
+            self.channels_last[value] = value.layout is torch.channels_last
         self.steps = self.network.live()
         self.kept = _read_by_strides(self.steps)
         for place, step in enumerate(self.steps):
             self.place = place
+            if len(self.segment.records) >= _MAX_STEPS:
+                self._flush()
             if self._plan(step):
                 continue
             if step.has_effect or any(self._pending(value) for value in step.values):
                 self._flush()
             self.nodes[step.outputs[0]] = self.emit(step)
+            # Most of torch's functions keep the memory format of what they read.
+            images = [self.last(value) for value in step.values if len(value.shape or ()) == 4]
+            self.channels_last[step.outputs[0]] = bool(images) and all(images)
         self.place = len(self.steps)
         self._flush()
         return self.finish()
@@ -192,11 +200,11 @@ class Planner(Emitter):
         if number >= 0:  # an input: outputs are results
             number = self.add("reshape", [number], [-2 - d for d in range(len(value.shape))])
         self.segment.results[value] = -1 - number
-        self.segment.channels_last[value] = channels_last and len(value.shape) == 4
+        self.channels_last[value] = channels_last and len(value.shape) == 4
 
     def last(self, value: Value) -> bool:
-        """Whether a value probably lies channels_last."""
-        return self.segment.channels_last.get(value, len(value.shape or ()) == 4)
+        """Whether a value lies channels_last, as far as can be told before there are inputs."""
+        return self.channels_last.get(value, False)
 
     def _flush(self) -> None:
         """Call the plan in hand."""
@@ -222,7 +230,7 @@ class Planner(Emitter):
 
     def _call(self, segment: _Segment, outputs: list[Value]) -> None:
         """The plan that yields these values, and its call."""
-        program, labels = segment.program(outputs, self.weights.numel())
+        program, labels = segment.program(outputs, self.channels_last, self.weights.numel())
         plan, name = encode(program), f"plan_{len(self.labels) + 1}"
         self.labels[name] = labels
         self.root.register_buffer(name, plan)
@@ -237,7 +245,7 @@ class Planner(Emitter):
             sizes,
             [len(value.shape) for value in outputs],
             [DTYPES[value.dtype] for value in outputs],
-            [int(segment.channels_last[value]) for value in outputs],
+            [int(self.channels_last[value]) for value in outputs],
         )
         for place, value in enumerate(outputs):
             self.nodes[value] = self.call(operator.getitem, call, place)

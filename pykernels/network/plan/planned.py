@@ -57,11 +57,7 @@ class Planned:
         Raises:
             ValueError: they do not fit one another.
         """
-        plans = {
-            node.args[0].target
-            for node in program.graph.nodes
-            if node.op == "call_function" and node.target is torch.ops.pykernels.run_plan.default
-        }
+        plans = {node.args[0].target for node in program.graph.nodes if _is_plan(node)}
         weights = program._buffers.get(WEIGHTS)
         if not isinstance(labels, dict) or set(labels) != plans or weights is None:
             raise ValueError("its plans are not those that it is said to have")
@@ -79,12 +75,16 @@ class Planned:
 
     def describe(self, inputs: Sequence[Any], rounds: int = 0) -> PlanReport:
         """What the plans do with these flat inputs; with `rounds`, so many calls of each, and of all, are timed."""
-        reader = _Reader(self.program, self.labels, rounds)
-        with torch.no_grad():
-            reader.run(*inputs)
-            if rounds:
-                reader.report.call_seconds = statistics.median(self._seconds(inputs) for _ in range(rounds))
-        return reader.report
+        report = PlanReport(weight_bytes=self.weights.numel())
+        for node in self.program.graph.nodes:
+            if isinstance(node.target, torch._ops.OpOverload) and not _is_plan(node) and not _of_sizes(node):
+                report.left.append(str(node.target))
+        for name, (plan, given) in calls_of_plans(self, inputs).items():
+            _describe(report, self.labels[name], plan, self.weights, given, rounds)
+        if rounds:
+            with torch.no_grad():
+                report.call_seconds = statistics.median(self._seconds(inputs) for _ in range(rounds))
+        return report
 
     def _seconds(self, inputs: Sequence[Any]) -> float:
         start = time.perf_counter()
@@ -104,7 +104,7 @@ def calls_of_plans(planned: Planned, inputs: Sequence[Any]) -> dict[str, tuple[t
 
     class Reader(fx.Interpreter):
         def run_node(self, node: fx.Node) -> Any:
-            if node.op == "call_function" and node.target is torch.ops.pykernels.run_plan.default:
+            if _is_plan(node):
                 plan, _, given = self.fetch_args_kwargs_from_env(node)[0][:3]
                 found[str(node.args[0].target)] = (plan, given)
             return super().run_node(node)
@@ -215,47 +215,33 @@ class PlanReport:
         return (*cells, f"{1e6 * row.seconds:.1f}", rate, f"{row.bytes / seconds / 1e9:.1f}")
 
 
-class _Reader(fx.Interpreter):
-    """Runs the network and asks each plan that it comes to."""
+def _describe(
+    report: PlanReport,
+    labels: Sequence[str],
+    plan: torch.Tensor,
+    weights: torch.Tensor,
+    inputs: list[torch.Tensor],
+    rounds: int,
+) -> None:
+    """Add what one plan does to the report of all."""
+    found = describe_plan(plan, weights, inputs)
+    times = [None] * len(found["drivers"])
+    if rounds:
+        profile_plan(plan, weights, inputs, 3)  # warm
+        times = [1e-9 * t for t in profile_plan(plan, weights, inputs, rounds).median(0).values.tolist()]
+    report.plans += 1
+    report.isa, report.threads = found["isa"], found["threads"]
+    report.arena_bytes = max(report.arena_bytes, found["arena_bytes"])
+    report.least_arena_bytes = max(report.least_arena_bytes, found["least_arena_bytes"])
+    for driver, seconds in zip(found["drivers"], times, strict=True):
+        step = driver.pop("step")
+        outside = step >= len(labels)  # what brings outputs into their layout
+        shape = () if outside else tuple(found["values"][len(inputs) + step])
+        report.rows.append(PlanRow("output" if outside else labels[step], shape=shape, seconds=seconds, **driver))
 
-    def __init__(self, program: fx.GraphModule, labels: Mapping[str, list[str]], rounds: int) -> None:
-        super().__init__(program)
-        self.labels, self.rounds = labels, rounds
-        self.report = PlanReport(weight_bytes=program.get_buffer(WEIGHTS).numel())
 
-    def run_node(self, node: fx.Node) -> Any:
-        if node.op == "call_function" and node.target is torch.ops.pykernels.run_plan.default:
-            self._read(str(node.args[0].target), *self.fetch_args_kwargs_from_env(node)[0][:3])
-        elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not _of_sizes(node):
-            self.report.left.append(str(node.target))
-        return super().run_node(node)
-
-    def _read(self, name: str, plan: torch.Tensor, weights: torch.Tensor, inputs: list[torch.Tensor]) -> None:
-        found, report, labels = describe_plan(plan, weights, inputs), self.report, self.labels[name]
-        times = [None] * len(found["drivers"])
-        if self.rounds:
-            profile_plan(plan, weights, inputs, 3)  # warm
-            times = [1e-9 * t for t in profile_plan(plan, weights, inputs, self.rounds).median(0).values.tolist()]
-        report.plans += 1
-        report.isa, report.threads = found["isa"], found["threads"]
-        report.arena_bytes = max(report.arena_bytes, found["arena_bytes"])
-        report.least_arena_bytes = max(report.least_arena_bytes, found["least_arena_bytes"])
-        for driver, seconds in zip(found["drivers"], times, strict=True):
-            step = driver["step"]
-            outside = step >= len(labels)  # what brings outputs into their layout
-            shape = () if outside else tuple(found["values"][len(inputs) + step])
-            report.rows.append(
-                PlanRow(
-                    "output" if outside else labels[step],
-                    driver["kernel"],
-                    shape,
-                    driver["dtype"],
-                    driver["tasks"],
-                    driver["bytes"],
-                    driver["operations"],
-                    seconds,
-                )
-            )
+def _is_plan(node: fx.Node) -> bool:
+    return node.target is torch.ops.pykernels.run_plan.default
 
 
 def _of_sizes(node: fx.Node) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pykernels.graph.alias import is_view
 from pykernels.network.plan.format import DTYPES, UNTUNED
 from pykernels.network.step import Call, Concatenation, Layer, Lookup, Pool, QParams, Step, Value
 from pykernels.ops import names
@@ -123,7 +124,8 @@ def call_of_torch(planner: Planner, step: Step) -> None:
     if rule is None:
         raise Unplanned
     rule(planner, step, *_positional(step.details))
-    if rule in VIEWS:
+    target = step.details.target
+    if step.kind == "move" and (target is operator.getitem or is_view(target)):
         planner.views[step.outputs[0]] = step
 
 
@@ -177,7 +179,9 @@ def reshape(planner: Planner, step: Step, x: Any, *_: Any) -> None:
 def permute(planner: Planner, step: Step, x: Any, dims: Sequence[int]) -> None:
     """Dimensions in another order."""
     source = planner.read(x)
-    planner.result(step, planner.add("permute", [source], [d % len(x.shape) for d in dims]))
+    order = [d % len(x.shape) for d in dims]
+    # From NHWC as contiguous memory to an image, and from one to NHWC; anything else is contiguous behind the plan.
+    planner.result(step, planner.add("permute", [source], order), order == [0, 3, 1, 2] and not planner.last(x))
 
 
 def transpose(planner: Planner, step: Step, x: Any, first: int = 0, second: int = 1) -> None:
@@ -196,7 +200,7 @@ def slice_(
     source = planner.read(x)
     last = torch.iinfo(torch.int64).max
     numbers = [dim % len(x.shape), 0 if start is None else start, last if end is None else end, stride]
-    planner.result(step, planner.add("slice", [source], numbers))
+    planner.result(step, planner.add("slice", [source], numbers), planner.last(x))
 
 
 def select(planner: Planner, step: Step, x: Any, dim: int, index: Any) -> None:
@@ -228,7 +232,7 @@ def piece(planner: Planner, step: Step, pieces: Any, place: int) -> None:
     if pieces not in planner.pieces:
         raise Unplanned
     x, numbers = planner.pieces[pieces][place]
-    planner.result(step, planner.add("slice", [planner.read(x)], numbers))
+    planner.result(step, planner.add("slice", [planner.read(x)], numbers), planner.last(x))
 
 
 def expand(planner: Planner, step: Step, x: Any, *_: Any) -> None:
@@ -236,7 +240,7 @@ def expand(planner: Planner, step: Step, x: Any, *_: Any) -> None:
     source, before, after = planner.read(x), x.shape, step.outputs[0].shape
     new = len(after) - len(before)
     sizes = [-1 if d >= new and size == before[d - new] else size for d, size in enumerate(after)]
-    planner.result(step, planner.add("expand", [source], sizes))
+    planner.result(step, planner.add("expand", [source], sizes), planner.last(x))
 
 
 def pad(planner: Planner, step: Step, x: Any, pads: Sequence[Any], value: Any = 0) -> None:
@@ -341,13 +345,3 @@ CALLS: dict[Any, Callable[..., None]] = {
     aten.contiguous.default: same,
     aten.to.dtype: cast,
 }
-VIEWS = (
-    reshape,
-    permute,
-    transpose,
-    slice_,
-    select,
-    pieces,
-    piece,
-    expand,
-)
