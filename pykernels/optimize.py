@@ -25,6 +25,7 @@ from pykernels.network.plan.emit import emit_plan
 from pykernels.network.plan.planned import Planned, PlanReport
 from pykernels.network.report import Report, bytes_of
 from pykernels.network.saved import file, literals, tree_json
+from pykernels.network.saved.graph_json import Unbuilt
 from pykernels.ops.dtypes import STORED
 
 __all__ = ["Optimized", "load", "optimize"]
@@ -45,8 +46,7 @@ class Optimized(nn.Module):
     On the CPU a call runs plans: whole parts of the network in one call each, on all threads of torch's (docs/plan.md).
 
     Attributes:
-        program: the lowered graph, from flat inputs to a flat tuple of outputs, a call of an op for each step.
-        planned: the same with plans in it, on the CPU; None where no step could be planned.
+        planned: `program` with plans in it, on the CPU; None where no step could be planned.
         free: of each flat input the dimensions whose sizes may differ from the example's.
         example: of each flat input dtype and shape in the example; None for what is no tensor.
         cuda_graph: whether calls on a CUDA device replay CUDA graphs; may be set.
@@ -56,7 +56,7 @@ class Optimized(nn.Module):
 
     def __init__(
         self,
-        program: fx.GraphModule,
+        program: fx.GraphModule | Unbuilt,
         report: Report,
         in_spec: pytree.TreeSpec,
         out_spec: pytree.TreeSpec,
@@ -65,7 +65,8 @@ class Optimized(nn.Module):
         planned: Planned | None = None,
     ) -> None:
         super().__init__()
-        self.program = program
+        self._modules["program"] = program
+        self._build = _builder(self._modules) if isinstance(program, Unbuilt) else None
         self.planned = planned
         self.free = free
         self.example = example
@@ -93,6 +94,13 @@ class Optimized(nn.Module):
                 raise ValueError(f"inputs are nested as {spec}, the model was optimized for {self._in_spec}")
             outputs = self._run(*leaves)
         return outputs[0] if self._single else pytree.tree_unflatten(outputs, self._out_spec)
+
+    @property
+    def program(self) -> fx.GraphModule:
+        """The lowered graph, from flat inputs to a flat tuple of outputs, a call of an op for each step."""
+        if self._build is not None:  # a loaded network's first use of it
+            self._build()
+        return self._modules["program"]  # type: ignore[return-value]
 
     @property
     def dynamic(self) -> bool:
@@ -140,7 +148,7 @@ class Optimized(nn.Module):
         """What pickle and copies keep. They would write a storage again for each buffer that lies in it."""
         modules = {**self._modules, "program": separate(self.program)}
         planned = None if self.planned is None else self.planned.detached()
-        return {**self.__dict__, "_modules": modules, "_graphs": None, "planned": planned}
+        return {**self.__dict__, "_modules": modules, "_graphs": None, "_build": None, "planned": planned}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -229,6 +237,17 @@ class Optimized(nn.Module):
             file.write(path, graphs, facts)
         except ValueError as error:
             raise ValueError(f"the network cannot be saved: {error}") from error
+
+
+def _builder(modules: dict[str, Any]) -> Callable[[], None]:
+    """Makes the graph of ops of a loaded network a module. A compiler calls it, it does not trace it."""
+
+    def build() -> None:
+        if isinstance(modules["program"], Unbuilt):
+            modules["program"] = modules["program"].build()
+
+    marked: Callable[[], None] = torch.compiler.assume_constant_result(build)  # type: ignore[no-untyped-call]
+    return marked
 
 
 def optimize(
@@ -384,7 +403,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Op
     return network if device.type == "cpu" else network.to(device)
 
 
-def _network(graphs: dict[str, fx.GraphModule], facts: dict[str, Any]) -> Optimized:
+def _network(graphs: dict[str, Unbuilt], facts: dict[str, Any]) -> Optimized:
     """The network that a file describes.
 
     Raises:
@@ -411,7 +430,7 @@ def _network(graphs: dict[str, fx.GraphModule], facts: dict[str, Any]) -> Optimi
         raise ValueError("its free sizes are no dimensions of its inputs")
     planned = None
     if "planned" in graphs:
-        planned = Planned.read(graphs["planned"], facts.get("labels"), program)
+        planned = Planned.read(graphs["planned"].build(), facts.get("labels"), program)
     return Optimized(program, report, in_spec, out_spec, free, example, planned)
 
 

@@ -324,6 +324,7 @@ class Fuzz:
         try:
             with torch.no_grad():
                 net(*args, **kwargs)
+                net.program(*args, *kwargs.values())  # the graph of ops, built now
             str(net.report())
         except Exception as error:
             return f"loaded, call raises {type(error).__name__}"

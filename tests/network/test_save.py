@@ -132,6 +132,21 @@ def test_an_optimized_network_exports_and_compiles_as_a_whole(saved) -> None:
         assert torch.equal(torch.compile(network, fullgraph=True, backend="aot_eager")(x), fast(x))
 
 
+def test_a_compiler_builds_the_graph_of_ops_of_a_loaded_network(tmp_path) -> None:
+    """What was loaded has it unbuilt until it is asked for; compilers ask for it where a size was not free."""
+    x = torch.randn(2, 3, 8, 8)
+    fast = pk.optimize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), x)
+    fast.save(tmp_path / "net.pk")
+    x = torch.randn(2, 3, 9, 8)
+    network = pk.load(tmp_path / "net.pk")
+    assert set(network.state_dict()) == set(fast.state_dict())
+    assert torch.equal(torch.compile(network, fullgraph=True, backend="aot_eager")(x), fast.program(x)[0])
+    program = torch.export.export(pk.load(tmp_path / "net.pk"), (x,))
+    assert torch.equal(program.module()(x), fast.program(x)[0])
+    again = pickle.loads(pickle.dumps(pk.load(tmp_path / "net.pk")))
+    assert torch.equal(again.program(x)[0], fast.program(x)[0])
+
+
 # --- memory ---
 
 
@@ -465,7 +480,7 @@ def test_several_graphs_share_storages(tmp_path, saved) -> None:
             f"storages are written once, {loaded_from}"
         )
         graphs, facts = file.read(tmp_path / "two.pk")
-        program, whole = graphs["program"], graphs["whole"]
+        program, whole = graphs["program"].build(), graphs["whole"].build()
         assert facts == {"a": 1} and whole.weights.numel() == whole.weights.untyped_storage().nbytes()
         places = {buffer.untyped_storage().data_ptr() for buffer in program.buffers()}
         assert places == {whole.weights.data_ptr()} and torch.equal(whole()[0], weights)

@@ -57,9 +57,10 @@ class Planned:
         Raises:
             ValueError: they do not fit one another.
         """
-        plans = {node.args[0].target for node in program.graph.nodes if _is_plan(node)}
+        plans = [node.args[0] for node in program.graph.nodes if _is_plan(node)]
+        names = {plan.target for plan in plans if isinstance(plan, fx.Node) and plan.op == "get_attr"}
         weights = program._buffers.get(WEIGHTS)
-        if not isinstance(labels, dict) or set(labels) != plans or weights is None:
+        if not isinstance(labels, dict) or set(labels) != names or len(names) != len(plans) or weights is None:
             raise ValueError("its plans are not those that it is said to have")
         for texts in labels.values():
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):

@@ -123,7 +123,7 @@ def header(text: bytes, size: int) -> bytes:
 # --- read ---
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, fx.GraphModule], dict[str, Any]]:
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, graph_json.Unbuilt], dict[str, Any]]:
     """The graphs and facts that `write` wrote. Buffers lie in the mapped file.
 
     Raises:
@@ -144,7 +144,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, fx.GraphModule], dict[
     return parse(memory)
 
 
-def parse(memory: mmap.mmap | bytearray) -> tuple[dict[str, fx.GraphModule], dict[str, Any]]:
+def parse(memory: mmap.mmap | bytearray) -> tuple[dict[str, graph_json.Unbuilt], dict[str, Any]]:
     """The graphs and facts in the bytes of a file, writable ones, which the graphs' buffers lie in.
 
     Raises:

@@ -17,7 +17,7 @@ from torch import fx, nn
 from pykernels.network.saved import operators
 from pykernels.network.saved.literals import decode, encode, expect
 
-__all__ = ["dump", "parse"]
+__all__ = ["Unbuilt", "dump", "parse"]
 
 _NODES = 2**16  # of a file: fx and Python's compiler take half a millisecond for each
 _REGIONS = 8  # in one another
@@ -91,8 +91,22 @@ def _dump_node(node: fx.Node, numbers: dict[fx.Node, int]) -> list[Any]:
 # --- and back ---
 
 
-def parse(content: Any, tensors: list[torch.Tensor], budget: Iterator[int] | None = None, depth: int = 0) -> Any:
-    """The graph module that `dump` wrote; `tensors` are its buffers by their numbers.
+class Unbuilt(nn.Module):
+    """A graph that was read and found right, and its constants: without the Python code that fx makes of a graph, which
+    takes as long as all else that loading does and is often not needed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+
+    def build(self) -> fx.GraphModule:
+        """The graph as a module, over the constants as they are now."""
+        return fx.GraphModule(self, self.graph)
+
+
+def parse(content: Any, tensors: list[torch.Tensor], budget: Iterator[int] | None = None, depth: int = 0) -> Unbuilt:
+    """The graph that `dump` wrote; `tensors` are its buffers by their numbers.
 
     Raises:
         ValueError: it is none. Nothing of it was run.
@@ -102,7 +116,7 @@ def parse(content: Any, tensors: list[torch.Tensor], budget: Iterator[int] | Non
         raise ValueError(f"regions are nested more than {_REGIONS} deep")
     if set(expect(content, dict, "a graph")) != {"nodes", "buffers", "regions"}:
         raise ValueError("a graph has nodes, buffers and regions")
-    root = nn.Module()
+    root = Unbuilt()
     for name, number in _pairs(content["buffers"], "a buffer"):
         if type(number) is not int or not 0 <= number < len(tensors):
             raise ValueError(f"the buffer {name} is tensor {number!r} of {len(tensors)}")
@@ -110,8 +124,7 @@ def parse(content: Any, tensors: list[torch.Tensor], budget: Iterator[int] | Non
         root.register_buffer(name, tensors[number])
     for name, region in _pairs(content["regions"], "a region"):
         _new(root, name, "a region")
-        root.add_module(name, parse(region, tensors, budget, depth + 1))
-    graph = fx.Graph()
+        root.add_module(name, parse(region, tensors, budget, depth + 1).build())
     known: list[fx.Node] = []
     names: set[str] = set()
     for entry in expect(content["nodes"], list, "nodes"):
@@ -119,10 +132,10 @@ def parse(content: Any, tensors: list[torch.Tensor], budget: Iterator[int] | Non
             raise ValueError(f"it has more than {_NODES} nodes")
         if known and known[-1].op == "output":
             raise ValueError("nodes follow the output")
-        known.append(_parse_node(graph, root, entry, known, names))
+        known.append(_parse_node(root, entry, known, names))
     if not known or known[-1].op != "output":
         raise ValueError("a graph ends without an output")
-    return fx.GraphModule(root, graph)
+    return root
 
 
 def _pairs(content: Any, what: str) -> Iterator[tuple[Any, Any]]:
@@ -132,12 +145,13 @@ def _pairs(content: Any, what: str) -> Iterator[tuple[Any, Any]]:
         yield pair[0], pair[1]
 
 
-def _new(root: nn.Module, name: Any, what: str) -> None:
+def _new(root: Unbuilt, name: Any, what: str) -> None:
     if hasattr(root, _attribute(name, what)):
         raise ValueError(f"{what} is named {name!r}, as another one is")
 
 
-def _parse_node(graph: fx.Graph, root: nn.Module, entry: Any, known: list[fx.Node], names: set[str]) -> fx.Node:
+def _parse_node(root: Unbuilt, entry: Any, known: list[fx.Node], names: set[str]) -> fx.Node:
+    graph = root.graph
     if len(expect(entry, list, "a node")) != 5:
         raise ValueError("a node has an op, a name, a target, args and kwargs")
     op, name, target, *given = entry
