@@ -106,7 +106,7 @@ void Prepared::bind(size_t driver, const uint8_t* const* inputs, uint8_t* const*
 }
 
 void Prepared::bind(const uint8_t* const* inputs, uint8_t* const* outputs) {
-  block_ = take_block(memory_bytes());
+  if (!block_.memory) block_ = take_block(memory_bytes());  // a profile's later calls have it still
   if (bound_to_ == block_.memory.get()) {
     for (const size_t driver : outer_) bind(driver, inputs, outputs);
     return;
