@@ -103,7 +103,12 @@ template <class Dot, int kPixels>
 PK_INLINE void pixels(const DepthwiseArgs& g, int64_t at, uint8_t* c) {
   typename Dot::Acc acc[kPixels][Dot::kRegisters];
   PK_FOR (x, kPixels)
-    PK_FOR (q, Dot::kRegisters) acc[x][q] = Dot::zero();
+    PK_FOR (q, Dot::kRegisters) {
+      if constexpr (requires { Dot::start(g.start, q); })
+        acc[x][q] = Dot::start(g.start, q);
+      else
+        acc[x][q] = Dot::zero();
+    }
   for (int64_t w = 0; w < g.words; ++w)
     PK_FOR (x, kPixels)
       mac_taps(Dot{}, acc[x], g.tap + w * taps_per_word<Dot>, at + x * g.x_stride, g.panel + w * kBlockBytes);
@@ -142,7 +147,7 @@ PK_INLINE void widen(const uint8_t* block, PairWeights* pair) {
 
 template <int kPixels>
 PK_INLINE void s8_pairs(const uint8_t* const* tap, int64_t at, int64_t stride, const PairWeights* w, int pairs,
-                        bool add_to, int32_t* c, int64_t ldc) {
+                        const int32_t* start, int32_t* c, int64_t ldc) {
   __m256i acc[kPixels][2];
   PK_FOR (x, kPixels)
     PK_FOR (h, 2) acc[x][h] = _mm256_setzero_si256();
@@ -161,7 +166,7 @@ PK_INLINE void s8_pairs(const uint8_t* const* tap, int64_t at, int64_t stride, c
                              _mm256_permute2x128_si256(acc[x][0], acc[x][1], 0x31)};
     PK_FOR (h, 2) {
       int32_t* to = c + x * ldc + 8 * h;
-      store_i32(to, add_to ? add(sums[h], load_i32(to)) : sums[h]);
+      store_i32(to, add(sums[h], load_i32(start ? start + 8 * h : to)));
     }
   }
 }
@@ -175,11 +180,12 @@ void s8_pairs(const DepthwiseArgs& g) {
     PairWeights w[2 * kPairWords];
     for (int i = 0; i < words; ++i) widen(g.panel + (word + i) * kBlockBytes, w + 2 * i);
     const uint8_t* const* tap = g.tap + 4 * word;
+    const int32_t* start = word > 0 ? nullptr : g.start;  // later words add to the sums of those before
     int64_t x = 0;
     for (; x + kPixels <= g.pixels; x += kPixels)
-      s8_pairs<kPixels>(tap, g.at + x * g.x_stride, g.x_stride, w, pairs, word > 0, c + x * g.ldc, g.ldc);
+      s8_pairs<kPixels>(tap, g.at + x * g.x_stride, g.x_stride, w, pairs, start, c + x * g.ldc, g.ldc);
     for (; x < g.pixels; ++x)
-      s8_pairs<1>(tap, g.at + x * g.x_stride, g.x_stride, w, pairs, word > 0, c + x * g.ldc, g.ldc);
+      s8_pairs<1>(tap, g.at + x * g.x_stride, g.x_stride, w, pairs, start, c + x * g.ldc, g.ldc);
   }
 }
 #endif

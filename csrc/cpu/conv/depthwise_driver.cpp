@@ -94,8 +94,7 @@ DepthwiseDriver::DepthwiseDriver(const ConvShape& shape, const PackedView& packe
   kernel = type == Element::s8 ? k.s8 : type == Element::bf16 ? k.bf16 : type == Element::f16 ? k.f16 : k.f32;
   epilogue = epilogue_kernel(type);
   element = element_bytes(type);
-  low = e.activation == Activation::none ? -HUGE_VALF : 0.0f;
-  high = e.activation == Activation::relu6 ? 6.0f : HUGE_VALF;
+  folded.fold(e, weights);
   slots = std::min((s.kh - 1) * s.dh + 1, s.h);
 
   // Copying bytes costs little beside their products, unless a stride leaves fewer of these; the rest is read where it
@@ -176,8 +175,9 @@ void DepthwiseDriver::run(int64_t task, uint8_t* memory) const {
         DepthwiseArgs g{};
         g.words = weights.words(), g.kh = s.kh, g.kw = s.kw;
         g.panel = weights.panels + panel * weights.panel_bytes();
+        g.start = e.start ? e.start + channel : nullptr;
         g.bias = whole && e.bias ? e.bias + channel : nullptr;
-        g.low = whole ? low : -HUGE_VALF, g.high = whole ? high : HUGE_VALF;
+        g.low = whole ? e.low : -HUGE_VALF, g.high = whole ? e.high : HUGE_VALF;
         g.ldc = whole ? e.out_stride : kColumns;
         auto* to = whole ? static_cast<uint8_t*>(e.out) + ((line * s.ow + x) * e.out_stride + channel) * 4 : c;
         for (int i = 0; i < pieces_count; ++i) {

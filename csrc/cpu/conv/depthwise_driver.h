@@ -38,6 +38,7 @@ class DepthwiseDriver final : public Driver {
   ConvShape s;
   PackedView weights;
   Epilogue e;
+  Folded folded;
   uint8_t fill, flip;
   const uint8_t* x = nullptr;
   std::vector<uint8_t> blank;  // a row of padding
@@ -49,7 +50,6 @@ class DepthwiseDriver final : public Driver {
   int pieces_count = 0;
   int64_t line_splits, panel_splits;
   bool direct;  // the epilogue only adds the bias and clamps to [low, high]: the kernel writes fp32 output itself
-  float low, high;
 };
 
 }  // namespace pykernels

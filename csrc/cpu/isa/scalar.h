@@ -62,7 +62,7 @@ PK_INLINE f32 mul(f32 a, f32 b) { return a * b; }
 PK_INLINE f32 div(f32 a, f32 b) { return a / b; }
 PK_INLINE f32 min(f32 a, f32 b) { return a < b ? a : b; }
 PK_INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }
-PK_INLINE f32 fma(f32 a, f32 b, f32 c) { return a * b + c; }
+PK_INLINE f32 fma(f32 a, f32 b, f32 c) { return __builtin_fmaf(a, b, c); }
 PK_INLINE f32 round(f32 a) { return __builtin_rintf(a); }
 PK_INLINE f32 floor(f32 a) { return __builtin_floorf(a); }
 PK_INLINE f32 abs(f32 a) { return __builtin_fabsf(a); }

@@ -8,7 +8,7 @@
 //   f32  load(const float*|bfloat16*|float16*, n)  store(float*|bfloat16*|float16*, f32, n) (half to even)
 //        stream(float*|bfloat16*|float16*, f32): a whole vector past the caches; the address is a multiple of the bytes
 //        stored, and fence() makes such stores visible to other threads
-//        set1(float)  add sub mul div min max  fma(a,b,c)=a*b+c  round (half to even)  floor  abs
+//        set1(float)  add sub mul div min max  fma(a,b,c)=a*b+c, rounded once  round (half to even)  floor  abs
 //        sqrt
 //        min(a,b)/max(a,b) yield b when a or b is NaN: max(zero, x) keeps the NaN of x.
 //        max_or_zero(a, b) = 0 where a is NaN, else max(a, b)

@@ -54,7 +54,8 @@ Epilogue Builder::epilogue(const PackedView& weights, const View& x, Dtype* out_
   PK_CHECK(!residual || is_real(residual->dtype) || (is_byte(x.dtype) && is_byte(residual->dtype)),
            "run_plan: the residual of a step ", name(), " has a dtype that cannot be added");
   const int64_t residual_zero_point = residual ? zero_point(residual->dtype) : number(0, 0);
-  set_residual(e, residual ? residual->dtype : Dtype::f32, after, scale(), residual_zero_point);
+  const double residual_scale = scale();
+  if (residual) set_residual(e, residual->dtype, after, residual_scale, residual_zero_point);
   *out_dtype = out;
   return e;
 }

@@ -1,5 +1,5 @@
-// Dot tiles: rows x panels of 16 columns held in registers over the whole reduction and, where they are floats, until
-// they are output (see kernels.h for the formulas and common/packed.h for the weights). One loop nest; the element type
+// Dot tiles: rows x panels of 16 columns held in registers over the whole reduction and, where they can, until they are
+// output (see kernels.h for the formulas and common/packed.h for the weights). One loop nest; the element type
 // says how a word is broadcast, a weight register loaded and the two multiplied. Rows and panels are template
 // parameters, so a tail is a smaller tile and never wasted work.
 //
@@ -11,6 +11,9 @@
 
 namespace pykernels::PYKERNELS_ISA_NS {
 namespace {
+
+template <class Dot>
+constexpr bool kStarts = requires(const int32_t* p) { Dot::start(p, 0); };
 
 #if defined(PYKERNELS_ISA_SCALAR)
 template <class Dot>
@@ -28,22 +31,52 @@ PK_INLINE void finish(const Finish f, const f32 (&acc)[kRows][kPanels][kPanelReg
   PK_FOR (p, kPanels)
     PK_FOR (q, kPanelRegisters) {
       const int at = p * 16 + q * kLanes;
-      const f32 bias = load(f.bias + at, kLanes);
+      const f32 addend = load(f.addend + at, kLanes);
       PK_FOR (r, kRows) {
-        f32 sum = add(acc[r][p][q], bias);
+        f32 sum = add(acc[r][p][q], addend);
         if (kResidual) sum = add(sum, load(static_cast<const Out*>(f.residual) + place[r] + at, kLanes));
         store(static_cast<Out*>(f.out) + place[r] + at, min(high, max(low, sum)), kLanes);
       }
     }
+}
+
+// Bytes: a row and panel at a time, whose 16 columns are one store.
+template <class Out, bool kResidual, int kRows, int kPanels>
+PK_INLINE void finish(const Finish f, const i32 (&acc)[kRows][kPanels][kPanelRegisters]) {
+  const f32 low = set1(f.low), high = set1(f.high), factor = set1(f.residual_factor);
+  PK_FOR (p, kPanels) {
+    f32 multiplier[kPanelRegisters], addend[kPanelRegisters];
+    PK_FOR (q, kPanelRegisters) {
+      multiplier[q] = load(f.multiplier + p * 16 + q * kLanes, kLanes);
+      addend[q] = load(f.addend + p * 16 + q * kLanes, kLanes);
+    }
+    PK_FOR (r, kRows) {
+      const int64_t place = f.place[r] + p * 16;
+      i32 bytes[kPanelRegisters];
+      PK_FOR (q, kPanelRegisters) {
+        f32 t = fma(to_f32(acc[r][p][q]), multiplier[q], addend[q]);
+        if (kResidual)
+          t = fma(to_f32(load_i32(static_cast<const Out*>(f.residual) + place + q * kLanes, kLanes)), factor, t);
+        bytes[q] = to_i32(min(high, max(low, t)));
+      }
+      store16(static_cast<Out*>(f.out) + place, bytes);
+    }
+  }
 }
 #endif
 
 template <class Dot, int kRows, int kPanels>
 __attribute__((noinline)) void tile(const DotArgs& g) {
   typename Dot::Acc acc[kRows][kPanels][Dot::kRegisters];
-  PK_FOR (r, kRows)
-    PK_FOR (p, kPanels)
-      PK_FOR (q, Dot::kRegisters) acc[r][p][q] = Dot::zero();
+  PK_FOR (p, kPanels)
+    PK_FOR (q, Dot::kRegisters) {
+      if constexpr (kStarts<Dot>) {
+        const typename Dot::Acc start = Dot::start(g.start + p * 16, q);
+        PK_FOR (r, kRows) acc[r][p][q] = start;
+      } else {
+        PK_FOR (r, kRows) acc[r][p][q] = Dot::zero();
+      }
+    }
 
   // Three panels to a base register: base, base + stride, base + 2 * stride are all addressing modes.
   constexpr int kBases = (kPanels + 2) / 3;
@@ -123,6 +156,7 @@ void stage<DotF16>(const uint8_t* from, int64_t words, uint8_t, uint8_t* to) {
   each_real(reinterpret_cast<float*>(to), 2 * words, [&](int64_t i, int n) PK_LAMBDA { return load(x + i, n); });
 }
 
+constexpr Dtype out_dtype(const uint8_t*) { return Dtype::u8; }
 constexpr Dtype out_dtype(const float*) { return Dtype::f32; }
 constexpr Dtype out_dtype(const bfloat16*) { return Dtype::bf16; }
 constexpr Dtype out_dtype(const float16*) { return Dtype::f16; }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cfloat>
 #include <cmath>
 
 namespace pykernels {
@@ -19,7 +20,7 @@ constexpr int64_t kMaxBlock = 16;
 constexpr int64_t kMaxRun = 128 * kColumns;
 
 // x + -0 is x, whatever x.
-const auto kNoBias = [] {
+const auto kNothing = [] {
   std::array<float, kMaxPanels * kColumns> zeros;
   zeros.fill(-0.0f);
   return zeros;
@@ -258,7 +259,7 @@ void locate_in_place(const TileProblem& p, const TilePlan& plan, int64_t first, 
 // Whether tiles of these columns can write their output themselves.
 bool finishes(const TileProblem& p, int64_t columns) {
   return p.dot->finishes && p.e.out_dtype == p.dot->out && columns % kColumns == 0 &&
-         p.e.activation <= Activation::relu6 &&
+         p.e.activation <= Activation::relu6 && (p.e.scaled || !is_byte(p.e.out_dtype)) &&
          (!p.e.residual || (!p.e.residual_after && p.e.residual_dtype == p.dot->out));
 }
 
@@ -324,10 +325,49 @@ void set_out(Epilogue& e, Dtype dtype, double scale, int64_t zero_point) {
 }
 
 void set_residual(Epilogue& e, Dtype dtype, bool after_activation, double scale, int64_t zero_point) {
+  e.adds = true;
   e.residual_dtype = dtype;
   e.residual_after = after_activation;
   e.residual_scale = static_cast<float>(scale);
   e.residual_zero_point = static_cast<int32_t>(zero_point);
+}
+
+void Folded::fold(Epilogue& e, const PackedView& w) {
+  e.addend = e.bias;
+  e.low = e.activation == Activation::none ? -INFINITY : 0.0f;
+  e.high = e.activation == Activation::relu6 ? 6.0f : INFINITY;
+  if (w.h.element != Element::s8) return;
+  e.scaled = is_byte(e.out_dtype) && !e.row_scale && e.activation <= Activation::relu6 &&
+             (!e.adds || (!e.residual_after && is_byte(e.residual_dtype)));
+  const int64_t channels = w.h.groups * round_up(w.h.n, kColumns);
+  start_.resize(channels), multiplier_.resize(channels), addend_.resize(channels);
+  float zero_point = 0.0f, offset = 0.0f;
+  if (e.scaled) {
+    const auto unsigned_zero = [](Dtype t, int32_t zero) {
+      return static_cast<float>(zero + (t == Dtype::s8 ? 128 : 0));
+    };
+    offset = zero_point = unsigned_zero(e.out_dtype, e.zero_point);
+    e.low = e.activation == Activation::none ? 0.0f : zero_point;
+    e.high =
+        e.activation == Activation::relu6 ? std::min(std::rint(6.0f * e.inverse_scale) + zero_point, 255.0f) : 255.0f;
+    if (e.adds) {
+      e.residual_factor = std::min(e.residual_scale * e.inverse_scale, FLT_MAX);
+      offset -= unsigned_zero(e.residual_dtype, e.residual_zero_point) * e.residual_factor;
+    }
+  }
+  for (int64_t n = 0; n < channels; ++n) {
+    start_[n] = static_cast<int32_t>(0u - static_cast<uint32_t>(e.x_zero_point) * static_cast<uint32_t>(e.sum[n]));
+    const float scale = e.row_scale ? e.scale[n] : e.x_scale * e.scale[n], bias = e.bias ? e.bias[n] : 0.0f;
+    if (e.scaled) {  // neither may make a NaN of a sum
+      multiplier_[n] = std::min(scale * e.inverse_scale, FLT_MAX);
+      addend_[n] = bias * e.inverse_scale + offset;
+      if (std::isnan(addend_[n])) multiplier_[n] = 0.0f, addend_[n] = zero_point;
+    } else {
+      multiplier_[n] = scale;
+      addend_[n] = bias;
+    }
+  }
+  e.start = start_.data(), e.multiplier = multiplier_.data(), e.addend = addend_.data();
 }
 
 TilePlan plan_tiles(TileProblem& p, int64_t threads) {
@@ -378,6 +418,7 @@ TilePlan plan_tiles(TileProblem& p, int64_t threads) {
 
 TileDriver::TileDriver(const TileProblem& problem, int64_t threads) : problem_(problem) {
   if (problem.images * problem.rows * problem.columns == 0 || problem.weights.h.n == 0) return;
+  folded_.fold(problem_.e, problem.weights);
   plan_ = plan_tiles(problem_, threads);
   tasks = plan_.tasks;
   scratch = plan_.scratch;
@@ -402,7 +443,7 @@ void TileDriver::run(int64_t task, uint8_t* memory) const {
   const PackedView& w = p.weights;
   const int64_t per_group = w.panels_per_group(), panel_bytes = w.panel_bytes();
   const int64_t most_panels = p.dot->max_panels[plan.most_rows];
-  const int64_t out_bytes = p.e.out_dtype == Dtype::f32 ? 4 : 2;  // where tiles finish
+  const int64_t out_bytes = dtype_bytes(p.e.out_dtype);
   std::fill(memory, memory + plan.fill_bytes, p.fill);
 
   for (int64_t block = first_tile; block < last_tile; block += plan.block) {
@@ -417,11 +458,12 @@ void TileDriver::run(int64_t task, uint8_t* memory) const {
       const bool finish = finishes(p, columns);
       Finish f{};
       if (finish) {
-        f.bias = p.e.bias ? p.e.bias + panel * kColumns : kNoBias.data();
+        f.multiplier = p.e.multiplier ? p.e.multiplier + panel * kColumns : nullptr;
+        f.addend = p.e.addend ? p.e.addend + panel * kColumns : kNothing.data();
+        f.residual_factor = p.e.residual_factor;
         f.residual = p.e.residual ? static_cast<const uint8_t*>(p.e.residual) + channel * out_bytes : nullptr;
         f.out = static_cast<uint8_t*>(p.e.out) + channel * out_bytes;
-        f.low = p.e.activation == Activation::none ? -INFINITY : 0.0f;
-        f.high = p.e.activation == Activation::relu6 ? 6.0f : INFINITY;
+        f.low = p.e.low, f.high = p.e.high;
       }
       Held held{p, c, {c, ldc, 0, 0, panel * kColumns, channel, columns}};
       for (int64_t i = 0; i < count; ++i) {
@@ -429,6 +471,7 @@ void TileDriver::run(int64_t task, uint8_t* memory) const {
         t.dot.a_offset = group * plan.group_stride;
         t.dot.panels = w.panels + panel * panel_bytes;
         t.dot.panel_bytes = panel_bytes;
+        t.dot.start = p.e.start ? p.e.start + panel * kColumns : nullptr;
         t.dot.c = held.next();
         t.dot.finish = finish ? &f : nullptr;
         f.place = t.place;

@@ -44,6 +44,16 @@ auto epilogue_kernel(Element element) -> void (*)(const Epilogue&, const Epilogu
 
 // Everything of an epilogue but x's scale and zero point, residual and output: weights' arrays and activation.
 Epilogue make_epilogue(const PackedView& weights, Activation activation);
+// What an epilogue's kernels read, made of what it says: its arrays, which it points to afterwards, and its bounds.
+class Folded {
+ public:
+  void fold(Epilogue& e, const PackedView& weights);
+
+ private:
+  std::vector<int32_t> start_;
+  std::vector<float> multiplier_, addend_;
+};
+
 // What is written; scale and zero point where that is 8 bits.
 void set_out(Epilogue& e, Dtype dtype, double scale, int64_t zero_point);
 // What is added; scale and zero point where that is 8 bits.
@@ -99,6 +109,7 @@ class TileDriver final : public Driver {
 
  private:
   TileProblem problem_;
+  Folded folded_;
   TilePlan plan_;
 };
 

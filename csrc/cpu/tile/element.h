@@ -29,7 +29,8 @@ PK_INLINE float float_at(const uint8_t* p) {
 //   words(v)     a register of words, one for every column (s8 on vector isas)
 //   Half         the 16-bit float of which a word holds two
 //   mac(c, x, w) adds the product                            finish(c, out)  writes the 16 sums of a row and panel
-//   Out          what tiles of floats on vector isas write of themselves (Finish of kernels.h)
+//   zero()       where sums of floats begin                   start(p, q)   register q of the sums of bytes that begin
+//   at p Out          what tiles on vector isas write of themselves (Finish of kernels.h)
 #if defined(PYKERNELS_ISA_SCALAR)
 
 struct Column16 {
@@ -40,7 +41,11 @@ struct DotS8 {
   using Acc = Column16;
   using Word = uint32_t;
   using Weight = const int8_t*;
-  PK_INLINE Acc zero() { return {}; }
+  PK_INLINE Acc start(const int32_t* p, int) {
+    Acc c;
+    std::memcpy(&c, p, sizeof(c));
+    return c;
+  }
   PK_INLINE Word word(const uint8_t* p) { return static_cast<uint32_t>(word_at(p)); }
   PK_INLINE Weight weight(const uint8_t* b, int) { return reinterpret_cast<const int8_t*>(b); }
   PK_INLINE void mac(Acc& c, Word x, Weight w) {
@@ -156,10 +161,11 @@ struct DotF16 : DotHalf<float16> {
 
 struct DotS8 {
   static constexpr int kRegisters = 1, kBudget = 24, kRows = 12, kWordBytes = 4;
+  using Out = uint8_t;
   using Acc = i32;
   using Word = i32;
   using Weight = i32;
-  PK_INLINE Acc zero() { return set1_i32(0); }
+  PK_INLINE Acc start(const int32_t* p, int q) { return load_i32(p + q * kLanes); }
   PK_INLINE Word word(const uint8_t* p) { return set1_i32(word_at(p)); }
   PK_INLINE Word words(i32 v) { return v; }
   PK_INLINE Weight weight(const uint8_t* b, int) { return _mm512_loadu_si512(b); }
@@ -171,10 +177,11 @@ struct DotS8 {
 
 struct DotS8 {
   static constexpr int kRegisters = 2, kBudget = 12, kRows = 6, kWordBytes = 4;
+  using Out = uint8_t;
   using Acc = i32;
   using Word = i32;
   using Weight = i32;
-  PK_INLINE Acc zero() { return set1_i32(0); }
+  PK_INLINE Acc start(const int32_t* p, int q) { return load_i32(p + q * kLanes); }
   PK_INLINE Word word(const uint8_t* p) { return set1_i32(word_at(p)); }
   PK_INLINE Word words(i32 v) { return v; }
   PK_INLINE Weight weight(const uint8_t* b, int q) { return load_i32(reinterpret_cast<const int32_t*>(b) + q * 8); }
@@ -199,10 +206,11 @@ struct DotS8 {
   struct Pair {
     i32 even, odd;
   };
+  using Out = uint8_t;
   using Acc = i32;
   using Word = Pair;
   using Weight = Pair;
-  PK_INLINE Acc zero() { return set1_i32(0); }
+  PK_INLINE Acc start(const int32_t* p, int q) { return load_i32(p + q * kLanes); }
   PK_INLINE Word word(const uint8_t* p) { return {set1_i32(word_at(p)), set1_i32(word_at(p + 4))}; }
 #if defined(PYKERNELS_ISA_AVX512)
   PK_INLINE Word words(i32 v) { return {_mm512_and_si512(v, set1_i32(0x00ff00ff)), _mm512_srli_epi16(v, 8)}; }

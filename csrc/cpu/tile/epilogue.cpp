@@ -1,5 +1,6 @@
 // Epilogues: accumulators of a tile to output (formula in kernels.h). Columns outside, rows inside, so that per-channel
 // parameters are loaded once; a tail of columns goes through partial loads and stores.
+#include "cpu/isa/loops.h"
 #include "cpu/isa/math.h"
 #include "cpu/isa/requantize.h"
 #include "cpu/tile/element.h"
@@ -10,9 +11,9 @@ namespace {
 
 constexpr int kVectors = 16 / kLanes;  // of a panel's columns
 
-// What an epilogue has to do: most layers' only clamps, perhaps after adding a residual (8 bit for 8 bit, the same
-// float for a float), and has no branch in its loop. `any` asks the Epilogue in every step.
-enum class Path { clamp, add_u8, add_s8, add_float, any };
+// What the epilogue of a float has to do: most layers' only clamps, perhaps after adding a residual of the same float,
+// and has no branch in its loop. `any` asks the Epilogue in every step.
+enum class Path { clamp, add, any };
 
 template <Dtype kOut>
 constexpr bool is_byte_out = kOut == Dtype::u8 || kOut == Dtype::s8;
@@ -63,23 +64,17 @@ PK_INLINE void store_out(const Epilogue& e, const Requantize& q, int64_t at, con
 template <bool kInteger, Dtype kOut, Path kPath, int kCount>
 PK_INLINE void block(const Epilogue e, const EpilogueArgs t, int64_t j, int n) {
   const int32_t lowest = kOut == Dtype::s8 ? -128 : 0;
-  Requantize q = requantizer(e.inverse_scale, e.zero_point, lowest, lowest + 255);
-  f32 low = set1(e.activation == Activation::none ? -__builtin_inff() : 0.0f);
-  f32 high = set1(e.activation == Activation::relu6 ? 6.0f : __builtin_inff());
-  if constexpr (is_byte_out<kOut> && kPath != Path::any) {  // min(f, 6) * inverse = min(f * inverse, 6 * inverse)
-    q.low = max(q.low, low);
-    q.high = min(q.high, mul(high, q.inverse));
-  }
-  f32 bias[kCount], weight_scale[kCount], scale[kCount];
-  i32 sum[kCount], shift[kCount];
+  const Requantize q = requantizer(e.inverse_scale, e.zero_point, lowest, lowest + 255);
+  const f32 low = set1(e.activation == Activation::none ? -__builtin_inff() : 0.0f);
+  const f32 high = set1(e.activation == Activation::relu6 ? 6.0f : __builtin_inff());
+  f32 addend[kCount], multiplier[kCount];
+  i32 sum[kCount];
   PK_FOR (v, kCount) {
     const int64_t at = t.packed + j + v * kLanes;
-    bias[v] = e.bias ? load(e.bias + at, n) : set1(-0.0f);  // x + -0 is x, whatever x
+    addend[v] = e.addend ? load(e.addend + at, n) : set1(-0.0f);  // x + -0 is x, whatever x
     if constexpr (kInteger) {
-      weight_scale[v] = load(e.scale + at, n);
-      sum[v] = load_i32(e.sum + at, n);
-      scale[v] = mul(set1(e.x_scale), weight_scale[v]);
-      shift[v] = mul(set1_i32(e.x_zero_point), sum[v]);
+      multiplier[v] = load(e.multiplier + at, n);
+      if constexpr (kPath == Path::any) sum[v] = load_i32(e.sum + at, n);
     }
   }
   int64_t at = t.row * e.out_stride + t.channel + j, from = j;
@@ -88,28 +83,27 @@ PK_INLINE void block(const Epilogue e, const EpilogueArgs t, int64_t j, int n) {
     PK_FOR (v, kCount) {
       const int64_t place = at + v * kLanes;
       if constexpr (kInteger) {
-        if (kPath == Path::any && e.row_scale) {
-          scale[v] = mul(set1(e.row_scale[t.row + r]), weight_scale[v]);
-          shift[v] = mul(set1_i32(e.row_zero_point[t.row + r]), sum[v]);
-        }
-        const i32 acc = sub(load_i32(static_cast<const int32_t*>(t.c) + from + v * kLanes), shift[v]);
+        i32 acc = load_i32(static_cast<const int32_t*>(t.c) + from + v * kLanes);
         if constexpr (kOut == Dtype::s32) {
           store_i32(static_cast<int32_t*>(e.out) + place, acc, n);
           continue;
         }
-        f[v] = mul(to_f32(acc), scale[v]);
+        f32 factor = multiplier[v];
+        if constexpr (kPath == Path::any)
+          if (e.row_scale) {
+            acc = sub(acc, mul(set1_i32(e.row_zero_point[t.row + r]), sum[v]));
+            factor = mul(set1(e.row_scale[t.row + r]), factor);
+          }
+        f[v] = fma(to_f32(acc), factor, addend[v]);
       } else {
-        f[v] = load(static_cast<const float*>(t.c) + from + v * kLanes, kLanes);
+        f[v] = add(load(static_cast<const float*>(t.c) + from + v * kLanes, kLanes), addend[v]);
       }
-      f[v] = add(f[v], bias[v]);
-      if constexpr (kPath == Path::add_u8) f[v] = add(f[v], load_residual(e, Dtype::u8, place, n));
-      if constexpr (kPath == Path::add_s8) f[v] = add(f[v], load_residual(e, Dtype::s8, place, n));
-      if constexpr (kPath == Path::add_float) f[v] = add(f[v], load_residual(e, kOut, place, n));
+      if constexpr (kPath == Path::add) f[v] = add(f[v], load_residual(e, kOut, place, n));
       if constexpr (kPath == Path::any) {
         if (e.residual && !e.residual_after) f[v] = add(f[v], load_residual(e, e.residual_dtype, place, n));
         f[v] = activate(e.activation, f[v]);
         if (e.residual && e.residual_after) f[v] = add(f[v], load_residual(e, e.residual_dtype, place, n));
-      } else if constexpr (!is_byte_out<kOut>) {
+      } else {
         f[v] = min(high, max(low, f[v]));
       }
     }
@@ -117,27 +111,75 @@ PK_INLINE void block(const Epilogue e, const EpilogueArgs t, int64_t j, int n) {
   }
 }
 
+// An 8-bit residual that the scaled epilogue adds.
+enum class Added { nothing, u8, s8 };
+
+// As block(), of the scaled epilogue.
+template <class Q, Added kAdded, int kCount>
+PK_INLINE void scaled_block(const Epilogue e, const EpilogueArgs t, int64_t j, int n) {
+  constexpr bool kSigned = static_cast<Q>(-1) < Q{};
+  const i32 half = set1_i32(128);
+  const f32 low = set1(e.low), high = set1(e.high), residual_factor = set1(e.residual_factor);
+  f32 multiplier[kCount], addend[kCount];
+  PK_FOR (v, kCount) {
+    multiplier[v] = load(e.multiplier + t.packed + j + v * kLanes, n);
+    addend[v] = load(e.addend + t.packed + j + v * kLanes, n);
+  }
+  int64_t at = t.row * e.out_stride + t.channel + j, from = j;
+  for (int64_t r = 0; r < t.rows; ++r, at += e.out_stride, from += t.ldc) {
+    i32 bytes[kCount];
+    PK_FOR (v, kCount) {
+      const int64_t place = at + v * kLanes;
+      f32 f = to_f32(load_i32(static_cast<const int32_t*>(t.c) + from + v * kLanes));
+      f = fma(f, multiplier[v], addend[v]);
+      if constexpr (kAdded == Added::u8)
+        f = fma(to_f32(load_i32(static_cast<const uint8_t*>(e.residual) + place, n)), residual_factor, f);
+      if constexpr (kAdded == Added::s8)
+        f = fma(to_f32(add(load_i32(static_cast<const int8_t*>(e.residual) + place, n), half)), residual_factor, f);
+      bytes[v] = to_i32(min(high, max(low, f)));
+      if constexpr (kSigned) bytes[v] = sub(bytes[v], half);
+    }
+    store_bytes<kCount>(static_cast<Q*>(e.out) + at, bytes, n);
+  }
+}
+
+// panel(j) for whole panels of columns, part(j, n) for what is left of them.
+template <class Panel, class Part>
+PK_INLINE void each_columns(int64_t columns, const Panel& panel, const Part& part) {
+  int64_t j = 0;
+  for (; j + 16 <= columns; j += 16) panel(j);
+  for (; j < columns; j += kLanes) part(j, lanes_left(columns - j));
+}
+
 template <bool kInteger, Dtype kOut, Path kPath>
 void run(const Epilogue& e, const EpilogueArgs& t) {
-  int64_t j = 0;
-  for (; j + 16 <= t.columns; j += 16) block<kInteger, kOut, kPath, kVectors>(e, t, j, kLanes);
-  for (; j + kLanes <= t.columns; j += kLanes) block<kInteger, kOut, kPath, 1>(e, t, j, kLanes);
-  if (j < t.columns) block<kInteger, kOut, kPath, 1>(e, t, j, static_cast<int>(t.columns - j));
+  each_columns(
+      t.columns, [&](int64_t j) PK_LAMBDA { block<kInteger, kOut, kPath, kVectors>(e, t, j, kLanes); },
+      [&](int64_t j, int n) PK_LAMBDA { block<kInteger, kOut, kPath, 1>(e, t, j, n); });
+}
+
+template <class Q, Added kAdded>
+void run_scaled(const Epilogue& e, const EpilogueArgs& t) {
+  each_columns(
+      t.columns, [&](int64_t j) PK_LAMBDA { scaled_block<Q, kAdded, kVectors>(e, t, j, kLanes); },
+      [&](int64_t j, int n) PK_LAMBDA { scaled_block<Q, kAdded, 1>(e, t, j, n); });
 }
 
 template <bool kInteger, Dtype kOut>
 void choose(const Epilogue& e, const EpilogueArgs& t) {
   const bool clamps = !e.row_scale && e.activation <= Activation::relu6;
   if (clamps && !e.residual) return run<kInteger, kOut, Path::clamp>(e, t);
-  if (clamps && !e.residual_after) {
-    if constexpr (is_byte_out<kOut>) {
-      if (e.residual_dtype == Dtype::u8) return run<kInteger, kOut, Path::add_u8>(e, t);
-      if (e.residual_dtype == Dtype::s8) return run<kInteger, kOut, Path::add_s8>(e, t);
-    } else if (e.residual_dtype == kOut) {
-      return run<kInteger, kOut, Path::add_float>(e, t);
-    }
-  }
+  if (clamps && !e.residual_after && e.residual_dtype == kOut) return run<kInteger, kOut, Path::add>(e, t);
   run<kInteger, kOut, Path::any>(e, t);
+}
+
+template <class Q>
+void choose_bytes(const Epilogue& e, const EpilogueArgs& t) {
+  constexpr Dtype kOut = static_cast<Q>(-1) < Q{} ? Dtype::s8 : Dtype::u8;
+  if (!e.scaled) return run<true, kOut, Path::any>(e, t);
+  if (!e.residual) return run_scaled<Q, Added::nothing>(e, t);
+  if (e.residual_dtype == Dtype::u8) return run_scaled<Q, Added::u8>(e, t);
+  run_scaled<Q, Added::s8>(e, t);
 }
 
 template <bool kInteger>
@@ -146,9 +188,12 @@ void epilogue(const Epilogue& e, const EpilogueArgs& t) {
     case Dtype::f32: return choose<kInteger, Dtype::f32>(e, t);
     case Dtype::bf16: return choose<kInteger, Dtype::bf16>(e, t);
     case Dtype::f16: return choose<kInteger, Dtype::f16>(e, t);
-    case Dtype::u8: return choose<kInteger, Dtype::u8>(e, t);
-    case Dtype::s8: return choose<kInteger, Dtype::s8>(e, t);
-    case Dtype::s32: return run<true, Dtype::s32, Path::clamp>(e, t);
+    default: break;
+  }
+  if constexpr (kInteger) {  // floats yield no bytes
+    if (e.out_dtype == Dtype::u8) return choose_bytes<uint8_t>(e, t);
+    if (e.out_dtype == Dtype::s8) return choose_bytes<int8_t>(e, t);
+    run<true, Dtype::s32, Path::clamp>(e, t);
   }
 }
 

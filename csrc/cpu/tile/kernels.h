@@ -13,20 +13,23 @@ struct DotTap {
   int64_t a, b;
 };
 
-// Where a tile writes its output itself: f = min(high, max(low, sum + bias + residual)), in fp32 and in this order, to
-// out[place[r] + column].
+// Where a tile writes its output itself, to out[place[r] + column]: of floats, in fp32 and in this order,
+//   min(high, max(low, sum + addend + residual))
+// and of bytes, u8 in and out, what `scaled` of Epilogue says.
 struct Finish {
   const int64_t* place;
-  const float* bias;     // of the tile's columns
-  const void* residual;  // of out's dtype, indexed like it, or null
+  const float *multiplier, *addend;  // of the tile's columns; floats are not multiplied
+  const void* residual;              // of out's dtype, indexed like it, or null
+  float residual_factor;
   void* out;
   float low, high;
 };
 
 // One tile:  sum[r][p * 16 + j] = sum over t < taps, w < words of dot(word w at a[t * a_step + r] + a_offset +
 // tap[t].a, word w of the blocks at panels + p * panel_bytes + tap[t].b, column j) where a word is 4 bytes: 4 u8
-// against 4 s8 (s32 sums), 2 bf16 or fp16, or 1 fp32 (fp32 sums). On an isa whose word_bytes is 8, A's words are the
-// widened ones that stage() makes. The caller guarantees that every word is readable.
+// against 4 s8 (s32 sums, which begin at start[p * 16 + j]), 2 bf16 or fp16, or 1 fp32 (fp32 sums). On an isa whose
+// word_bytes is 8, A's words are the widened ones that stage() makes. The caller guarantees that every word is
+// readable.
 struct DotArgs {
   const uint8_t* const* a;
   int64_t a_step, a_offset;
@@ -34,6 +37,7 @@ struct DotArgs {
   int64_t taps, words;
   const uint8_t* panels = nullptr;
   int64_t panel_bytes = 0;
+  const int32_t* start = nullptr;  // of bytes
   void* c = nullptr;               // [rows][panels * 16], s32 or fp32, 64-byte aligned: the sums
   const Finish* finish = nullptr;  // instead of c where the kernel finishes, or null
 };
@@ -64,12 +68,20 @@ struct DotKernels {
 };
 PYKERNELS_TABLE(DotKernels, dot_kernels)
 
-// What happens to a tile on its way out; all arithmetic in fp32, multiplication and addition rounded apart:
-//   f = s32 ? float(acc - x_zero_point * sum[n]) * (x_scale * scale[n]) : acc
-//   f += bias[n];  f += residual (order "before");  f = activation(f);  f += residual (order "after")
-//   out = 8 bit ? requantize(f) of cpu/isa/requantize.h : f
-// An s32 out takes acc - x_zero_point * sum[n] as it is.
-// The per-channel arrays are indexed by packed channel, residual and out by [row][out channel].
+// What happens to a tile on its way out. The sums of bytes are those of x - x_zero_point, exact: they begin at
+// start[n] = -x_zero_point * sum[n]. In fp32, every step rounded by itself and fma() once:
+//
+//   scaled: bytes become bytes, and all that is linear is folded (fold() of driver.h). Bytes are unsigned here: a
+//   signed one, of in- and output alike, counts as its value + 128.
+//     t = fma(float(acc), multiplier[n], addend[n]);  t = fma(float(residual), residual_factor, t)
+//     out = rint(min(high, max(low, t)))
+//   else:
+//     f = bytes ? fma(float(acc), multiplier[n], addend[n]) : acc + addend[n]
+//     f += residual (order "before");  f = activation(f);  f += residual (order "after")
+//     out = 8 bit ? requantize(f) of cpu/isa/requantize.h : f
+//
+// An s32 out takes acc as it is. With a scale for each row, acc is acc - row_zero_point * sum[n] and multiplier[n]
+// row_scale * scale[n]. The per-channel arrays are indexed by packed channel, residual and out by [row][out channel].
 struct Epilogue {
   float x_scale;
   int32_t x_zero_point;
@@ -79,6 +91,7 @@ struct Epilogue {
   const int32_t* sum;
   const float* bias;  // or null
   Activation activation;
+  bool adds;             // a residual,
   const void* residual;  // or null
   Dtype residual_dtype;
   bool residual_after;
@@ -89,6 +102,12 @@ struct Epilogue {
   float inverse_scale;
   int32_t zero_point;
   int64_t out_stride;  // elements from one row of out (and of residual) to the next
+
+  // What follows from it.
+  bool scaled;
+  const int32_t* start;
+  const float *multiplier, *addend;  // addend: or null
+  float residual_factor, low, high;
 };
 
 // Writes rows x columns of a tile: c is [rows][ldc]; the first row is output row `row`, the first column is packed
