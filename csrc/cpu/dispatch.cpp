@@ -32,6 +32,7 @@ PYKERNELS_DISPATCH(CompressKernels, compress_kernels)
 #ifndef PYKERNELS_HOST  // the module without torch has no other kernels
 PYKERNELS_DISPATCH(ArithmeticKernels, arithmetic_kernels)
 PYKERNELS_DISPATCH(DepthwiseKernels, depthwise_kernels)
+PYKERNELS_DISPATCH(DepthwiseWordsKernels, depthwise_words_kernels)
 PYKERNELS_DISPATCH(DotKernels, dot_kernels)
 PYKERNELS_DISPATCH(EpilogueKernels, epilogue_kernels)
 PYKERNELS_DISPATCH(PeakKernels, peak_kernels)

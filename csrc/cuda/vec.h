@@ -25,6 +25,7 @@ PK_INLINE f32 div(f32 a, f32 b) {
   q = __fmaf_rn(__fmaf_rn(-b, q, a), r, q);
   return q * down;
 }
+PK_INLINE f32 fma(f32 a, f32 b, f32 c) { return __fmaf_rn(a, b, c); }
 PK_INLINE f32 min(f32 a, f32 b) { return a < b ? a : b; }
 PK_INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }
 PK_INLINE f32 round(f32 a) { return rintf(a); }

@@ -44,6 +44,7 @@ Isa current_isa() { return isa_in_force; }
   const Table& name() { return current_isa() == Isa::avx2 ? avx2::name : scalar::name; }
 PK_EITHER(ArithmeticKernels, arithmetic_kernels)
 PK_EITHER(DepthwiseKernels, depthwise_kernels)
+PK_EITHER(DepthwiseWordsKernels, depthwise_words_kernels)
 PK_EITHER(DotKernels, dot_kernels)
 PK_EITHER(EpilogueKernels, epilogue_kernels)
 PK_EITHER(PoolKernels, pool_kernels)

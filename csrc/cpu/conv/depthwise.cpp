@@ -124,72 +124,6 @@ void depthwise(const DepthwiseArgs& g) {
   for (; x < g.pixels; ++x) pixels<Dot, 1>(g, g.at + x * g.x_stride, c + x * g.ldc * 4);
 }
 
-#if defined(PYKERNELS_ISA_AVX2)
-// Words of two taps: 16 channels of either tap widened to s16 and interleaved are the operands of two vpmaddwd, whose
-// registers hold channels 0-3, 8-11 and 4-7, 12-15. The weights are brought into that shape once a run of pixels.
-struct PairWeights {
-  __m256i half[2];
-};
-constexpr int kPairWords = 8;  // four-tap words whose weights are held at a time
-
-PK_INLINE void widen(const uint8_t* block, PairWeights* pair) {
-  __m256i w[4];
-  PK_FOR (i, 4)  // channels 4i .. 4i+3, four taps each
-    w[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block) + i));
-  PK_FOR (h, 2) {
-    const __m256 low = _mm256_castsi256_ps(w[h]), high = _mm256_castsi256_ps(w[h + 2]);
-    const __m256i first = _mm256_castps_si256(_mm256_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0)));
-    const __m256i second = _mm256_castps_si256(_mm256_shuffle_ps(low, high, _MM_SHUFFLE(3, 1, 3, 1)));
-    pair[0].half[h] = _mm256_permute4x64_epi64(first, _MM_SHUFFLE(3, 1, 2, 0));
-    pair[1].half[h] = _mm256_permute4x64_epi64(second, _MM_SHUFFLE(3, 1, 2, 0));
-  }
-}
-
-template <int kPixels>
-PK_INLINE void s8_pairs(const uint8_t* const* tap, int64_t at, int64_t stride, const PairWeights* w, int pairs,
-                        const int32_t* start, int32_t* c, int64_t ldc) {
-  __m256i acc[kPixels][2];
-  PK_FOR (x, kPixels)
-    PK_FOR (h, 2) acc[x][h] = _mm256_setzero_si256();
-  for (int p = 0; p < pairs; ++p)
-    PK_FOR (x, kPixels) {
-      const auto wide = [&](int k) __attribute__((always_inline)) {
-        return _mm256_cvtepu8_epi16(
-            _mm_loadu_si128(reinterpret_cast<const __m128i*>(tap[2 * p + k] + at + x * stride)));
-      };
-      const __m256i first = wide(0), second = wide(1);
-      acc[x][0] = add(acc[x][0], _mm256_madd_epi16(_mm256_unpacklo_epi16(first, second), w[p].half[0]));
-      acc[x][1] = add(acc[x][1], _mm256_madd_epi16(_mm256_unpackhi_epi16(first, second), w[p].half[1]));
-    }
-  PK_FOR (x, kPixels) {
-    const __m256i sums[2] = {_mm256_permute2x128_si256(acc[x][0], acc[x][1], 0x20),
-                             _mm256_permute2x128_si256(acc[x][0], acc[x][1], 0x31)};
-    PK_FOR (h, 2) {
-      int32_t* to = c + x * ldc + 8 * h;
-      store_i32(to, add(sums[h], load_i32(start ? start + 8 * h : to)));
-    }
-  }
-}
-
-void s8_pairs(const DepthwiseArgs& g) {
-  constexpr int kPixels = 4;
-  auto* c = static_cast<int32_t*>(g.c);
-  for (int64_t word = 0; word < g.words; word += kPairWords) {
-    const int words = static_cast<int>(g.words - word < kPairWords ? g.words - word : kPairWords);
-    const int taps = static_cast<int>(g.kh * g.kw - 4 * word), pairs = taps < 4 * words ? (taps + 1) / 2 : 2 * words;
-    PairWeights w[2 * kPairWords];
-    for (int i = 0; i < words; ++i) widen(g.panel + (word + i) * kBlockBytes, w + 2 * i);
-    const uint8_t* const* tap = g.tap + 4 * word;
-    const int32_t* start = word > 0 ? nullptr : g.start;  // later words add to the sums of those before
-    int64_t x = 0;
-    for (; x + kPixels <= g.pixels; x += kPixels)
-      s8_pairs<kPixels>(tap, g.at + x * g.x_stride, g.x_stride, w, pairs, start, c + x * g.ldc, g.ldc);
-    for (; x < g.pixels; ++x)
-      s8_pairs<1>(tap, g.at + x * g.x_stride, g.x_stride, w, pairs, start, c + x * g.ldc, g.ldc);
-  }
-}
-#endif
-
 #if !defined(PYKERNELS_ISA_SCALAR)
 // 3x3, one vector of channels: the nine weights stay in registers; each row sums apart, for shorter chains.
 PK_INLINE void f32_3x3(const uint8_t* const* row, int64_t right, int64_t stride, const uint8_t* weights,
@@ -222,14 +156,6 @@ void f32_3x3(const DepthwiseArgs& g) {
 }
 #endif
 
-void depthwise_s8(const DepthwiseArgs& g) {
-#if defined(PYKERNELS_ISA_AVX2)
-  s8_pairs(g);
-#else
-  depthwise<DotS8>(g);
-#endif
-}
-
 void depthwise_f32(const DepthwiseArgs& g) {
 #if !defined(PYKERNELS_ISA_SCALAR)
   if (g.words == 9 && g.kw == 3) return f32_3x3(g);
@@ -239,7 +165,7 @@ void depthwise_f32(const DepthwiseArgs& g) {
 
 }  // namespace
 
-extern const DepthwiseKernels depthwise_kernels = {&depthwise_s8, &depthwise<DotBF16>, &depthwise<DotF16>,
+extern const DepthwiseKernels depthwise_kernels = {&depthwise<DotS8>, &depthwise<DotBF16>, &depthwise<DotF16>,
                                                    &depthwise_f32};
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

@@ -33,4 +33,33 @@ struct DepthwiseKernels {
 };
 PYKERNELS_TABLE(DepthwiseKernels, depthwise_kernels)
 
+// The same of bytes where the kernel is 3, 5 or 7 wide, the stride 1 or 2 and nothing dilated, a block of channels at a
+// time: out is u8 [pixels][out_step], what the scaled epilogue of cpu/tile/kernels.h makes of the sums, or s32
+// [pixels][channels of a block], the sums.
+struct DepthwiseWordsArgs {
+  const uint8_t* const* row;  // kh: the first channel of the first tap; whole blocks must be readable at every tap
+  int64_t pixel;              // bytes from one tap to the next
+  int64_t kh, pixels;
+  int channels;  // that are written of the block
+  const uint8_t* weights;
+  const int32_t* start;
+  const float *multiplier, *addend;  // these three in the kernels' order
+  float low, high;
+  bool finishes;
+  void* out;
+  int64_t out_step;
+};
+
+struct DepthwiseWordsKernels {
+  int channels;  // of a block; 0: this isa has no such kernels
+  // Bytes of a block's weights as the kernels read them, and these, of (up to a block) `channels` channels.
+  int64_t (*weight_bytes)(int64_t kh, int64_t kw, int64_t stride);
+  void (*order_weights)(const uint8_t* panels, int64_t panel_bytes, int64_t channels, int64_t kh, int64_t kw,
+                        int64_t stride, uint8_t* to);
+  // 4-byte numbers of a block's channels, zeros for those beyond.
+  void (*order_channels)(const void* from, int64_t channels, void* to);
+  void (*run[3][2])(const DepthwiseWordsArgs&);  // by (kw - 3) / 2 and stride - 1
+};
+PYKERNELS_TABLE(DepthwiseWordsKernels, depthwise_words_kernels)
+
 }  // namespace pykernels

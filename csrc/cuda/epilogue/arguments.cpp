@@ -1,5 +1,9 @@
 #include "cuda/epilogue/arguments.h"
 
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+
 #include "cuda/stream.h"
 
 namespace pykernels {
@@ -15,6 +19,19 @@ const T* vector(const char* op, const char* name, const Tensor& t, const Tensor&
   PK_CHECK(t.numel() == size && t.is_contiguous(), op, ": ", name, " must be contiguous with ", size,
            " elements, not of shape ", shape_of(t));
   return static_cast<const T*>(cuda_memory(op, name, t, x));
+}
+
+// Folds what is linear, if all is; as Folded::fold of csrc/cpu/tile/driver.cpp, whose products by channel the kernels
+// make themselves.
+void fold(epilogue::Finish& f, bool byte, bool by_row, bool adds) {
+  f.scaled = byte && !by_row && f.activation <= Activation::relu6 && f.residual != epilogue::Residual::after;
+  if (!f.scaled) return;
+  f.offset = f.zero = static_cast<float>(f.zero_point - f.low);
+  f.least = f.activation == Activation::none ? 0.0f : f.zero;
+  f.most = f.activation == Activation::relu6 ? std::min(std::rint(6.0f * f.inverse) + f.zero, 255.0f) : 255.0f;
+  if (!adds) return;
+  f.residual_factor = std::min(f.residual_scale * f.inverse, FLT_MAX);
+  f.offset -= static_cast<float>(f.residual_zero_point - f.residual_low) * f.residual_factor;
 }
 
 }  // namespace
@@ -62,7 +79,10 @@ epilogue::Arguments checked_epilogue(const char* op, const EpilogueArguments& gi
   e.finish.bfloat16 = dtype == ScalarType::BFloat16;
   PK_CHECK(given.residual_order == "before" || given.residual_order == "after", op,
            ": residual_order must be before or after, not '", given.residual_order, "'");
-  if (!given.residual) return e;
+  if (!given.residual) {
+    fold(e.finish, byte, given.row_scale.has_value(), false);
+    return e;
+  }
   const Tensor& residual = *given.residual;
   const ScalarType t = residual.scalar_type();
   PK_CHECK(byte ? is_byte(t) : t == dtype, op, ": residual must be ", byte ? "uint8 or int8" : dtype_name(dtype),
@@ -78,6 +98,7 @@ epilogue::Arguments checked_epilogue(const char* op, const EpilogueArguments& gi
     e.finish.residual_zero_point = static_cast<int>(given.residual_zero_point);
     e.finish.residual_low = t == ScalarType::Byte ? 0 : -128;
   }
+  fold(e.finish, byte, given.row_scale.has_value(), true);
   return e;
 }
 

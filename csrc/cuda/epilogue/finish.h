@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 #include <cutlass/array.h>
 
+#include <cfloat>
+
 #include "cpu/isa/math.h"
 #include "cuda/epilogue/epilogue.h"
 
@@ -47,10 +49,38 @@ PK_INLINE void store(const Finish& p, float f, uint16_t& bits) {
 }
 PK_INLINE void store(const Finish&, float f, float& value) { value = f; }
 
+template <int N>
+PK_INLINE void add_scaled(const Finish& p, cutlass::Array<float, N>& t, const cutlass::Array<int8_t, N>& residual) {
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < N; ++i) {
+    const int byte = p.residual_low ? residual[i] + 128 : uint8_t(residual[i]);
+    t[i] = fma(to_f32(byte), p.residual_factor, t[i]);
+  }
+}
+
 template <class Out, int N>
 PK_INLINE void add_residual(const Finish& p, cutlass::Array<float, N>& f, const cutlass::Array<Out, N>& residual) {
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < N; ++i) f[i] = add(f[i], real(p, residual[i]));
+}
+
+// Bytes, with all that is linear folded.
+template <int N, class... Residuals>
+PK_INLINE cutlass::Array<int8_t, N> finish_scaled(const Finish& p, const cutlass::Array<int, N>& a,
+                                                  const cutlass::Array<float, N>& scale,
+                                                  const cutlass::Array<float, N>& bias, const Residuals&... residual) {
+  cutlass::Array<float, N> t;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < N; ++i) {
+    const float addend = add(mul(bias[i], p.inverse), p.offset), multiplier = min(mul(scale[i], p.inverse), FLT_MAX);
+    const bool known = addend == addend;
+    t[i] = fma(to_f32(a[i]), known ? multiplier : 0.0f, known ? addend : p.zero);
+  }
+  if (p.residual == Residual::before) (add_scaled(p, t, residual), ...);
+  cutlass::Array<int8_t, N> out;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < N; ++i) out[i] = int8_t(to_i32(min(p.most, max(p.least, t[i]))) + p.low);
+  return out;
 }
 
 // residual: none, or one array of Out.
@@ -61,10 +91,17 @@ PK_INLINE cutlass::Array<Out, N> finish(const Finish& p, const cutlass::Array<in
                                         const cutlass::Array<float, N>& column_scale,
                                         const cutlass::Array<int, N>& column_sum, const cutlass::Array<float, N>& bias,
                                         const Residuals&... residual) {
-  cutlass::Array<float, N> f;
+  cutlass::Array<int, N> a;
+  cutlass::Array<float, N> scale, f;
   CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < N; ++i)
-    f[i] = add(mul(to_f32(sub(acc[i], mul(row_zero[i], column_sum[i]))), mul(row_scale[i], column_scale[i])), bias[i]);
+  for (int i = 0; i < N; ++i) {
+    a[i] = sub(acc[i], mul(row_zero[i], column_sum[i]));
+    scale[i] = mul(row_scale[i], column_scale[i]);
+  }
+  if constexpr (sizeof(Out) == 1)
+    if (p.scaled) return finish_scaled(p, a, scale, bias, residual...);
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < N; ++i) f[i] = fma(to_f32(a[i]), scale[i], bias[i]);
   if (p.residual == Residual::before) (add_residual<Out>(p, f, residual), ...);
   activate_all(p.activation, f);
   if (p.residual == Residual::after) (add_residual<Out>(p, f, residual), ...);

@@ -1,7 +1,7 @@
 """Between real numbers and 8-bit affine integers, and activations: csrc/cpu/isa/requantize.h and math.h, step by step.
 
-Every product and sum is rounded by itself: launch with OPTIONS, which forbid contraction into FMAs, and divide by
-`tl.math.div_rn`. NaNs pass through every activation.
+Every product and sum is rounded by itself, but for `tl.fma`: launch with OPTIONS, which forbid contraction into others,
+and divide by `tl.math.div_rn`. NaNs pass through every activation.
 """
 
 import triton
@@ -160,6 +160,38 @@ def finish(
     store_output(out + place, f, mask, inverse, zero_point, OUT)
 
 
+MOST = tl.constexpr(3.4028234663852886e38)  # fp32's largest finite number
+
+
+@triton.jit
+def _scaled(
+    acc, scale, bias, residual, out, place, mask, residual_scale, residual_zero_point, inverse, zero_point,
+    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """Store the bytes of `scaled` in csrc/cpu/tile/kernels.h: all that is linear folded, bytes counted as unsigned."""
+    SHIFT: tl.constexpr = 128 if OUT == "int8" else 0
+    zero = (zero_point + SHIFT).to(tl.float32)
+    offset = zero
+    if RESIDUAL is not None:
+        RESIDUAL_SHIFT: tl.constexpr = 128 if RESIDUAL == "int8" else 0
+        factor = tl.minimum(residual_scale * inverse, MOST)
+        offset = zero - (residual_zero_point + RESIDUAL_SHIFT).to(tl.float32) * factor
+    addend = bias * inverse + offset
+    known = addend == addend
+    multiplier = tl.where(known, tl.minimum(scale * inverse, MOST), 0.0)
+    addend = tl.where(known, addend, zero)
+    t = tl.fma(acc.to(tl.float32), tl.broadcast_to(multiplier, acc.shape), tl.broadcast_to(addend, acc.shape))
+    if RESIDUAL is not None:
+        r = (tl.load(residual + place, mask=mask, other=0).to(tl.int32) + RESIDUAL_SHIFT).to(tl.float32)
+        t = tl.fma(r, tl.full(acc.shape, 1.0, tl.float32) * factor, t)
+    low = zero if ACTIVATION == "relu" or ACTIVATION == "relu6" else 0.0
+    high = 255.0
+    if ACTIVATION == "relu6":
+        high = tl.minimum(rint(tl.minimum(6.0 * inverse, 512.0)).to(tl.float32) + zero, 255.0)
+    q = rint(tl.minimum(tl.maximum(t, low), high)) - SHIFT
+    tl.store(out + place, q.to(tl.int8 if OUT == "int8" else tl.uint8), mask=mask)
+
+
 @triton.jit
 def finish_sums(
     acc, row, column, there, known, place, out, residual, sums, scales, biases, row_scale, row_zero_point, x_scale,
@@ -168,8 +200,8 @@ def finish_sums(
 ):  # fmt: skip
     """Store what the s32 sums `acc` [rows, columns] of int8 products come to, at out + `place`.
 
-    f = float(acc - x_zero_point * sum) * (x_scale * scale) + bias, then `finish`; OUT "int32" is acc without its zero
-    point. `row` and `column` index per-row and per-channel parameters, `there` and `known` say which of them there
+    f = fma(float(acc - x_zero_point * sum), x_scale * scale, bias), then `finish`, or all of it folded where it is
+    linear (`_scaled`); OUT "int32" is acc without its zero point. `row` and `column` index per-row and per-channel parameters, `there` and `known` say which of them there
     are. With `row_scale` and `row_zero_point` each row has its own; these zero points are uint8's, 128 too large for
     the int8 that was multiplied. `sums` may be None for a zero point of 0.
     """
@@ -184,12 +216,22 @@ def finish_sums(
         tl.store(out + place, acc, mask=mask)
     else:
         scale = tl.load(scales + column, mask=known, other=0.0)[None, :]
+        bias = tl.load(biases + column, mask=known, other=0.0)[None, :]
         if row_scale is not None:
             scale = tl.load(row_scale + row, mask=there, other=0.0)[:, None] * scale
         else:
             scale = x_scale * scale
-        f = acc.to(tl.float32) * scale + tl.load(biases + column, mask=known, other=0.0)[None, :]
-        finish(
-            f, residual, out, place, mask, residual_scale, residual_zero_point, inverse, zero_point,
-            ACTIVATION, RESIDUAL, AFTER, OUT,
-        )  # fmt: skip
+        BYTES: tl.constexpr = OUT == "uint8" or OUT == "int8"
+        CLAMPS: tl.constexpr = ACTIVATION == "none" or ACTIVATION == "relu" or ACTIVATION == "relu6"
+        ADDS: tl.constexpr = RESIDUAL is None or ((RESIDUAL == "uint8" or RESIDUAL == "int8") and not AFTER)
+        if BYTES and CLAMPS and ADDS and row_scale is None:
+            _scaled(
+                acc, scale, bias, residual, out, place, mask, residual_scale, residual_zero_point, inverse, zero_point,
+                ACTIVATION, RESIDUAL, OUT,
+            )  # fmt: skip
+        else:
+            f = tl.fma(acc.to(tl.float32), tl.broadcast_to(scale, acc.shape), tl.broadcast_to(bias, acc.shape))
+            finish(
+                f, residual, out, place, mask, residual_scale, residual_zero_point, inverse, zero_point,
+                ACTIVATION, RESIDUAL, AFTER, OUT,
+            )  # fmt: skip

@@ -120,7 +120,7 @@ def store_tile(
 
     Column n < N is output channel `channel` + n of OC. `out` is [M, OC], or s32 [SPLIT, M, OC], `part` the first index.
     """
-    COUNT: tl.constexpr = tl.cdiv(acc.shape[0] * acc.shape[1], SLICE)
+    COUNT: tl.constexpr = (acc.shape[0] * acc.shape[1] + SLICE - 1) // SLICE  # Triton 3.6 knows no constexpr cdiv
     WIDTH: tl.constexpr = acc.shape[1] // COUNT
     slices = _slices(acc, COUNT)
     for i in tl.static_range(COUNT):

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from pykernels.reference.dot import fma
+
 
 def begin() -> None:
     """In the process that interprets."""
@@ -28,6 +30,10 @@ def begin() -> None:
     # Left to itself, the interpreter passes over assertions, even those of kernels compiled with them.
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, debug=True, sanitize_overflow=False)
+    # Its own rounds twice.
+    interpreter.InterpreterBuilder.create_fma = lambda _, x, y, z: interpreter.TensorHandle(
+        fma(*(torch.from_numpy(v.data) for v in (x, y, z))).numpy(), z.dtype.scalar
+    )
 
 
 def _run(call: bytes) -> bytes:
