@@ -11,9 +11,10 @@ namespace {
 
 constexpr int kVectors = 16 / kLanes;  // of a panel's columns
 
-// What the epilogue of a float has to do: most layers' only clamps, perhaps after adding a residual of the same float,
-// and has no branch in its loop. `any` asks the Epilogue in every step.
-enum class Path { clamp, add, any };
+// What an epilogue that goes through reals has to do. Those of most layers have no branch in their loop: they clamp,
+// perhaps after adding a residual of the same float, or apply one of the usual activations. `any` asks the Epilogue in
+// every step.
+enum class Path { clamp, add, hardswish, silu, any };
 
 template <Dtype kOut>
 constexpr bool is_byte_out = kOut == Dtype::u8 || kOut == Dtype::s8;
@@ -103,6 +104,10 @@ PK_INLINE void block(const Epilogue e, const EpilogueArgs t, int64_t j, int n) {
         if (e.residual && !e.residual_after) f[v] = add(f[v], load_residual(e, e.residual_dtype, place, n));
         f[v] = activate(e.activation, f[v]);
         if (e.residual && e.residual_after) f[v] = add(f[v], load_residual(e, e.residual_dtype, place, n));
+      } else if constexpr (kPath == Path::hardswish) {
+        f[v] = activate(Activation::hardswish, f[v]);
+      } else if constexpr (kPath == Path::silu) {
+        f[v] = activate(Activation::silu, f[v]);
       } else {
         f[v] = min(high, max(low, f[v]));
       }
@@ -165,8 +170,22 @@ void run_scaled(const Epilogue& e, const EpilogueArgs& t) {
       [&](int64_t j, int n) PK_LAMBDA { scaled_block<Q, kAdded, 1>(e, t, j, n); });
 }
 
+// Whether the epilogue was that of a usual activation, and is done.
+template <bool kInteger, Dtype kOut>
+bool activated(const Epilogue& e, const EpilogueArgs& t) {
+  if (e.row_scale || e.residual) return false;
+  if (e.activation == Activation::hardswish)
+    run<kInteger, kOut, Path::hardswish>(e, t);
+  else if (e.activation == Activation::silu)
+    run<kInteger, kOut, Path::silu>(e, t);
+  else
+    return false;
+  return true;
+}
+
 template <bool kInteger, Dtype kOut>
 void choose(const Epilogue& e, const EpilogueArgs& t) {
+  if (activated<kInteger, kOut>(e, t)) return;
   const bool clamps = !e.row_scale && e.activation <= Activation::relu6;
   if (clamps && !e.residual) return run<kInteger, kOut, Path::clamp>(e, t);
   if (clamps && !e.residual_after && e.residual_dtype == kOut) return run<kInteger, kOut, Path::add>(e, t);
@@ -176,7 +195,10 @@ void choose(const Epilogue& e, const EpilogueArgs& t) {
 template <class Q>
 void choose_bytes(const Epilogue& e, const EpilogueArgs& t) {
   constexpr Dtype kOut = static_cast<Q>(-1) < Q{} ? Dtype::s8 : Dtype::u8;
-  if (!e.scaled) return run<true, kOut, Path::any>(e, t);
+  if (!e.scaled) {
+    if (!activated<true, kOut>(e, t)) run<true, kOut, Path::any>(e, t);
+    return;
+  }
   if (!e.residual) return run_scaled<Q, Added::nothing>(e, t);
   if (e.residual_dtype == Dtype::u8) return run_scaled<Q, Added::u8>(e, t);
   run_scaled<Q, Added::s8>(e, t);
