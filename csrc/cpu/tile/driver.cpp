@@ -26,6 +26,9 @@ const auto kNothing = [] {
   return zeros;
 }();
 
+// Rows so far apart share their places in L1, fewer than a tile has rows.
+constexpr int64_t kAlias = 4096;
+
 int64_t part(int64_t total, int64_t parts, int64_t i) { return total * i / parts; }
 
 void fold_rows(TileProblem& p) {
@@ -81,6 +84,7 @@ Range pixels_of(const TilePlan& plan, int64_t tile) {
 void plan_taps(const TileProblem& p, TilePlan& plan) {
   const int64_t words = p.weights.words(), widened = plan.staged ? p.dot->word_bytes / 4 : 1;
   plan.patch_pixel = p.pixel * widened;
+  if (p.kw == 1 && plan.patch_pixel % kAlias == 0) plan.patch_pixel += kBlockBytes;
   plan.group_stride = p.group_stride * widened;
   plan.by_rows = p.dw == 1 && p.sw <= p.kw;
   plan.whole_rows = p.weights.h.groups == 1 && (p.kw == 1 || (plan.staged ? plan.by_rows : p.dw == 1));
@@ -97,9 +101,10 @@ void plan_taps(const TileProblem& p, TilePlan& plan) {
     }
 }
 
-// `count` pixels of input line y from column x on, which may lie in the padding.
-void stage_line(const TileProblem& p, const uint8_t* image, int64_t y, int64_t x, int64_t count, uint8_t* to) {
-  const int64_t words = p.pixel / 4, bytes = words * p.dot->word_bytes;
+// `count` pixels of input line y from column x on, which may lie in the padding; `bytes` apart in the patch.
+void stage_line(const TileProblem& p, const uint8_t* image, int64_t y, int64_t x, int64_t count, int64_t bytes,
+                uint8_t* to) {
+  const int64_t words = p.pixel / 4;
   const auto blank = [&](int64_t first, int64_t last) {
     if (p.dot->word_bytes == 8)
       std::fill(reinterpret_cast<uint16_t*>(to + first * bytes), reinterpret_cast<uint16_t*>(to + last * bytes),
@@ -111,8 +116,13 @@ void stage_line(const TileProblem& p, const uint8_t* image, int64_t y, int64_t x
   const int64_t first = inside ? std::clamp<int64_t>(-x, 0, count) : count;
   const int64_t last = inside ? std::clamp<int64_t>(p.width - x, first, count) : count;
   blank(0, first);
-  if (last > first && words > 0)
-    p.dot->stage(image + y * p.row_stride + (x + first) * p.pixel, (last - first) * words, p.flip, to + first * bytes);
+  const uint8_t* from = image + y * p.row_stride + (x + first) * p.pixel;
+  if (last > first && words > 0) {
+    if (bytes == words * p.dot->word_bytes)
+      p.dot->stage(from, (last - first) * words, p.flip, to + first * bytes);
+    else
+      for (int64_t i = first; i < last; ++i, from += p.pixel) p.dot->stage(from, words, p.flip, to + i * bytes);
+  }
   blank(last, count);
 }
 
@@ -122,16 +132,16 @@ void stage_patch(const TileProblem& p, const TilePlan& plan, const uint8_t* imag
   const int64_t pixel = plan.patch_pixel, line = plan.patch_line * pixel;
   for (int64_t ky = 0; ky < p.kh; ++ky, y += p.dh) {
     if (plan.by_rows) {
-      stage_line(p, image, y, x, (pixels - 1) * p.sw + p.kw, to);
+      stage_line(p, image, y, x, (pixels - 1) * p.sw + p.kw, pixel, to);
       to += line;
       continue;
     }
     for (int64_t kx = 0; kx < p.kw; ++kx, to += line) {
       const int64_t at = x + kx * p.dw;
       if (p.sw == 1)
-        stage_line(p, image, y, at, pixels, to);
+        stage_line(p, image, y, at, pixels, pixel, to);
       else
-        for (int64_t r = 0; r < pixels; ++r) stage_line(p, image, y, at + r * p.sw, 1, to + r * pixel);
+        for (int64_t r = 0; r < pixels; ++r) stage_line(p, image, y, at + r * p.sw, 1, pixel, to + r * pixel);
     }
   }
 }
@@ -373,7 +383,8 @@ void Folded::fold(Epilogue& e, const PackedView& w) {
 TilePlan plan_tiles(TileProblem& p, int64_t threads) {
   fold_rows(p);
   TilePlan plan{};
-  plan.staged = p.dot->word_bytes != 4 || p.flip != 0;
+  plan.staged = p.dot->word_bytes != 4 || p.flip != 0 ||
+                (p.kh * p.kw == 1 && p.pixel % kAlias == 0 && p.images * p.rows * p.columns >= p.dot->max_rows);
   plan_walk(p, plan);
   for (const Section& s : plan.sections) {
     plan.tiles_per_line += s.tiles;
