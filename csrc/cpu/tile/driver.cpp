@@ -190,8 +190,11 @@ struct Step {
     return s->down ? Step{s, s->y0 + pixel % side, s->x0 + pixel / side}
                    : Step{s, s->y0 + pixel / side, s->x0 + pixel % side};
   }
-  void next() {
-    if (stretch->down ? ++y < stretch->y1 : ++x < stretch->x1) return;
+  // How many pixels follow one another along x, this one included.
+  int64_t along() const { return stretch->down ? 1 : stretch->x1 - x; }
+  // `count` pixels on, at most along().
+  void advance(int64_t count) {
+    if (stretch->down ? ++y < stretch->y1 : (x += count) < stretch->x1) return;
     if (stretch->down ? ++x < stretch->x1 : ++y < stretch->y1) {
       (stretch->down ? y : x) = stretch->down ? stretch->y0 : stretch->x0;
       return;
@@ -236,6 +239,7 @@ void locate_in_place(const TileProblem& p, const TilePlan& plan, int64_t first, 
   const uint8_t* fill = scratch;
   scratch += plan.fill_bytes;
   Step step{};
+  int64_t behind = 0;  // pixels that the step is yet to advance by
   for (int64_t i = 0; i < count; ++i) {
     const int64_t n = (first + i) / plan.tiles_per_line, piece = (first + i) % plan.tiles_per_line;
     const Range at = pixels_of(plan, piece);
@@ -245,20 +249,23 @@ void locate_in_place(const TileProblem& p, const TilePlan& plan, int64_t first, 
     t.run = true;
     int64_t y[kMaxRows], x[kMaxRows];
     bool inside = true;
-    for (int64_t r = 0; r < t.rows; ++r) {
-      if (r > 0 || (i > 0 && piece > 0))
-        step.next();
-      else
-        step = Step::at(plan.walk, at.first);
+    if (i == 0 || piece == 0) step = Step::at(plan.walk, at.first), behind = 0;
+    for (int64_t r = 0; r < t.rows; r += behind) {
+      if (behind > 0) step.advance(behind);
+      behind = std::min(step.along(), t.rows - r);
       inside &= step.stretch == plan.walk + TilePlan::kInside;
       const int64_t row = (n * p.rows + step.y) * p.columns + step.x;
+      const int64_t first_y = step.y * p.sh - p.top, first_x = step.x * p.sw - p.left;
+      const uint8_t* pixel = image + first_y * p.row_stride + first_x * p.pixel;
       if (r == 0) t.row = row;
       t.run &= row == t.row + r;
-      t.place[r] = row * p.e.out_stride;
-      y[r] = step.y * p.sh - p.top, x[r] = step.x * p.sw - p.left;
+      for (int64_t k = 0; k < behind; ++k) {
+        t.place[r + k] = (row + k) * p.e.out_stride;
+        t.pixel[r + k] = pixel + k * p.sw * p.pixel;
+        y[r + k] = first_y, x[r + k] = first_x + k * p.sw;
+      }
     }
     if (inside) {
-      for (int64_t r = 0; r < t.rows; ++r) t.pixel[r] = image + y[r] * p.row_stride + x[r] * p.pixel;
       t.dot = {t.pixel, 0, 0, plan.taps.data(), static_cast<int64_t>(plan.taps.size()), plan.words};
     } else {
       scratch = locate_taps(p, plan, image, y, x, fill, scratch, t);
