@@ -76,4 +76,83 @@ TileProblem linear_problem(int64_t rows, const PackedView& weights, const Epilog
   return p;
 }
 
+MatmulDriver::MatmulDriver(int64_t rows, int64_t k, int64_t n, uint8_t flip, int64_t row_stride, int64_t column_stride,
+                           int64_t threads)
+    : rows_(rows), k_(k), n_(n), flip_(flip), row_stride_(row_stride), column_stride_(column_stride) {
+  if (rows == 0 || n == 0) return;
+  const int64_t panels = ceil_div(n, kColumns), panel_bytes = std::max<int64_t>(ceil_div(k, 4) * kBlockBytes, 1);
+  const int64_t fit = std::max<int64_t>(block_bytes() / panel_bytes, 1);
+  // Whole rounds of the threads.
+  tasks = std::min(panels, round_up(ceil_div(panels, fit), threads));
+  const int64_t most = ceil_div(panels, tasks);
+  packed_ = round_up(most * (panel_bytes + kColumns * 4), kBlockBytes);
+  scratch = packed_ + TileDriver(problem(most * kColumns, nullptr, nullptr), 1).scratch;
+}
+
+int64_t MatmulDriver::first_column(int64_t task) const {
+  return std::min(ceil_div(n_, kColumns) * task / tasks * kColumns, n_);
+}
+
+TileProblem MatmulDriver::problem(int64_t columns, const uint8_t* panels, const int32_t* sums) const {
+  PackedView weights{};
+  weights.h = make_header(PackKind::dot, Element::s8, 1, columns, k_, 1, 1, false);
+  weights.panels = panels;
+  weights.sum = sums;
+  Epilogue e = make_epilogue(weights, Activation::none);
+  e.x_zero_point = flip_ ? 128 : 0;
+  e.out_dtype = Dtype::s32;
+  TileProblem p = linear_problem(rows_, weights, e, flip_);
+  p.e.out_stride = n_;
+  return p;
+}
+
+// One panel: columns [column, column + columns) of the matrix in words of four rows, and their sums.
+void MatmulDriver::pack(int64_t column, int64_t columns, uint8_t* panel, int32_t* sums) const {
+  const auto* from = reinterpret_cast<const int8_t*>(b_) + column * column_stride_;
+  std::fill_n(sums, kColumns, 0);
+  int64_t i = 0;
+  if (column_stride_ == 1 && columns == kColumns) {
+    for (; i + 4 <= k_; i += 4, panel += kBlockBytes, from += 4 * row_stride_) {
+      const int8_t *r0 = from, *r1 = r0 + row_stride_, *r2 = r1 + row_stride_, *r3 = r2 + row_stride_;
+      auto* to = reinterpret_cast<int8_t*>(panel);
+      for (int64_t j = 0; j < kColumns; ++j) {
+        to[4 * j] = r0[j], to[4 * j + 1] = r1[j], to[4 * j + 2] = r2[j], to[4 * j + 3] = r3[j];
+        sums[j] += r0[j] + r1[j] + r2[j] + r3[j];
+      }
+    }
+  } else if (row_stride_ == 1 && columns == kColumns) {
+    constexpr int64_t kRun = 64;  // of a column at a time: a cache line, columns may lie 4096 bytes apart
+    for (; i + kRun <= k_; i += kRun, panel += kRun / 4 * kBlockBytes, from += kRun)
+      for (int64_t j = 0; j < kColumns; ++j) {
+        const int8_t* column_j = from + j * column_stride_;
+        for (int64_t w = 0; w < kRun / 4; ++w) std::memcpy(panel + w * kBlockBytes + 4 * j, column_j + 4 * w, 4);
+        int32_t sum = 0;
+        for (int64_t row = 0; row < kRun; ++row) sum += column_j[row];
+        sums[j] += sum;
+      }
+  }
+  for (; i < k_; i += 4, panel += kBlockBytes, from += 4 * row_stride_) {
+    std::memset(panel, 0, kBlockBytes);
+    for (int64_t row = 0; row < std::min<int64_t>(4, k_ - i); ++row)
+      for (int64_t j = 0; j < columns; ++j) {
+        const int8_t value = from[row * row_stride_ + j * column_stride_];
+        panel[4 * j + row] = static_cast<uint8_t>(value);
+        sums[j] += value;
+      }
+  }
+}
+
+void MatmulDriver::run(int64_t task, uint8_t* memory) const {
+  const int64_t first = first_column(task), columns = first_column(task + 1) - first;
+  const int64_t panels = ceil_div(columns, kColumns), panel_bytes = ceil_div(k_, 4) * kBlockBytes;
+  auto* sums = reinterpret_cast<int32_t*>(memory + panels * panel_bytes);
+  for (int64_t p = 0; p < panels; ++p)
+    pack(first + p * kColumns, std::min(kColumns, columns - p * kColumns), memory + p * panel_bytes,
+         sums + p * kColumns);
+  TileDriver tiles(problem(columns, memory, sums), 1);
+  const uint8_t* const in[] = {a_, nullptr};
+  tiles.bind(in, out_ + first * 4);
+  for (int64_t t = 0; t < tiles.tasks; ++t) tiles.run(t, memory + packed_);
+}
+
 }  // namespace pykernels

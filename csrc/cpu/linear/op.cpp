@@ -47,16 +47,13 @@ Tensor int8_mm(const Tensor& a, const Tensor& b) {
   const int64_t k = a.size(a.dim() - 1), n = b.size(1), rows = rows_of(a);
   PK_CHECK(b.size(0) == k, op, ": a has ", k, " columns (shape ", shape_of(a), ") but b has ", b.size(0),
            " rows (shape ", shape_of(b), ")");
+  check_reduction(op, "b", k);
   Tensor out = empty(leading(a, n), ScalarType::Int);
   if (out.numel() == 0) return out;
-  const PackedHeader header = make_header(PackKind::dot, Element::s8, 1, n, k, 1, 1, false);
-  const Tensor packed = pack_weights(op, header, torch::stable::transpose(b, 0, 1), std::nullopt, std::nullopt);
-  const PackedView weights = checked_packed(op, packed, Element::s8);
-  Epilogue e = make_epilogue(op, weights, "none");
-  const bool flip = a.scalar_type() == ScalarType::Char;
-  e.x_zero_point = flip ? 128 : 0;
-  e.out_dtype = Dtype::s32;
-  run_linear(word_rows(a, rows, k), rows, flip, weights, e, out);
+  const Tensor matrix = b.stride(0) == 1 || b.stride(1) == 1 ? b : to_contiguous(b);
+  const uint8_t flip = a.scalar_type() == ScalarType::Char ? 0x80 : 0;
+  MatmulDriver driver(rows, k, n, flip, matrix.stride(0), matrix.stride(1), torch::stable::get_num_threads());
+  run(driver, {bytes_of(word_rows(a, rows, k)), bytes_of(matrix)}, out);
   return out;
 }
 

@@ -10,11 +10,6 @@
 namespace pykernels {
 namespace {
 
-// Bytes of A that a block of tiles may hold: half of L2, the rest is for the weights, which each block reads anew.
-int64_t block_bytes() {
-  static const int64_t bytes = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE) / 2, 128 << 10, 1 << 20);
-  return bytes;
-}
 constexpr int64_t kMaxBlock = 16;
 // Rows of one panel group that wait for one call of the epilogue; they stay in L1.
 constexpr int64_t kMaxRun = 128 * kColumns;
@@ -309,6 +304,11 @@ struct Held {
 
 }  // namespace
 
+int64_t block_bytes() {
+  static const int64_t bytes = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE) / 2, 128 << 10, 1 << 20);
+  return bytes;
+}
+
 const DotKernel& dot_kernel(Element element) {
   const DotKernels& k = dot_kernels();
   switch (element) {
@@ -357,7 +357,7 @@ void Folded::fold(Epilogue& e, const PackedView& w) {
   e.scaled = is_byte(e.out_dtype) && !e.row_scale && e.activation <= Activation::relu6 &&
              (!e.adds || (!e.residual_after && is_byte(e.residual_dtype)));
   const int64_t channels = w.h.groups * round_up(w.h.n, kColumns);
-  start_.resize(channels), multiplier_.resize(channels), addend_.resize(channels);
+  start_.resize(channels);
   float zero_point = 0.0f, offset = 0.0f;
   if (e.scaled) {
     const auto unsigned_zero = [](Dtype t, int32_t zero) {
@@ -372,8 +372,12 @@ void Folded::fold(Epilogue& e, const PackedView& w) {
       offset -= unsigned_zero(e.residual_dtype, e.residual_zero_point) * e.residual_factor;
     }
   }
-  for (int64_t n = 0; n < channels; ++n) {
+  for (int64_t n = 0; e.sum && n < channels; ++n)
     start_[n] = static_cast<int32_t>(0u - static_cast<uint32_t>(e.x_zero_point) * static_cast<uint32_t>(e.sum[n]));
+  e.start = start_.data();
+  if (e.out_dtype == Dtype::s32) return;  // the sums themselves
+  multiplier_.resize(channels), addend_.resize(channels);
+  for (int64_t n = 0; n < channels; ++n) {
     const float scale = e.row_scale ? e.scale[n] : e.x_scale * e.scale[n], bias = e.bias ? e.bias[n] : 0.0f;
     if (e.scaled) {  // neither may make a NaN of a sum
       multiplier_[n] = std::min(scale * e.inverse_scale, FLT_MAX);
@@ -384,7 +388,7 @@ void Folded::fold(Epilogue& e, const PackedView& w) {
       addend_[n] = bias;
     }
   }
-  e.start = start_.data(), e.multiplier = multiplier_.data(), e.addend = addend_.data();
+  e.multiplier = multiplier_.data(), e.addend = addend_.data();
 }
 
 TilePlan plan_tiles(TileProblem& p, int64_t threads) {

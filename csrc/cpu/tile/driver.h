@@ -38,6 +38,9 @@ struct TileProblem {
   int64_t max_rows() const { return tiling.rows > 0 ? std::min<int64_t>(tiling.rows, dot->max_rows) : dot->max_rows; }
 };
 
+// Bytes of A that a block of tiles may hold: half of L2, the rest is for the weights, which each block reads anew.
+int64_t block_bytes();
+
 // The kernels of the isa in force for these weights.
 const DotKernel& dot_kernel(Element element);
 auto epilogue_kernel(Element element) -> void (*)(const Epilogue&, const EpilogueArgs&);

@@ -74,7 +74,7 @@ PK_INLINE void block(const Epilogue e, const EpilogueArgs t, int64_t j, int n) {
     const int64_t at = t.packed + j + v * kLanes;
     addend[v] = e.addend ? load(e.addend + at, n) : set1(-0.0f);  // x + -0 is x, whatever x
     if constexpr (kInteger) {
-      multiplier[v] = load(e.multiplier + at, n);
+      if constexpr (kOut != Dtype::s32) multiplier[v] = load(e.multiplier + at, n);
       if constexpr (kPath == Path::any) sum[v] = load_i32(e.sum + at, n);
     }
   }

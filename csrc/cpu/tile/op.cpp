@@ -49,10 +49,14 @@ Tensor checked_weight_scale(const char* op, const Tensor& weight_scale, int64_t 
   return scale;
 }
 
+void check_reduction(const char* op, const char* name, int64_t products) {
+  PK_CHECK(products <= kMaxReduction, op, ": ", name, " sums more than ", kMaxReduction,
+           " products to one output, which s32 cannot hold");
+}
+
 Tensor pack_weights(const char* op, const PackedHeader& header, const Tensor& weight,
                     const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
-  PK_CHECK(header.element != Element::s8 || header.k * header.kh * header.kw <= kMaxReduction, op,
-           ": weight sums more than ", kMaxReduction, " products to one output, which s32 cannot hold");
+  if (header.element == Element::s8) check_reduction(op, "weight", header.k * header.kh * header.kw);
   const Tensor source = to_contiguous(weight);
   Tensor out = empty({header.bytes}, ScalarType::Byte);
   void* target = out.mutable_data_ptr();

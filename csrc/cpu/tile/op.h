@@ -17,6 +17,9 @@ bool residual_after_activation(const char* op, const std::string& order);
 Dtype dtype_of(ScalarType t);
 Element element_of(ScalarType t);
 
+// Throws where the s32 sum of so many products of bytes could overflow.
+void check_reduction(const char* op, const char* name, int64_t products);
+
 // weight is contiguous with groups * n output channels first; scale and bias are fp32 vectors of as many, or absent.
 Tensor pack_weights(const char* op, const PackedHeader& header, const Tensor& weight,
                     const std::optional<Tensor>& scale, const std::optional<Tensor>& bias);
