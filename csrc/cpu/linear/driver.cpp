@@ -81,7 +81,8 @@ MatmulDriver::MatmulDriver(int64_t rows, int64_t k, int64_t n, uint8_t flip, int
     : rows_(rows), k_(k), n_(n), flip_(flip), row_stride_(row_stride), column_stride_(column_stride) {
   if (rows == 0 || n == 0) return;
   const int64_t panels = ceil_div(n, kColumns), panel_bytes = std::max<int64_t>(ceil_div(k, 4) * kBlockBytes, 1);
-  const int64_t fit = std::max<int64_t>(block_bytes() / panel_bytes, 1);
+  // The rows are staged anew for each group, so it is larger than L2 would have it.
+  const int64_t fit = std::max<int64_t>(4 * block_bytes() / panel_bytes, 1);
   // Whole rounds of the threads.
   tasks = std::min(panels, round_up(ceil_div(panels, fit), threads));
   const int64_t most = ceil_div(panels, tasks);
