@@ -25,25 +25,13 @@ PK_INLINE void mac_taps(DotF32, DotF32::Acc* c, const uint8_t* const* tap, int64
 
 #else
 
-// Bytes of four taps to [channel][tap]: q[i] holds channels 4i .. 4i+3.
-PK_INLINE void interleave(const uint8_t* const* tap, int64_t at, __m128i* q) {
-  __m128i t[4];
-  PK_FOR (k, 4) t[k] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tap[k] + at));
-  const __m128i low01 = _mm_unpacklo_epi8(t[0], t[1]), high01 = _mm_unpackhi_epi8(t[0], t[1]);
-  const __m128i low23 = _mm_unpacklo_epi8(t[2], t[3]), high23 = _mm_unpackhi_epi8(t[2], t[3]);
-  q[0] = _mm_unpacklo_epi16(low01, low23);
-  q[1] = _mm_unpackhi_epi16(low01, low23);
-  q[2] = _mm_unpacklo_epi16(high01, high23);
-  q[3] = _mm_unpackhi_epi16(high01, high23);
-}
-
 PK_INLINE __m256i join(__m128i low, __m128i high) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
 }
 
 PK_INLINE void mac_taps(DotS8, DotS8::Acc* c, const uint8_t* const* tap, int64_t at, const uint8_t* b) {
   __m128i q[4];
-  interleave(tap, at, q);
+  interleave({tap[0] + at, tap[1] + at, tap[2] + at, tap[3] + at}, q);
 #if defined(PYKERNELS_ISA_AVX512) || defined(PYKERNELS_ISA_AVX512VNNI)
   const __m512i x = _mm512_inserti64x4(_mm512_castsi256_si512(join(q[0], q[1])), join(q[2], q[3]), 1);
   DotS8::mac(c[0], DotS8::words(x), DotS8::weight(b, 0));

@@ -107,39 +107,40 @@ TileProblem MatmulDriver::problem(int64_t columns, const uint8_t* panels, const 
   return p;
 }
 
-// One panel: columns [column, column + columns) of the matrix in words of four rows, and their sums.
-void MatmulDriver::pack(int64_t column, int64_t columns, uint8_t* panel, int32_t* sums) const {
+// Columns [column, column + columns) of the matrix in words of four rows, and their sums.
+void MatmulDriver::pack(int64_t column, int64_t columns, uint8_t* to, int32_t* sums) const {
   const auto* from = reinterpret_cast<const int8_t*>(b_) + column * column_stride_;
-  std::fill_n(sums, kColumns, 0);
-  int64_t i = 0;
-  if (column_stride_ == 1 && columns == kColumns) {
-    for (; i + 4 <= k_; i += 4, panel += kBlockBytes, from += 4 * row_stride_) {
-      const int8_t *r0 = from, *r1 = r0 + row_stride_, *r2 = r1 + row_stride_, *r3 = r2 + row_stride_;
-      auto* to = reinterpret_cast<int8_t*>(panel);
-      for (int64_t j = 0; j < kColumns; ++j) {
-        to[4 * j] = r0[j], to[4 * j + 1] = r1[j], to[4 * j + 2] = r2[j], to[4 * j + 3] = r3[j];
-        sums[j] += r0[j] + r1[j] + r2[j] + r3[j];
-      }
-    }
-  } else if (row_stride_ == 1 && columns == kColumns) {
-    constexpr int64_t kRun = 64;  // of a column at a time: a cache line, columns may lie 4096 bytes apart
-    for (; i + kRun <= k_; i += kRun, panel += kRun / 4 * kBlockBytes, from += kRun)
-      for (int64_t j = 0; j < kColumns; ++j) {
-        const int8_t* column_j = from + j * column_stride_;
-        for (int64_t w = 0; w < kRun / 4; ++w) std::memcpy(panel + w * kBlockBytes + 4 * j, column_j + 4 * w, 4);
-        int32_t sum = 0;
-        for (int64_t row = 0; row < kRun; ++row) sum += column_j[row];
-        sums[j] += sum;
-      }
+  const int64_t panel_bytes = ceil_div(k_, 4) * kBlockBytes;
+  std::fill_n(sums, round_up(columns, kColumns), 0);
+  int64_t whole = 0;  // rows of whole panels that are packed by now
+  if (column_stride_ == 1) {
+    whole = k_ / 4 * 4;
+    dot_kernels().pack_columns(reinterpret_cast<const uint8_t*>(from), row_stride_, whole / 4, columns / kColumns,
+                               panel_bytes, to, sums);
   }
-  for (; i < k_; i += 4, panel += kBlockBytes, from += 4 * row_stride_) {
-    std::memset(panel, 0, kBlockBytes);
-    for (int64_t row = 0; row < std::min<int64_t>(4, k_ - i); ++row)
-      for (int64_t j = 0; j < columns; ++j) {
-        const int8_t value = from[row * row_stride_ + j * column_stride_];
-        panel[4 * j + row] = static_cast<uint8_t>(value);
-        sums[j] += value;
-      }
+  for (int64_t first = 0; first < columns; first += kColumns, to += panel_bytes, sums += kColumns) {
+    const int64_t count = std::min(kColumns, columns - first);
+    const int8_t* panel_from = from + first * column_stride_;
+    int64_t i = count == kColumns ? whole : 0;
+    constexpr int64_t kRun = 64;  // of a column at a time: a cache line, columns may lie 4096 bytes apart
+    if (row_stride_ == 1 && count == kColumns)
+      for (; i + kRun <= k_; i += kRun)
+        for (int64_t j = 0; j < kColumns; ++j) {
+          const int8_t* run = panel_from + i + j * column_stride_;
+          uint8_t* words = to + i / 4 * kBlockBytes + 4 * j;
+          for (int64_t w = 0; w < kRun / 4; ++w) std::memcpy(words + w * kBlockBytes, run + 4 * w, 4);
+          for (int64_t row = 0; row < kRun; ++row) sums[j] += run[row];
+        }
+    for (; i < k_; i += 4) {
+      uint8_t* block = to + i / 4 * kBlockBytes;
+      std::memset(block, 0, kBlockBytes);
+      for (int64_t row = 0; row < std::min<int64_t>(4, k_ - i); ++row)
+        for (int64_t j = 0; j < count; ++j) {
+          const int8_t value = panel_from[(i + row) * row_stride_ + j * column_stride_];
+          block[4 * j + row] = static_cast<uint8_t>(value);
+          sums[j] += value;
+        }
+    }
   }
 }
 
@@ -147,9 +148,7 @@ void MatmulDriver::run(int64_t task, uint8_t* memory) const {
   const int64_t first = first_column(task), columns = first_column(task + 1) - first;
   const int64_t panels = ceil_div(columns, kColumns), panel_bytes = ceil_div(k_, 4) * kBlockBytes;
   auto* sums = reinterpret_cast<int32_t*>(memory + panels * panel_bytes);
-  for (int64_t p = 0; p < panels; ++p)
-    pack(first + p * kColumns, std::min(kColumns, columns - p * kColumns), memory + p * panel_bytes,
-         sums + p * kColumns);
+  pack(first, columns, memory, sums);
   TileDriver tiles(problem(columns, memory, sums), 1);
   const uint8_t* const in[] = {a_, nullptr};
   tiles.bind(in, out_ + first * 4);

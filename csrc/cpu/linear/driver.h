@@ -54,7 +54,7 @@ class MatmulDriver final : public Driver {
  private:
   int64_t first_column(int64_t task) const;
   TileProblem problem(int64_t columns, const uint8_t* panels, const int32_t* sums) const;
-  void pack(int64_t column, int64_t columns, uint8_t* panel, int32_t* sums) const;
+  void pack(int64_t column, int64_t columns, uint8_t* to, int32_t* sums) const;
 
   int64_t rows_, k_, n_;
   uint8_t flip_;

@@ -193,8 +193,43 @@ constexpr DotKernel kernel() {
   return k;
 }
 
+// Row by row, since rows may lie pages apart: what is read of one lies together.
+void pack_columns(const uint8_t* matrix, int64_t row_bytes, int64_t blocks, int64_t panels, int64_t panel_bytes,
+                  uint8_t* to, int32_t* sums) {
+  const int64_t ahead = blocks > 4 ? 16 * row_bytes : 0;
+#if defined(PYKERNELS_ISA_SCALAR)
+  const DotS8::Word one = 0x01010101;
+#else
+  const DotS8::Word one = DotS8::words(set1_i32(0x01010101));
+#endif
+  for (int64_t block = 0; block < blocks; ++block, matrix += 4 * row_bytes, to += kBlockBytes) {
+    const uint8_t* const rows[4] = {matrix, matrix + row_bytes, matrix + 2 * row_bytes, matrix + 3 * row_bytes};
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t at = 16 * p;
+      uint8_t* panel = to + p * panel_bytes;
+      if (at % 64 == 0)
+        PK_FOR (k, 4) __builtin_prefetch(rows[k] + at + ahead);
+#if defined(PYKERNELS_ISA_SCALAR)
+      for (int j = 0; j < 16; ++j)
+        for (int k = 0; k < 4; ++k) panel[4 * j + k] = rows[k][at + j];
+#else
+      __m128i words[4];
+      interleave({rows[0] + at, rows[1] + at, rows[2] + at, rows[3] + at}, words);
+      PK_FOR (i, 4) _mm_storeu_si128(reinterpret_cast<__m128i*>(panel) + i, words[i]);
+#endif
+      DotS8::Acc sum[DotS8::kRegisters];
+      PK_FOR (q, DotS8::kRegisters) {
+        sum[q] = DotS8::start(sums + at, q);
+        DotS8::mac(sum[q], one, DotS8::weight(panel, q));
+      }
+      DotS8::finish(sum, sums + at);
+    }
+  }
+}
+
 }  // namespace
 
-extern const DotKernels dot_kernels = {kernel<DotS8>(), kernel<DotBF16>(), kernel<DotF16>(), kernel<DotF32>()};
+extern const DotKernels dot_kernels = {kernel<DotS8>(), kernel<DotBF16>(), kernel<DotF16>(), kernel<DotF32>(),
+                                       &pack_columns};
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

@@ -87,6 +87,21 @@ struct DotF16 : DotHalf<float16> {};
 
 #else  // vector isas
 
+struct Rows {
+  const uint8_t* at[4];
+};
+// 16 bytes of each of four rows as 16 words, one byte of each row in a word: q[i] holds words 4i .. 4i+3.
+PK_INLINE void interleave(const Rows& rows, __m128i* q) {
+  __m128i t[4];
+  PK_FOR (k, 4) t[k] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows.at[k]));
+  const __m128i low01 = _mm_unpacklo_epi8(t[0], t[1]), high01 = _mm_unpackhi_epi8(t[0], t[1]);
+  const __m128i low23 = _mm_unpacklo_epi8(t[2], t[3]), high23 = _mm_unpackhi_epi8(t[2], t[3]);
+  q[0] = _mm_unpacklo_epi16(low01, low23);
+  q[1] = _mm_unpackhi_epi16(low01, low23);
+  q[2] = _mm_unpacklo_epi16(high01, high23);
+  q[3] = _mm_unpackhi_epi16(high01, high23);
+}
+
 constexpr int kPanelRegisters = 16 / kLanes;  // fp32 or s32 registers of 16 columns
 
 struct DotF32 {
