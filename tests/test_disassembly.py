@@ -19,7 +19,7 @@ import pytest
 from pykernels import _host
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOT = re.compile(r"vpdpbusd|v?pmaddwd|vfmadd|\bmulps")
+DOT = re.compile(r"vpdpbusd|vdpbf16ps|v?pmaddwd|vfmadd|\bmulps")
 EXPECTED = {
     ("avx2", "DotS8"): r"vpmaddwd .*%ymm",
     ("avx2", "DotF32"): r"vfmadd\d+ps .*%ymm",
@@ -29,6 +29,9 @@ EXPECTED = {
     ("avx512", "DotF32"): r"vfmadd\d+ps .*%zmm",
     ("avx512vnni", "DotS8"): r"vpdpbusd .*%zmm",
     ("avx512vnni", "DotF32"): r"vfmadd\d+ps .*%zmm",
+    ("avx512bf16", "DotS8"): r"vpdpbusd .*%zmm",
+    ("avx512bf16", "DotBF16"): r"vdpbf16ps .*%zmm",
+    ("avx512bf16", "DotF32"): r"vfmadd\d+ps .*%zmm",
 }
 
 pytestmark = pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
@@ -78,7 +81,7 @@ def inner_loops(instructions: list[tuple[int, str]]) -> list[list[str]]:
     return [[text for _, text in instructions[first : last + 1]] for first, last in inner]
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avxvnni", "avx512", "avx512vnni"])
+@pytest.mark.parametrize("isa", ["avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16"])
 def test_inner_loops_of_the_dot_tiles_stay_in_registers(isa: str) -> None:
     seen = 0
     for name, instructions in tiles(isa):
@@ -89,7 +92,7 @@ def test_inner_loops_of_the_dot_tiles_stay_in_registers(isa: str) -> None:
     assert seen >= 26
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avxvnni", "avx512", "avx512vnni"])
+@pytest.mark.parametrize("isa", ["avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16"])
 def test_inner_loops_of_the_depthwise_kernels_stay_in_registers(isa: str) -> None:
     seen = 0
     for name, instructions in functions(kernel_object(isa, "conv/depthwise.cpp")):
@@ -118,7 +121,7 @@ PEAKS = EXPECTED | {("scalar", "DotS8"): r"pmaddwd .*%xmm", ("scalar", "DotF32")
 
 @pytest.mark.parametrize(("isa", "element"), PEAKS)
 def test_the_measured_peak_is_of_multiplications_done_in_every_step(isa: str, element: str) -> None:
-    name = {"DotS8": "int8(long)", "DotF32": "fp32(long)"}[element]
+    name = {"DotS8": "int8(long)", "DotBF16": "bf16(long)", "DotF32": "fp32(long)"}[element]
     (instructions,) = (
         body for title, body in functions(kernel_object(isa, "peak/kernels.cpp")) if title.endswith(name)
     )

@@ -9,7 +9,7 @@ namespace pykernels {
 namespace {
 
 struct Features {
-  bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false;
+  bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false, avx512bf16 = false;
 };
 
 uint64_t xgetbv0() {
@@ -33,7 +33,10 @@ Features read_features() {
   f.avx512 = f.avx2 && zmm && (b & wanted) == wanted;
   f.avx512vnni = f.avx512 && (c & (1u << 11));
   uint32_t a1, b1, c1, d1;
-  if (a >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1)) f.avxvnni = f.avx2 && (a1 & (1u << 4));
+  if (a >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1)) {
+    f.avxvnni = f.avx2 && (a1 & (1u << 4));
+    f.avx512bf16 = f.avx512vnni && (a1 & (1u << 5));
+  }
   return f;
 }
 
@@ -55,6 +58,7 @@ bool isa_available(Isa isa) {
     case Isa::avxvnni: return f.avxvnni;
     case Isa::avx512: return f.avx512;
     case Isa::avx512vnni: return f.avx512vnni;
+    case Isa::avx512bf16: return f.avx512bf16;
   }
   return false;
 #endif

@@ -115,13 +115,13 @@ __attribute__((noinline)) double int8(int64_t steps) {
 
 #endif
 
-#if defined(PYKERNELS_ISA_AVX512VNNI) && !defined(PYKERNELS_EMULATE)
-// Not an isa of its own: the flag stands on this one function, which runs only after asking the CPU.
-__attribute__((noinline, target("avx512bf16"))) double bf16_dot(int64_t steps) {
-  __m512 acc[kChains];
-  __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f80), b = (__m512bh)_mm512_set1_epi16(0x0080);
+#if defined(PYKERNELS_ISA_AVX512BF16)
+__attribute__((noinline)) double bf16(int64_t steps) {
+  f32 acc[kChains];
+  const auto a = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
+  const auto b = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x0080));
 #pragma GCC unroll 32
-  for (auto& c : acc) c = _mm512_setzero_ps();
+  for (auto& c : acc) c = set1(0.0f);
   for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 32
     for (auto& c : acc) {
@@ -131,8 +131,6 @@ __attribute__((noinline, target("avx512bf16"))) double bf16_dot(int64_t steps) {
   }
   return double(steps) * kChains * 32 * 2;
 }
-
-double bf16(int64_t steps) { return __builtin_cpu_supports("avx512bf16") ? bf16_dot(steps) : fp32(steps); }
 #else
 double bf16(int64_t steps) { return fp32(steps); }
 #endif
