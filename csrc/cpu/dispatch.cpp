@@ -5,6 +5,7 @@
 #include "cpu/compress/kernels.h"
 #include "cpu/compress/sparse.h"
 #include "cpu/conv/kernels.h"
+#include "cpu/conv/winograd.h"
 #include "cpu/isa/isa.h"
 #include "cpu/peak/kernels.h"
 #include "cpu/pool/kernels.h"
@@ -38,6 +39,7 @@ PYKERNELS_DISPATCH(PK_ISAS, PeakKernels, peak_kernels)
 PYKERNELS_DISPATCH(PK_ISA_BASES, PoolKernels, pool_kernels)
 PYKERNELS_DISPATCH(PK_ISA_BASES, QuantizeKernels, quantize_kernels)
 PYKERNELS_DISPATCH(PK_ISA_BASES, SparseKernels, sparse_kernels)
+PYKERNELS_DISPATCH(PK_ISA_BASES, WinogradKernels, winograd_kernels)
 #endif
 
 }  // namespace pykernels

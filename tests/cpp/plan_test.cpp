@@ -26,6 +26,7 @@
 
 #include "cpu/arithmetic/kernels.h"
 #include "cpu/conv/kernels.h"
+#include "cpu/conv/winograd.h"
 #include "cpu/plan/builder.h"
 #include "cpu/plan/cache.h"
 #include "cpu/pool/kernels.h"
@@ -48,6 +49,7 @@ PK_EITHER(DotKernels, dot_kernels)
 PK_EITHER(EpilogueKernels, epilogue_kernels)
 PK_EITHER(PoolKernels, pool_kernels)
 PK_EITHER(QuantizeKernels, quantize_kernels)
+PK_EITHER(WinogradKernels, winograd_kernels)
 }  // namespace pykernels
 
 namespace {
@@ -185,7 +187,7 @@ std::unique_ptr<Prepared> take_or_prepare(const Block& plan, const Block& weight
                                           int64_t threads) {
   const uint64_t hash = plan_hash(plan.data(), plan.size());
   const int isa = static_cast<int>(current_isa());
-  PlanKey key{hash, plan.size(), weights.data(), weights.size(), threads, isa, {}};
+  PlanKey key{hash, plan.size(), weights.data(), weights.size(), threads, isa, true, {}};
   for (const View& v : inputs)
     for (int64_t d = 0; d < v.dims; ++d) key.inputs.push_back(v.sizes[d]), key.inputs.push_back(v.strides[d]);
   if (auto prepared = take(key)) return prepared;

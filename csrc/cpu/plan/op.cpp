@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "cpu/conv/winograd_driver.h"
 #include "cpu/isa/isa.h"
 #include "cpu/plan/cache.h"
 #include "cpu/tile/op.h"
@@ -49,6 +50,7 @@ class Ready {
                 weights.numel(),
                 torch::stable::get_num_threads(),
                 static_cast<int>(current_isa()),
+                winograd_allowed(),
                 {}};
     for (const Tensor& t : inputs) {
       check_cpu(op, "inputs", t);

@@ -38,6 +38,12 @@ struct TileProblem {
   int64_t max_rows() const { return tiling.rows > 0 ? std::min<int64_t>(tiling.rows, dot->max_rows) : dot->max_rows; }
 };
 
+// Of so many products of so many terms, as far as 64 bits can count.
+inline int64_t operations_of(int64_t outputs, int64_t terms) {
+  int64_t operations;
+  return __builtin_mul_overflow(2 * outputs, terms, &operations) ? INT64_MAX : operations;
+}
+
 // The kernels of the isa in force for these weights.
 const DotKernel& dot_kernel(Element element);
 auto epilogue_kernel(Element element) -> void (*)(const Epilogue&, const EpilogueArgs&);
