@@ -22,11 +22,11 @@ BOUND = {2: 4e-6, 4: 3e-5}
 LAYERS = {
     "whole tiles of 4": (64, 48, 16, 20, (1, 1, 1, 1), 4),
     "broken tiles of 4": (48, 64, 15, 21, (1, 1, 1, 1), 4),
-    "tiles of 2": (96, 128, 10, 9, (1, 1, 1, 1), 2),
+    "tiles of 2": (128, 128, 14, 13, (1, 1, 1, 1), 2),
     "no padding": (64, 64, 18, 22, (0, 0, 0, 0), 4),
     "asymmetric padding": (64, 64, 14, 15, (2, 0, 5, 1), 4),
     "odd outputs": (64, 75, 16, 16, (1, 1, 1, 1), 4),
-    "many channels": (512, 64, 12, 12, (1, 1, 1, 1), 4),
+    "many channels": (512, 64, 16, 16, (1, 1, 1, 1), 4),
 }
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...]]
 

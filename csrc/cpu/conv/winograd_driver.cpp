@@ -22,11 +22,11 @@ constexpr double kFour[6][3] = {{1. / 4, 0, 0},
 
 // What else costs time, in multiplications that take as long: a weight read from memory, a channel of a position
 // transformed.
-constexpr double kRead = 10, kTransform = 12;
+constexpr double kRead = 14, kTransform = 12;
 constexpr double kWorthwhile = 1.2;  // times as fast
 constexpr int64_t kMostBytes = int64_t{1} << 27;
-// Bytes that a block of tiles has between its transforms: a part of them stays in L2.
-constexpr int64_t kBlockMemory = 1 << 20;
+// Bytes that a block of tiles has between its transforms: what stays in L2, or half of the weights that it reads anew.
+constexpr int64_t kLeastMemory = 1 << 20, kMostMemory = 1 << 23;
 
 std::atomic<bool>& allowed() {
   static std::atomic<bool> on = [] {
@@ -171,7 +171,8 @@ WinogradDriver::WinogradDriver(const ConvShape& shape, const PackedView& weights
   tasks = tile_splits_ * panel_splits_;
   const int64_t columns = ceil_div(packed_.panels_per_group(), panel_splits_) * kColumns;
   const int64_t tiles = ceil_div(all_tiles(), tile_splits_);
-  block_ = std::max(kBlockMemory / (positions() * (s_.c + columns) * 4), dot_->max_rows * int64_t{2});
+  const int64_t memory = std::clamp(positions() * s_.c * columns * 2, kLeastMemory, kMostMemory);
+  block_ = std::max(memory / (positions() * (s_.c + columns) * 4), dot_->max_rows * int64_t{2});
   block_ = ceil_div(tiles, ceil_div(tiles, block_));
   v_step_ = block_ * row_ + kColumns;
   scratch = 4 * (s_.c + positions() * (v_step_ + block_ * columns + kColumns) + m_ * m_ * columns);
