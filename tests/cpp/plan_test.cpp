@@ -454,7 +454,7 @@ class Case {
     for (const auto& driver : layout.drivers) scratch = std::max(scratch, driver->scratch);
     if (bytes > (16 << 20) || operations > (64 << 20) || scratch > (16 << 20)) return "ready, too large to run";
 
-    Prepared prepared({0, 0, weights.data(), 0, threads_, 0, {}}, std::move(layout), weights.data());
+    Prepared prepared({0, 0, weights.data(), 0, threads_, 0, true, {}}, std::move(layout), weights.data());
     std::vector<Block> inputs;
     for (const View& v : inputs_) {
       inputs.emplace_back(extent(v));
