@@ -153,6 +153,12 @@ std::shared_ptr<const WinogradWeights> winograd_weights(const PackedView& w, int
   return found;
 }
 
+void forget_winograd_weights() {
+  const std::lock_guard<std::mutex> guard(entries_lock);
+  for (Entry& e : entries) e.kept.reset();
+  entries.remove_if([](const Entry& e) { return e.weights.expired(); });
+}
+
 WinogradDriver::WinogradDriver(const ConvShape& shape, const PackedView& weights, const Epilogue& e,
                                std::shared_ptr<const WinogradWeights> transformed, int64_t threads)
     : s_(shape),

@@ -29,6 +29,8 @@ int64_t winograd_tile(const ConvShape& shape, const PackedView& weights);
 // One U for all who hold it and, `keep`, for whoever asks for the same weights later: the last 1 GiB are kept. Weights
 // are the same where their bytes are.
 std::shared_ptr<const WinogradWeights> winograd_weights(const PackedView& weights, int64_t m, bool keep);
+// Keeps none but those that somebody holds.
+void forget_winograd_weights();
 
 // Operands: x in channels_last, residual.
 class WinogradDriver final : public Driver {

@@ -167,7 +167,10 @@ Tensor profile_plan(const Tensor& plan, const Tensor& weights, std::vector<Tenso
   return times;
 }
 
-void forget_plans(int64_t address) { forget(reinterpret_cast<const void*>(address)); }
+void forget_plans(int64_t address) {
+  forget(reinterpret_cast<const void*>(address));
+  forget_winograd_weights();
+}
 
 }  // namespace
 
