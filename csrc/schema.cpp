@@ -6,6 +6,9 @@ STABLE_TORCH_LIBRARY(pykernels, m) {
   // The isa in force; set_isa returns the one before (for tests: an op in flight may see either).
   m.def("_isa() -> str");
   m.def("_set_isa(str isa) -> str");
+  // Whether convolutions may run by Winograd's tiles, PYKERNELS_WINOGRAD until it is called; what held before (for
+  // tests).
+  m.def("_set_winograd(bool allowed) -> bool");
   // What the machine could do at most: operations done, bytes moved (pykernels/bench/machine.py holds the watch).
   m.def("_peak(str dtype, int steps) -> float");
   m.def("_bandwidth(Tensor(a!) target, Tensor source, str kind, int rounds) -> float");

@@ -85,7 +85,7 @@ def test_doctor_tells_torch_threads_and_the_isa_in_force() -> None:
     assert torch.__version__ in text
     assert re.search(rf"^threads +{torch.get_num_threads()} ", text, re.MULTILINE)
     assert re.search(rf"^isa +{torch.ops.pykernels._isa()}, ", text, re.MULTILINE)
-    for isa in ("scalar yes", "avx2", "avxvnni", "avx512", "avx512vnni"):
+    for isa in ("scalar yes", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx"):
         assert isa in text
 
 

@@ -17,7 +17,16 @@ from pykernels.ops import conv, linear, quantize
 
 SAMPLES = samples()
 # These name the process, not a computation: no tensors, so nothing to trace.
-NOT_TENSOR_OPS = {"_isa", "_set_isa", "_peak", "_bandwidth", "_describe_plan", "_profile_plan", "_forget_plans"}
+NOT_TENSOR_OPS = {
+    "_isa",
+    "_set_isa",
+    "_set_winograd",
+    "_peak",
+    "_bandwidth",
+    "_describe_plan",
+    "_profile_plan",
+    "_forget_plans",
+}
 DIFFERENTIABLE = {
     "conv_bn_act",
     "max_pool2d",

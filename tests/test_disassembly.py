@@ -19,7 +19,9 @@ import pytest
 from pykernels import _host
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOT = re.compile(r"vpdpbusd|v?pmaddwd|vfmadd|\bmulps")
+DOT = re.compile(r"vpdpbusd|vdpbf16ps|v?pmaddwd|vfmadd|\bmulps")
+ISAS = ["avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx"]
+WIDE = [isa for isa in ISAS if not isa.startswith("avx2") and isa != "avxvnni"]
 EXPECTED = {
     ("avx2", "DotS8"): r"vpmaddwd .*%ymm",
     ("avx2", "DotF32"): r"vfmadd\d+ps .*%ymm",
@@ -29,6 +31,10 @@ EXPECTED = {
     ("avx512", "DotF32"): r"vfmadd\d+ps .*%zmm",
     ("avx512vnni", "DotS8"): r"vpdpbusd .*%zmm",
     ("avx512vnni", "DotF32"): r"vfmadd\d+ps .*%zmm",
+    ("avx512bf16", "DotS8"): r"vpdpbusd .*%zmm",
+    ("avx512bf16", "DotBF16"): r"vdpbf16ps .*%zmm",
+    ("avx512bf16", "DotF32"): r"vfmadd\d+ps .*%zmm",
+    ("amx", "DotF32"): r"vfmadd\d+ps .*%zmm",
 }
 
 pytestmark = pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
@@ -78,7 +84,7 @@ def inner_loops(instructions: list[tuple[int, str]]) -> list[list[str]]:
     return [[text for _, text in instructions[first : last + 1]] for first, last in inner]
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avxvnni", "avx512", "avx512vnni"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_inner_loops_of_the_dot_tiles_stay_in_registers(isa: str) -> None:
     seen = 0
     for name, instructions in tiles(isa):
@@ -89,7 +95,7 @@ def test_inner_loops_of_the_dot_tiles_stay_in_registers(isa: str) -> None:
     assert seen >= 26
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avxvnni", "avx512", "avx512vnni"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_inner_loops_of_the_depthwise_kernels_stay_in_registers(isa: str) -> None:
     seen = 0
     for name, instructions in functions(kernel_object(isa, "conv/depthwise.cpp")):
@@ -107,10 +113,26 @@ def test_dot_tiles_multiply_with_the_instruction_of_their_isa(isa: str, element:
         if dot != element:
             continue
         products = [text for text in itertools.chain(*inner_loops(instructions)) if DOT.search(text)]
-        registers = {"vpmaddwd": 512 // 256 if isa.startswith("avx512") else 512 // 128}.get(products[0].split()[0])
-        registers = registers or (1 if isa.startswith("avx512") else 2)
+        registers = {"vpmaddwd": 512 // 256 if isa in WIDE else 512 // 128}.get(products[0].split()[0])
+        registers = registers or (1 if isa in WIDE else 2)
         assert len(products) == int(rows) * int(panels) * registers, f"{name}: {products}"
         assert all(re.match(EXPECTED[isa, element], text) for text in products), f"{name}: {products}"
+
+
+@pytest.mark.parametrize(("element", "product"), [("AmxS8", "tdpbusd"), ("AmxBF16", "tdpbf16ps")])
+def test_tiles_of_amx_load_each_operand_once_a_step(element: str, product: str) -> None:
+    seen = 0
+    for name, instructions in functions(kernel_object("amx", "tile/dot.cpp")):
+        tile = re.search(rf"\bin_tiles<.*{element}, (\d)>", name)
+        if not tile:
+            continue
+        seen += 1
+        panels = int(tile[1])
+        products = [text for _, text in instructions if text.startswith("tdp")]
+        assert len(products) == 2 * panels, name  # whole steps and the last
+        assert all(re.fullmatch(rf"{product} +%tmm[57],%tmm[46],%tmm[0-3]", text) for text in products), products
+        assert len([text for _, text in instructions if text.startswith("tileloadd")]) == 2 * panels + 4
+    assert seen == 4  # panels; rows are loaded where they stand or from a copy
 
 
 PEAKS = EXPECTED | {("scalar", "DotS8"): r"pmaddwd .*%xmm", ("scalar", "DotF32"): r"mulps .*%xmm"}
@@ -118,12 +140,12 @@ PEAKS = EXPECTED | {("scalar", "DotS8"): r"pmaddwd .*%xmm", ("scalar", "DotF32")
 
 @pytest.mark.parametrize(("isa", "element"), PEAKS)
 def test_the_measured_peak_is_of_multiplications_done_in_every_step(isa: str, element: str) -> None:
-    name = {"DotS8": "int8(long)", "DotF32": "fp32(long)"}[element]
+    name = {"DotS8": "int8(long)", "DotBF16": "bf16(long)", "DotF32": "fp32(long)"}[element]
     (instructions,) = (
         body for title, body in functions(kernel_object(isa, "peak/kernels.cpp")) if title.endswith(name)
     )
     (loop,) = inner_loops(instructions)
     products = [text for text in loop if re.match(PEAKS[isa, element], text)]
-    assert len(products) == (24 if isa.startswith("avx512") else 12)
+    assert len(products) == (24 if isa in WIDE else 12)
     if isa != "scalar":  # SSE2 has two operands: it must copy one
         assert not [text for text in loop if text.startswith("vmov")]

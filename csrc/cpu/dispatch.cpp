@@ -5,6 +5,7 @@
 #include "cpu/compress/kernels.h"
 #include "cpu/compress/sparse.h"
 #include "cpu/conv/kernels.h"
+#include "cpu/conv/winograd.h"
 #include "cpu/isa/isa.h"
 #include "cpu/peak/kernels.h"
 #include "cpu/pool/kernels.h"
@@ -28,17 +29,18 @@ std::atomic<int>& choice() {
 Isa current_isa() { return static_cast<Isa>(choice().load(std::memory_order_relaxed)); }
 void set_isa(Isa isa) { choice() = static_cast<int>(isa); }
 
-PYKERNELS_DISPATCH(CompressKernels, compress_kernels)
+PYKERNELS_DISPATCH(PK_ISA_BASES, CompressKernels, compress_kernels)
 #ifndef PYKERNELS_HOST  // the module without torch has no other kernels
-PYKERNELS_DISPATCH(ArithmeticKernels, arithmetic_kernels)
-PYKERNELS_DISPATCH(DepthwiseKernels, depthwise_kernels)
-PYKERNELS_DISPATCH(DepthwiseWordsKernels, depthwise_words_kernels)
-PYKERNELS_DISPATCH(DotKernels, dot_kernels)
-PYKERNELS_DISPATCH(EpilogueKernels, epilogue_kernels)
-PYKERNELS_DISPATCH(PeakKernels, peak_kernels)
-PYKERNELS_DISPATCH(PoolKernels, pool_kernels)
-PYKERNELS_DISPATCH(QuantizeKernels, quantize_kernels)
-PYKERNELS_DISPATCH(SparseKernels, sparse_kernels)
+PYKERNELS_DISPATCH(PK_ISA_BASES, ArithmeticKernels, arithmetic_kernels)
+PYKERNELS_DISPATCH(PK_ISAS, DepthwiseKernels, depthwise_kernels)
+PYKERNELS_DISPATCH(PK_ISA_BASES, DepthwiseWordsKernels, depthwise_words_kernels)
+PYKERNELS_DISPATCH(PK_ISAS, DotKernels, dot_kernels)
+PYKERNELS_DISPATCH(PK_ISA_BASES, EpilogueKernels, epilogue_kernels)
+PYKERNELS_DISPATCH(PK_ISAS, PeakKernels, peak_kernels)
+PYKERNELS_DISPATCH(PK_ISA_BASES, PoolKernels, pool_kernels)
+PYKERNELS_DISPATCH(PK_ISA_BASES, QuantizeKernels, quantize_kernels)
+PYKERNELS_DISPATCH(PK_ISA_BASES, SparseKernels, sparse_kernels)
+PYKERNELS_DISPATCH(PK_ISA_BASES, WinogradKernels, winograd_kernels)
 #endif
 
 }  // namespace pykernels

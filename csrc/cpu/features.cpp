@@ -1,6 +1,8 @@
 #include "cpu/features.h"
 
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -9,8 +11,14 @@ namespace pykernels {
 namespace {
 
 struct Features {
-  bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false;
+  bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false, avx512bf16 = false, amx = false;
 };
+
+// The tile registers are a process's only when it has asked for them; every thread has them then.
+bool permit_tiles() {
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
 
 uint64_t xgetbv0() {
   uint32_t lo, hi;
@@ -33,7 +41,12 @@ Features read_features() {
   f.avx512 = f.avx2 && zmm && (b & wanted) == wanted;
   f.avx512vnni = f.avx512 && (c & (1u << 11));
   uint32_t a1, b1, c1, d1;
-  if (a >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1)) f.avxvnni = f.avx2 && (a1 & (1u << 4));
+  if (a >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1)) {
+    f.avxvnni = f.avx2 && (a1 & (1u << 4));
+    f.avx512bf16 = f.avx512vnni && (a1 & (1u << 5));
+    const uint32_t tiles = (1u << 22) | (1u << 24) | (1u << 25);  // BF16, TILE, INT8
+    f.amx = f.avx512bf16 && (d & tiles) == tiles && (xcr0 & 0x60000) == 0x60000 && permit_tiles();
+  }
   return f;
 }
 
@@ -55,6 +68,8 @@ bool isa_available(Isa isa) {
     case Isa::avxvnni: return f.avxvnni;
     case Isa::avx512: return f.avx512;
     case Isa::avx512vnni: return f.avx512vnni;
+    case Isa::avx512bf16: return f.avx512bf16;
+    case Isa::amx: return f.amx;
   }
   return false;
 #endif

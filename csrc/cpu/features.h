@@ -7,7 +7,8 @@
 
 namespace pykernels {
 
-// In order of preference; each one includes what stands before it except that avxvnni and avx512 are siblings.
+// In order of preference; each one includes what stands before it except that avxvnni and avx512 are siblings. Kernels
+// that gain nothing from an isa are those of its base.
 enum class Isa : int { PK_ISAS(PK_NAME) };
 inline constexpr int kIsaCount = PK_ISAS(PK_COUNTED);
 inline constexpr const char* kIsaNames[kIsaCount] = {PK_ISAS(PK_QUOTED)};

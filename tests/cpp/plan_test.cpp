@@ -26,6 +26,7 @@
 
 #include "cpu/arithmetic/kernels.h"
 #include "cpu/conv/kernels.h"
+#include "cpu/conv/winograd.h"
 #include "cpu/plan/builder.h"
 #include "cpu/plan/cache.h"
 #include "cpu/pool/kernels.h"
@@ -49,6 +50,7 @@ PK_EITHER(DotKernels, dot_kernels)
 PK_EITHER(EpilogueKernels, epilogue_kernels)
 PK_EITHER(PoolKernels, pool_kernels)
 PK_EITHER(QuantizeKernels, quantize_kernels)
+PK_EITHER(WinogradKernels, winograd_kernels)
 }  // namespace pykernels
 
 namespace {
@@ -186,7 +188,7 @@ std::unique_ptr<Prepared> take_or_prepare(const Block& plan, const Block& weight
                                           int64_t threads) {
   const uint64_t hash = plan_hash(plan.data(), plan.size());
   const int isa = static_cast<int>(current_isa());
-  PlanKey key{hash, plan.size(), weights.data(), weights.size(), threads, isa, {}};
+  PlanKey key{hash, plan.size(), weights.data(), weights.size(), threads, isa, true, {}};
   for (const View& v : inputs)
     for (int64_t d = 0; d < v.dims; ++d) key.inputs.push_back(v.sizes[d]), key.inputs.push_back(v.strides[d]);
   if (auto prepared = take(key)) return prepared;
@@ -453,7 +455,7 @@ class Case {
     for (const auto& driver : layout.drivers) scratch = std::max(scratch, driver->scratch);
     if (bytes > (16 << 20) || operations > (64 << 20) || scratch > (16 << 20)) return "ready, too large to run";
 
-    Prepared prepared({0, 0, weights.data(), 0, threads_, 0, {}}, std::move(layout), weights.data());
+    Prepared prepared({0, 0, weights.data(), 0, threads_, 0, true, {}}, std::move(layout), weights.data());
     std::vector<Block> inputs;
     for (const View& v : inputs_) {
       inputs.emplace_back(extent(v));

@@ -47,6 +47,14 @@ PK_INLINE void mac_taps(Dot, typename Dot::Acc* c, const uint8_t* const* tap, in
     Dot::mac(c[q], x, Dot::weight(b, q));
   }
 }
+#if defined(PYKERNELS_ISA_AVX512BF16)
+PK_INLINE void mac_taps(DotBF16, DotBF16::Acc* c, const uint8_t* const* tap, int64_t at, const uint8_t* b) {
+  const auto wide = [&](int k) __attribute__((always_inline)) {
+    return _mm512_cvtepu16_epi32(load_words16(tap[k] + at, kLanes));
+  };
+  DotBF16::mac(c[0], bit_or(wide(0), shift_left<16>(wide(1))), DotBF16::weight(b, 0));
+}
+#endif
 PK_INLINE void mac_taps(DotF32, DotF32::Acc* c, const uint8_t* const* tap, int64_t at, const uint8_t* b) {
   PK_FOR (q, kPanelRegisters)
     DotF32::mac(c[q], load(reinterpret_cast<const float*>(tap[0] + at) + q * kLanes, kLanes), DotF32::weight(b, q));

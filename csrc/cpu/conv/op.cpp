@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "cpu/conv/depthwise_driver.h"
-#include "cpu/conv/driver.h"
+#include "cpu/conv/winograd_driver.h"
 
 namespace pykernels {
 namespace {
@@ -35,7 +35,7 @@ Tensor pixels_of(const ConvShape& s, const Tensor& input, int64_t threads) {
 }
 
 // `residual` is dense in the layout of `out`, or null.
-void run_conv(const ConvShape& s, const Tensor& x, const PackedView& weights, Epilogue e,
+void run_conv(const ConvShape& s, const Tensor& x, const PackedView& weights, Weights are, Epilogue e,
               const std::optional<Tensor>& residual, const Tensor& out) {
   e.out_stride = s.o;
   if (s.n == 0) return;
@@ -49,8 +49,8 @@ void run_conv(const ConvShape& s, const Tensor& x, const PackedView& weights, Ep
     run(driver, {bytes_of(source), added}, out);
   } else {
     const Tensor source = pixels_of(s, x, threads);
-    TileDriver driver(conv_problem(s, weights, e, fill, flip), threads);
-    run(driver, {bytes_of(source), added}, out);
+    const ConvProducts products = conv_products(s, weights, e, fill, flip, {}, threads, are);
+    run(*products.driver, {bytes_of(source), added}, out);
   }
 }
 
@@ -81,7 +81,7 @@ Tensor qconv2d_pack(const Tensor& weight, const Tensor& weight_scale, std::optio
                       checked_bias(op, bias, weight.size(0)));
 }
 
-Tensor conv2d_named(const char* op, const Tensor& x, const Tensor& packed, const ConvShape& s,
+Tensor conv2d_named(const char* op, const Tensor& x, const Tensor& packed, Weights are, const ConvShape& s,
                     const std::string& activation, const std::optional<Tensor>& residual,
                     const std::string& residual_order) {
   const ScalarType t = x.scalar_type();
@@ -95,7 +95,7 @@ Tensor conv2d_named(const char* op, const Tensor& x, const Tensor& packed, const
     set_residual(op, e, *dense, residual_order, 1.0, 0);
   }
   e.out_dtype = dtype_of(t);
-  run_conv(s, x, weights, e, dense, out);
+  run_conv(s, x, weights, are, e, dense, out);
   return out;
 }
 
@@ -106,7 +106,7 @@ Tensor conv2d(const Tensor& x, const Tensor& packed, int64_t out_channels, Ints 
   check_real(op, "x", x);
   check_dim(op, "x", x, 4);
   const ConvShape s = conv_shape(op, x.sizes().data(), out_channels, kernel_size, stride, padding, dilation, groups);
-  return conv2d_named(op, x, packed, s, activation, residual, residual_order);
+  return conv2d_named(op, x, packed, Weights::called, s, activation, residual, residual_order);
 }
 
 Tensor qconv2d(const Tensor& x, const Tensor& packed, int64_t out_channels, Ints kernel_size, Ints stride, Ints padding,
@@ -128,7 +128,7 @@ Tensor qconv2d(const Tensor& x, const Tensor& packed, int64_t out_channels, Ints
   if (dense) set_residual(op, e, *dense, residual_order, residual_scale, residual_zero_point);
   e.x_scale = static_cast<float>(x_scale);
   e.x_zero_point = static_cast<int32_t>(x_zero_point) + (x.scalar_type() == ScalarType::Char ? 128 : 0);
-  run_conv(s, x, weights, e, dense, out);
+  run_conv(s, x, weights, Weights::called, e, dense, out);
   return out;
 }
 
@@ -173,10 +173,14 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
         ((c ? pointer<float>(*c)[i] : 0.0f) - pointer<float>(mean)[i]) * scale + (b ? pointer<float>(*b)[i] : 0.0f);
   }
   const Tensor packed = conv2d_pack(torch::stable::to(folded, x.scalar_type()), shift, groups);
-  return conv2d_named(op, x, packed, s, activation, residual, residual_order);
+  return conv2d_named(op, x, packed, Weights::once, s, activation, residual, residual_order);
 }
 
 }  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pykernels, CompositeExplicitAutograd, m) {
+  m.impl("_set_winograd", TORCH_BOX(&set_winograd));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(pykernels, CPU, m) {
   m.impl("conv2d_pack", TORCH_BOX(&conv2d_pack));

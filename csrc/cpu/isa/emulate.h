@@ -1,6 +1,6 @@
-// The AVX-512 (F, BW, VL, DQ, VNNI) and AVX-VNNI intrinsics that the kernels use, on AVX2: with -DPYKERNELS_EMULATE=ON
-// every isa runs on any AVX2 host, to be tested there. Each follows the operation that Intel's intrinsics guide gives
-// for it.
+// The AVX-512 (F, BW, VL, DQ, VNNI, BF16) and AVX-VNNI intrinsics that the kernels use, on AVX2: with
+// -DPYKERNELS_EMULATE=ON every isa runs on any AVX2 host, to be tested there. Each follows the operation that Intel's
+// intrinsics guide gives for it.
 //
 // The functions stand in the isa's own namespace, where unqualified names find them before the compiler's global ones.
 // A 512-bit operation that works lane by lane (32-bit lanes, or 128-bit ones for shuffles and packs) is the 256-bit
@@ -342,6 +342,24 @@ PK_EMULATE __m256i _mm256_dpbusd_avx_epi32(__m256i c, __m256i a, __m256i b) {
 PK_EMULATE __m512i _mm512_dpbusd_epi32(__m512i c, __m512i a, __m512i b) {
   return join(_mm256_dpbusd_avx_epi32(half(c, 0), half(a, 0), half(b, 0)),
               _mm256_dpbusd_avx_epi32(half(c, 1), half(a, 1), half(b, 1)));
+}
+
+// ---- BF16: c plus the product of the odd elements, then of the even ones, each rounded to nearest even; denormals are
+// zeros, read or written ----
+PK_EMULATE __m256 flushed(__m256 v) {
+  const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
+  return _mm256_andnot_ps(_mm256_cmp_ps(size, _mm256_set1_ps(1.17549435e-38f), _CMP_LT_OQ), v);
+}
+PK_EMULATE __m256 emulated_dpbf16(__m256 c, __m256i a, __m256i b) {
+  const __m256i high = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
+  const auto odd = [&](__m256i v) { return flushed(_mm256_castsi256_ps(_mm256_and_si256(v, high))); };
+  const auto even = [&](__m256i v) { return flushed(_mm256_castsi256_ps(_mm256_slli_epi32(v, 16))); };
+  c = flushed(_mm256_fmadd_ps(odd(a), odd(b), flushed(c)));
+  return flushed(_mm256_fmadd_ps(even(a), even(b), c));
+}
+PK_EMULATE __m512 _mm512_dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
+  const auto x = reinterpret_cast<__m512i>(a), y = reinterpret_cast<__m512i>(b);
+  return join(emulated_dpbf16(half(c, 0), half(x, 0), half(y, 0)), emulated_dpbf16(half(c, 1), half(x, 1), half(y, 1)));
 }
 
 #undef PK_HALVES_1

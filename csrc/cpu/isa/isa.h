@@ -3,7 +3,7 @@
 // kernels.h of a family:      struct PoolKernels { void (*max_u8)(...); ... };
 //                             PYKERNELS_TABLE(PoolKernels, pool_kernels)
 // kernels.cpp (every isa):    namespace pykernels::PYKERNELS_ISA_NS { ... const PoolKernels pool_kernels = {...}; }
-// csrc/cpu/dispatch.cpp:      PYKERNELS_DISPATCH(PoolKernels, pool_kernels)
+// csrc/cpu/dispatch.cpp:      PYKERNELS_DISPATCH(PK_ISA_BASES, PoolKernels, pool_kernels)
 // op.cpp:                     pool_kernels().max_u8(...)
 #pragma once
 
@@ -26,8 +26,9 @@ void set_isa(Isa isa);
   const Table& name();
 
 #define PYKERNELS_ADDRESS(isa, name) &isa::name,
-#define PYKERNELS_DISPATCH(Table, name)                                               \
-  const Table& name() {                                                               \
-    static const Table* const tables[kIsaCount] = {PK_ISAS(PYKERNELS_ADDRESS, name)}; \
-    return *tables[static_cast<int>(current_isa())];                                  \
+// ISAS: PK_ISAS where a family is built for every isa, PK_ISA_BASES where for those that are a base.
+#define PYKERNELS_DISPATCH(ISAS, Table, name)                                      \
+  const Table& name() {                                                            \
+    static const Table* const tables[kIsaCount] = {ISAS(PYKERNELS_ADDRESS, name)}; \
+    return *tables[static_cast<int>(current_isa())];                               \
   }

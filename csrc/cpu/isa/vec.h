@@ -1,7 +1,8 @@
 // The thin vector layer the kernels are written on: one set of names, defined once per isa in namespace
-// pykernels::<isa>. Only kernel sources compiled per isa include it (PYKERNELS_ISA_NS and PYKERNELS_ISA_<NAME> are
-// defined by CMake there). Every function is static and always inlined: nothing compiled under an isa's flags may be
-// merged by the linker with another isa's copy. For the same reason kernel sources use no std:: function templates.
+// pykernels::<isa>. Only kernel sources compiled per isa include it (CMake defines PYKERNELS_ISA_NS there, and
+// PYKERNELS_ISA_<NAME> for the isa and those that it includes). Every function is static and always inlined: nothing
+// compiled under an isa's flags may be merged by the linker with another isa's copy. For the same reason kernel sources
+// use no std:: function templates.
 //
 // Types: f32 and i32 hold kLanes 32-bit lanes; u8 holds kBytes bytes. `n` is a number of valid elements, 1..kLanes
 // (or kBytes): loads leave zero in the rest and never touch memory past n; stores write n elements.

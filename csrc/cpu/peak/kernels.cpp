@@ -6,6 +6,9 @@
 
 #include "cpu/isa/intrinsics.h"
 #include "cpu/isa/vec.h"
+#if defined(PYKERNELS_ISA_AMX)
+#include "cpu/isa/amx.h"
+#endif
 
 namespace pykernels::PYKERNELS_ISA_NS {
 namespace {
@@ -77,6 +80,25 @@ __attribute__((noinline)) double fp32(int64_t steps) {
   return double(steps) * kChains * kLanes * 2;
 }
 
+#if defined(PYKERNELS_ISA_AMX)
+// Six registers of sums, 16x16 each, of the products of the other two.
+template <class Dot>
+PK_INLINE double in_tiles(int64_t steps, Dot dot) {
+  tmm::Config config;
+  for (int t = 0; t < 8; ++t) config.rows[t] = 16, config.bytes[t] = 64;
+  tmm::configure(config);
+  for (int64_t s = 0; s < steps; ++s) dot();
+  tmm::release();
+  return double(steps) * 6 * 16 * 16 * 2;
+}
+#define PK_SIX(dot) dot<0, 6, 7>(), dot<1, 6, 7>(), dot<2, 6, 7>(), dot<3, 6, 7>(), dot<4, 6, 7>(), dot<5, 6, 7>()
+__attribute__((noinline)) double int8(int64_t steps) {
+  return 64 * in_tiles(steps, []() __attribute__((always_inline)) { PK_SIX(tmm::dot_u8s8); });
+}
+__attribute__((noinline)) double bf16(int64_t steps) {
+  return 32 * in_tiles(steps, []() __attribute__((always_inline)) { PK_SIX(tmm::dot_bf16); });
+}
+#else
 // One step of the isa's exact integer dot product, and the multiplies in it. Where the product does not depend on the
 // sum, an operand is kept opaque: the compiler would multiply once.
 #if defined(PYKERNELS_ISA_AVX512VNNI)
@@ -112,16 +134,17 @@ __attribute__((noinline)) double int8(int64_t steps) {
   }
   return double(steps) * kChains * kProducts * 2;
 }
+#endif
 
 #endif
 
-#if defined(PYKERNELS_ISA_AVX512VNNI) && !defined(PYKERNELS_EMULATE)
-// Not an isa of its own: the flag stands on this one function, which runs only after asking the CPU.
-__attribute__((noinline, target("avx512bf16"))) double bf16_dot(int64_t steps) {
-  __m512 acc[kChains];
-  __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f80), b = (__m512bh)_mm512_set1_epi16(0x0080);
+#if defined(PYKERNELS_ISA_AVX512BF16) && !defined(PYKERNELS_ISA_AMX)
+__attribute__((noinline)) double bf16(int64_t steps) {
+  f32 acc[kChains];
+  const auto a = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
+  const auto b = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x0080));
 #pragma GCC unroll 32
-  for (auto& c : acc) c = _mm512_setzero_ps();
+  for (auto& c : acc) c = set1(0.0f);
   for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 32
     for (auto& c : acc) {
@@ -131,9 +154,7 @@ __attribute__((noinline, target("avx512bf16"))) double bf16_dot(int64_t steps) {
   }
   return double(steps) * kChains * 32 * 2;
 }
-
-double bf16(int64_t steps) { return __builtin_cpu_supports("avx512bf16") ? bf16_dot(steps) : fp32(steps); }
-#else
+#elif !defined(PYKERNELS_ISA_AMX)
 double bf16(int64_t steps) { return fp32(steps); }
 #endif
 

@@ -12,8 +12,8 @@ namespace pykernels {
 // returns the operations it did (a multiply and an add are two). Its instruction is the best one by which this isa sums
 // exactly:
 //   fp32   FMA (mulps + addps before AVX2)
-//   bf16   vdpbf16ps where the CPU has it beside AVX-512, else the fp32 loop: bf16 is then widened
-//   int8   u8 x s8 into s32: vpdpbusd, or vpmaddwd + vpaddd on operands already widened to 16 bits
+//   bf16   tdpbf16ps, vdpbf16ps, or the fp32 loop where bf16 is widened
+//   int8   u8 x s8 into s32: tdpbusd, vpdpbusd, or vpmaddwd + vpaddd on operands already widened to 16 bits
 // Each memory loop goes `rounds` times over its own slice and returns the bytes it moved.
 //   read   loads and combines; `sink` receives a byte so that the loads are not removed
 //   copy   loads and stores: two bytes moved for each byte copied

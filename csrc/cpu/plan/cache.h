@@ -15,6 +15,7 @@ struct PlanKey {
   int64_t weight_bytes;
   int64_t threads;
   int isa;
+  bool winograd;
   Ints inputs;  // sizes and strides
 
   bool operator==(const PlanKey&) const = default;

@@ -1,5 +1,6 @@
 // Steps with weights, and pools.
 #include "cpu/conv/depthwise_driver.h"
+#include "cpu/conv/winograd_driver.h"
 #include "cpu/linear/driver.h"
 #include "cpu/plan/builder.h"
 #include "cpu/pool/driver.h"
@@ -28,12 +29,6 @@ bool same_sizes(const View& a, const View& b) {
   bool same = a.dims == b.dims;
   for (int64_t d = 0; same && d < a.dims; ++d) same = a.sizes[d] == b.sizes[d];
   return same;
-}
-
-// Of so many products of so many terms, as far as 64 bits can count.
-int64_t operations_of(int64_t outputs, int64_t terms) {
-  int64_t operations;
-  return __builtin_mul_overflow(2 * outputs, terms, &operations) ? INT64_MAX : operations;
 }
 
 }  // namespace
@@ -96,11 +91,10 @@ void Builder::conv2d() {
   const View* added = operands() > 1 ? &residual : nullptr;
   const auto fill = static_cast<uint8_t>(e.x_zero_point);
   const uint8_t flip = x.dtype == Dtype::s8 ? 0x80 : 0;
-  const int64_t operations = operations_of(out.numel(), weights.taps() * weights.h.k);
   if (weights.h.kind == PackKind::depthwise) {
     const View source = to_channels_last(x);
     add(std::make_unique<DepthwiseDriver>(s, weights, e, fill, flip, threads_), "depthwise convolution",
-        {&source, added}, out, operations, weights.h.bytes);
+        {&source, added}, out, operations_of(out.numel(), weights.taps() * weights.h.k), weights.h.bytes);
     return;
   }
   const int64_t bytes = dtype_bytes(x.dtype);
@@ -113,10 +107,8 @@ void Builder::conv2d() {
         copy);
     source = copy;
   }
-  TileProblem problem = conv_problem(s, weights, e, fill, flip);
-  problem.tiling = cut;
-  add(std::make_unique<TileDriver>(problem, threads_), "convolution", {&source, added}, out, operations,
-      weights.h.bytes);
+  ConvProducts products = conv_products(s, weights, e, fill, flip, cut, threads_, Weights::held);
+  add(std::move(products.driver), products.kernel, {&source, added}, out, products.operations, products.weight_bytes);
 }
 
 // numbers: where the packed weights begin and their bytes, output features, epilogue, tiling; reals: epilogue.

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "cpu/conv/winograd_driver.h"
 #include "cpu/isa/isa.h"
 #include "cpu/plan/cache.h"
 #include "cpu/tile/op.h"
@@ -49,6 +50,7 @@ class Ready {
                 weights.numel(),
                 torch::stable::get_num_threads(),
                 static_cast<int>(current_isa()),
+                winograd_allowed(),
                 {}};
     for (const Tensor& t : inputs) {
       check_cpu(op, "inputs", t);
@@ -165,7 +167,10 @@ Tensor profile_plan(const Tensor& plan, const Tensor& weights, std::vector<Tenso
   return times;
 }
 
-void forget_plans(int64_t address) { forget(reinterpret_cast<const void*>(address)); }
+void forget_plans(int64_t address) {
+  forget(reinterpret_cast<const void*>(address));
+  forget_winograd_weights();
+}
 
 }  // namespace
 

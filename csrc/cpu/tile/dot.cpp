@@ -8,6 +8,9 @@
 #include "cpu/isa/loops.h"
 #include "cpu/tile/element.h"
 #include "cpu/tile/kernels.h"
+#if defined(PYKERNELS_ISA_AMX)
+#include "cpu/tile/amx.h"
+#endif
 
 namespace pykernels::PYKERNELS_ISA_NS {
 namespace {
@@ -229,7 +232,12 @@ void pack_columns(const uint8_t* matrix, int64_t row_bytes, int64_t blocks, int6
 
 }  // namespace
 
+#if defined(PYKERNELS_ISA_AMX)
+extern const DotKernels dot_kernels = {tile_kernel<AmxS8>(&stage<DotS8>), tile_kernel<AmxBF16>(&stage<DotBF16>),
+                                       kernel<DotF16>(), kernel<DotF32>(), &pack_columns};
+#else
 extern const DotKernels dot_kernels = {kernel<DotS8>(), kernel<DotBF16>(), kernel<DotF16>(), kernel<DotF32>(),
                                        &pack_columns};
+#endif
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

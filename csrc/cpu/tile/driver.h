@@ -41,6 +41,12 @@ struct TileProblem {
 // Bytes of A that a block of tiles may hold: half of L2, the rest is for the weights, which each block reads anew.
 int64_t block_bytes();
 
+// Of so many products of so many terms, as far as 64 bits can count.
+inline int64_t operations_of(int64_t outputs, int64_t terms) {
+  int64_t operations;
+  return __builtin_mul_overflow(2 * outputs, terms, &operations) ? INT64_MAX : operations;
+}
+
 // The kernels of the isa in force for these weights.
 const DotKernel& dot_kernel(Element element);
 auto epilogue_kernel(Element element) -> void (*)(const Epilogue&, const EpilogueArgs&);

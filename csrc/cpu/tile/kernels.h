@@ -42,7 +42,7 @@ struct DotArgs {
   const Finish* finish = nullptr;  // instead of c where the kernel finishes, or null
 };
 
-inline constexpr int kMaxRows = 12;
+inline constexpr int kMaxRows = 16;
 inline constexpr int kMaxPanels = 8;
 inline constexpr int kMaxTile = 32 * 16;  // accumulators of one tile, any isa
 
