@@ -6,10 +6,12 @@
 #include "cpu/compress/sparse.h"
 #include "cpu/conv/kernels.h"
 #include "cpu/isa/isa.h"
+#include "cpu/normalize/kernels.h"
 #include "cpu/peak/kernels.h"
 #include "cpu/pool/kernels.h"
 #include "cpu/quantize/kernels.h"
 #include "cpu/tile/kernels.h"
+#include "cpu/upsample/kernels.h"
 
 namespace pykernels {
 namespace {
@@ -34,10 +36,12 @@ PYKERNELS_DISPATCH(ArithmeticKernels, arithmetic_kernels)
 PYKERNELS_DISPATCH(DepthwiseKernels, depthwise_kernels)
 PYKERNELS_DISPATCH(DotKernels, dot_kernels)
 PYKERNELS_DISPATCH(EpilogueKernels, epilogue_kernels)
+PYKERNELS_DISPATCH(NormalizeKernels, normalize_kernels)
 PYKERNELS_DISPATCH(PeakKernels, peak_kernels)
 PYKERNELS_DISPATCH(PoolKernels, pool_kernels)
 PYKERNELS_DISPATCH(QuantizeKernels, quantize_kernels)
 PYKERNELS_DISPATCH(SparseKernels, sparse_kernels)
+PYKERNELS_DISPATCH(UpsampleKernels, upsample_kernels)
 #endif
 
 }  // namespace pykernels
