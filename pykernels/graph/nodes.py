@@ -102,9 +102,7 @@ def is_copy_of_values(node: object) -> bool:
 
     Rounding before it is rounding after it, to the bit.
     """
-    return is_move(node) or is_call(
-        node, "aten.max_pool2d", "aten.upsample_nearest2d", "pykernels.interleave"
-    )
+    return is_move(node) or is_call(node, "aten.max_pool2d", "aten.upsample_nearest2d", "pykernels.interleave")
 
 
 def _dtypes(node: fx.Node) -> set[torch.dtype]:

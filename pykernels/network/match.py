@@ -53,7 +53,7 @@ _MAXIMA = {
 _UPSAMPLES = ("aten.upsample_nearest2d", "aten.upsample_bilinear2d")
 _REASONS = {
     "aten.conv_transpose1d": "transposed convolution: no kernel of ours",
-    "aten.conv_transpose2d": "transposed convolution whose weight or geometry is not constant, or in training",
+    "aten.conv_transpose2d": "transposed convolution in training, or of weights or a geometry that no ordinary one has",
     "aten.conv_transpose3d": "transposed convolution: no kernel of ours",
     "aten.conv3d": "3-D convolution: no kernel of ours",
     "aten.addcmul": "batch norm that stands alone: a scale and a shift",

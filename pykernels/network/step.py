@@ -16,7 +16,19 @@ from torch.utils import _pytree as pytree
 
 from pykernels.graph.qdq import QParams
 
-__all__ = ["KEEPING", "Call", "Concatenation", "Layer", "Lookup", "Network", "Pool", "QParams", "Step", "Value", "Weight"]
+__all__ = [
+    "KEEPING",
+    "Call",
+    "Concatenation",
+    "Layer",
+    "Lookup",
+    "Network",
+    "Pool",
+    "QParams",
+    "Step",
+    "Value",
+    "Weight",
+]
 
 
 # Kinds whose ops take 8 bits as they are: what they yield has the scale and zero point of what they read.
@@ -184,7 +196,9 @@ class Step:
         if self.kind in ("quantize", "dequantize"):
             return f"{self.kind}_per_tensor"
         if not self.quantized:
-            return None if self.kind in ("mul", "cat", "lookup") else {"activation": "activate"}.get(self.kind, self.kind)
+            return (
+                None if self.kind in ("mul", "cat", "lookup") else {"activation": "activate"}.get(self.kind, self.kind)
+            )
         if self.kind in KEEPING:
             return self.kind
         return {"linear": "int8_linear"}.get(self.kind, "q" + self.kind)

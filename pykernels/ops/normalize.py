@@ -1,7 +1,7 @@
 """Normalizations over one dimension: softmax and layer norm of real numbers.
 
-``x`` is float32, bfloat16 or float16, computed in fp32 and rounded once; outputs are contiguous. None has a gradient. Bad
-arguments raise ``RuntimeError`` with the argument's name. Results are the same bits on every isa.
+``x`` is float32, bfloat16 or float16, computed in fp32 and rounded once; outputs are contiguous. None has a gradient.
+Bad arguments raise ``RuntimeError`` with the argument's name. Results are the same bits on every isa.
 """
 
 from __future__ import annotations

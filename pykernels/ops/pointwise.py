@@ -1,7 +1,7 @@
 """Pointwise functions of real numbers: what stands in a network with no layer before it to take it.
 
-Inputs are float32, bfloat16 or float16 of any shape and strides, computed in fp32 and rounded once to the dtype that they
-have. Outputs have the dense layout of the first input, as ``torch.empty_like`` gives it. None has a gradient. Bad
+Inputs are float32, bfloat16 or float16 of any shape and strides, computed in fp32 and rounded once to the dtype that
+they have. Outputs have the dense layout of the first input, as ``torch.empty_like`` gives it. None has a gradient. Bad
 arguments raise ``RuntimeError`` with the argument's name. Results are the same bits on every isa.
 """
 

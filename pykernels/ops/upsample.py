@@ -1,8 +1,8 @@
 """Images of other sizes: upsampling by neighbours or between them, and the phases of a transposed convolution.
 
 ``x`` [N, C, H, W] is float32, bfloat16, float16, uint8 or int8. The output has the layout of ``x``, channels_last or
-contiguous (which wins where the strides fit both). 8-bit tensors keep their scale and zero point. None has a gradient. Bad
-arguments raise ``RuntimeError`` with the argument's name. Results are the same bits on every isa.
+contiguous (which wins where the strides fit both). 8-bit tensors keep their scale and zero point. None has a gradient.
+Bad arguments raise ``RuntimeError`` with the argument's name. Results are the same bits on every isa.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ def interleave(
     return out
 
 
-def _wanted(
-    size: int | Sequence[int] | None, factor: float | Sequence[float] | None
-) -> tuple[list[int], list[float]]:
+def _wanted(size: int | Sequence[int] | None, factor: float | Sequence[float] | None) -> tuple[list[int], list[float]]:
     sizes = [] if size is None else spread(size)
     factors = [] if factor is None else [factor] * 2 if isinstance(factor, (int, float)) else list(factor)
     return sizes, [float(number) for number in factors]

@@ -63,7 +63,10 @@ class Pyramid(nn.Module):
         self.downs = nn.ModuleList(conv(size, 2 * size, stride=2, act=nn.SiLU) for size in sizes[:2])
         self.squeeze, self.spread = conv(sizes[2], width, 1, act=nn.SiLU), conv(4 * width, sizes[2], 1, act=nn.SiLU)
         self.up2, self.up1 = Stage(sizes[2] + sizes[1], sizes[1], False), Stage(sizes[1] + sizes[0], sizes[0], False)
-        self.down1, self.down2 = conv(sizes[0], sizes[0], stride=2, act=nn.SiLU), conv(sizes[1], sizes[1], stride=2, act=nn.SiLU)
+        self.down1, self.down2 = (
+            conv(sizes[0], sizes[0], stride=2, act=nn.SiLU),
+            conv(sizes[1], sizes[1], stride=2, act=nn.SiLU),
+        )
         self.out2, self.out3 = Stage(sizes[0] + sizes[1], sizes[1], False), Stage(sizes[1] + sizes[2], sizes[2], False)
         self.heads = nn.ModuleList(nn.Conv2d(size, 6, 1) for size in sizes)
 

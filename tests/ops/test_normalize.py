@@ -22,7 +22,10 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", REALS, ids=str)
 @pytest.mark.parametrize("shape", [(5, 1), (3, 7), (2, 3, 16), (2, 197), (1, 1000), (2, 2, 3, 70)])
 def test_softmax_is_the_oracles(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    for x in (torch.randn(shape).to(dtype) * 5, (torch.randn(shape[::-1]).to(dtype) * 5).permute(*range(len(shape))[::-1])):
+    for x in (
+        torch.randn(shape).to(dtype) * 5,
+        (torch.randn(shape[::-1]).to(dtype) * 5).permute(*range(len(shape))[::-1]),
+    ):
         for dim in range(-len(shape), len(shape)):
             close(normalize.softmax(x, dim), reference.softmax(x, dim))
 

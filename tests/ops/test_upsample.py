@@ -15,7 +15,15 @@ NHWC = torch.channels_last
 BYTES = (torch.uint8, torch.int8)
 SHAPES = [(2, 3, 5, 7), (1, 37, 4, 6), (2, 1, 9, 1), (1, 16, 1, 1)]
 # size, scale factors
-WANTED = [([10, 14], []), ([5, 7], []), ([13, 4], []), ([1, 1], []), ([], [2.0, 2.0]), ([], [1.7, 0.6]), ([], [4.0, 3.0])]
+WANTED = [
+    ([10, 14], []),
+    ([5, 7], []),
+    ([13, 4], []),
+    ([1, 1], []),
+    ([], [2.0, 2.0]),
+    ([], [1.7, 0.6]),
+    ([], [4.0, 3.0]),
+]
 
 
 def image(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -68,7 +76,13 @@ def test_bytes_between_two_of_one_scale_have_that_scale(isa: str) -> None:
 @pytest.mark.parametrize("dtype", [*REALS, *BYTES], ids=str)
 @pytest.mark.parametrize(
     ("stride", "crop", "groups"),
-    [([2, 2], [0] * 4, 1), ([2, 2], [1, 1, 1, 1], 1), ([3, 2], [1, 0, 2, 3], 2), ([1, 1], [0] * 4, 3), ([2, 1], [0, 3, 4, 0], 6)],
+    [
+        ([2, 2], [0] * 4, 1),
+        ([2, 2], [1, 1, 1, 1], 1),
+        ([3, 2], [1, 0, 2, 3], 2),
+        ([1, 1], [0] * 4, 3),
+        ([2, 1], [0, 3, 4, 0], 6),
+    ],
 )
 def test_interleaving_is_the_oracle(stride: list[int], crop: list[int], groups: int, dtype: torch.dtype) -> None:
     x = image((2, 12 * stride[0] * stride[1], 5, 4), dtype)

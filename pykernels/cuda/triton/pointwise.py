@@ -18,7 +18,8 @@ from pykernels.cuda.triton.arguments import (
     in_layout_of,
     name,
 )
-from pykernels.cuda.triton.epilogue import OPTIONS, activate as activated
+from pykernels.cuda.triton.epilogue import OPTIONS
+from pykernels.cuda.triton.epilogue import activate as activated
 from pykernels.cuda.triton.planes import TILE, flat
 from pykernels.cuda.triton.reals import load_real, store_real
 from pykernels.cuda.triton.tiles import check, on
@@ -36,9 +37,7 @@ def _pointwise(
         f = f + load_real(b + i, i < n, REAL)
     if OP == "leaky_relu":
         f = tl.where(f > 0, f, f * slope)
-    else:
-        f = activated(f, ACTIVATION)
-    store_real(out + i, f, i < n, REAL)
+    store_real(out + i, activated(f, ACTIVATION), i < n, REAL)
 
 
 def _run(op: str, a: torch.Tensor, b: torch.Tensor | None, activation: str = "none", slope: float = 0.0) -> Any:

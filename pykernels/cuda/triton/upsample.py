@@ -1,7 +1,7 @@
 """upsample_nearest2d, upsample_bilinear2d and interleave, see pykernels/ops/upsample.py.
 
-No kernels of ours yet: torch's indexing and copies, by the CPU's indices and in its order of operations, so that the bits
-are the CPU's.
+No kernels of ours yet: torch's indexing and copies, by the CPU's indices and in its order of operations, so that the
+bits are the CPU's.
 """
 
 from __future__ import annotations
