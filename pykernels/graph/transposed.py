@@ -76,7 +76,8 @@ def _rewrite(module: fx.GraphModule, node: fx.Node) -> None:
             torch.ops.pykernels.interleave.default, (last, stride, [left, right, top, bottom], groups)
         )
     last.replace_all_uses_with(placed, delete_user_cb=lambda reader: reader is not placed)
-    last.meta, placed.meta = {k: v for k, v in last.meta.items() if k != "val"}, _origin(last)
+    placed.meta = {key: value for key, value in _origin(last).items() if key != "spelled"}
+    last.meta = _origin(last)
 
 
 def _phases(weight: torch.Tensor, dilation: list[int], stride: list[int], groups: int) -> torch.Tensor:

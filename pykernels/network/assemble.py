@@ -440,7 +440,7 @@ _MAKERS: dict[str, Callable[[_Assembler, Step], None]] = {
 def _words(step: Step) -> str:
     """What a step stands for: ``conv2d + relu + quantize``."""
     parts = [
-        node.meta.get("spelled", name_of(node).removeprefix("aten."))
+        node.meta.get("spelled", name_of(node).rpartition(".")[2])
         for node in step.nodes
         if not is_call(node, QUANTIZE)
     ]

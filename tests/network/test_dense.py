@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import pathlib
 
 import pytest
 import torch
 from torch import nn
 from torch.export import Dim
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 import pykernels as pk
 from pykernels.bench import zoo
@@ -86,6 +88,19 @@ def test_any_height_and_width(name: str) -> None:
     whole(fast)
     for shape in ((2, 3, 32, 48), (1, 3, 64, 40)):
         same(fast, torch.randn(shape))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_is_saved_and_exported(name: str, precision: str, tmp_path: pathlib.Path) -> None:
+    _, fast, x = network(name, precision)
+    fast.save(tmp_path / "net.pk")
+    loaded = pk.load(tmp_path / "net.pk")
+    exported = torch.export.export(fast, (x,)).module()
+    with torch.no_grad():
+        for got in (loaded(x), loaded.program(x), exported(x)):
+            for a, b in zip(tree_leaves(got), tree_leaves(fast(x)), strict=True):
+                assert torch.equal(a, b)
 
 
 TRANSPOSED = [

@@ -313,8 +313,7 @@ def _quantization(value: Value) -> QParams:
 
 
 def _check_pair(a: Any, b: Any, repeated: bool = False) -> None:
-    """Two tensors of one shape, or [N, C, H, W] and [N, C, 1, 1]; with `repeated` any b that is repeated to the shape of
-    a."""
+    """Two tensors of one shape, or [N, C, H, W] and [N, C, 1, 1]; `repeated`: any b that is repeated to a's shape."""
     if not isinstance(a, Value) or not isinstance(b, Value) or a.shape is None or b.shape is None:
         raise Unplanned
     if a.shape == b.shape or (len(a.shape) == 4 and b.shape == (*a.shape[:2], 1, 1)):
