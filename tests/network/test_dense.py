@@ -103,6 +103,23 @@ def test_a_network_is_saved_and_exported(name: str, precision: str, tmp_path: pa
                 assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_upsampling_to_the_size_of_another_image(mode: str) -> None:
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        skip = m.first(x)
+        y = F.interpolate(m.down(F.relu(skip)), size=skip.shape[2:], mode=mode)
+        return m.last(torch.cat([y, skip], 1))
+
+    layers = {"first": nn.Conv2d(3, 8, 3, 2, 1), "down": nn.Conv2d(8, 8, 3, 2, 1), "last": nn.Conv2d(16, 4, 1)}
+    model, x = Function(forward, **layers), torch.randn(2, 3, 30, 22)
+    fast = optimized(model, x, dynamic_shapes=(({0: Dim("n"), 2: Dim("h", min=8), 3: Dim("w", min=8)},),))
+    whole(fast)
+    for shape in ((2, 3, 30, 22), (1, 3, 17, 24)):
+        x = torch.randn(shape)
+        same(fast, x)
+        close(fast, model, x)
+
+
 TRANSPOSED = [
     {"kernel_size": 2, "stride": 2},
     {"kernel_size": 4, "stride": 2, "padding": 1},

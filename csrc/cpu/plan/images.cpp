@@ -18,17 +18,22 @@ Pixel pixel_of(Dtype t) {
 
 }  // namespace
 
-// numbers: align_corners, then height and width unless the scale factors give them; reals: the scale factors, if any
+// numbers: align_corners, then height and width unless something else gives them; reals: scale factors, if any.
+// Operands: x; an image whose height and width the result gets, if any.
 void Builder::upsample() {
   const View& x = in(0);
   PK_CHECK(x.dims == 4 && (is_byte(x.dtype) || is_real(x.dtype)), "run_plan: what is upsampled is no image");
   const bool align_corners = number(0, 1) != 0;
   Ints size;
   std::vector<double> factors;
-  if (step_->reals.empty())
+  if (operands() > 1) {
+    PK_CHECK(in(1).dims == 4, "run_plan: what is upsampled gets the size of no image");
+    size = {in(1).sizes[2], in(1).sizes[3]};
+  } else if (step_->reals.empty()) {
     size = pair();
-  else
+  } else {
     for (int d = 0; d < 2; ++d) factors.push_back(real());
+  }
   const auto [height, width] = upsample_output(name(), x.sizes.data() + 2, size, factors);
   const bool last = is_channels_last(x) && !is_contiguous(x);
   const int64_t sizes[] = {x.sizes[0], x.sizes[1], height, width};

@@ -192,6 +192,13 @@ class Planner(Emitter):
             return self._constant(value)
         return self.segment.number(value)
 
+    def sized(self, size: Sequence[Any]) -> int:
+        """An image of this height and width among what the plan has."""
+        for value in (*self.segment.results, *self.segment.inputs):
+            if value.shape is not None and len(value.shape) == 4 and value.shape[2:] == tuple(size):
+                return self.read(value)
+        raise Unplanned
+
     def _constant(self, value: Value) -> int:
         key = ("constant", value.name)
         if key not in self.emitted.names or not value.constant.is_contiguous():

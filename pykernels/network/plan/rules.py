@@ -81,13 +81,17 @@ def resized(planner: Planner, step: Step) -> None:
     (x,) = step.inputs
     assert isinstance(step.details, Pool)
     reals: list[float] = []
+    operands = [planner.read(x)]
     if step.kind == "interleave":
         stride, crop, groups = step.details.geometry
         numbers = [*stride, *crop, groups]
     else:
         size, *align, reals = step.details.geometry
+        if any(isinstance(number, Value) for number in size):  # that of another image, most often of the one it joins
+            operands.append(planner.sized(step.outputs[0].shape[2:]))
+            size = []
         numbers = [int(any(align)), *size]
-    planner.result(step, planner.add(step.kind, [planner.read(x)], numbers, reals), planner.last(x))
+    planner.result(step, planner.add(step.kind, operands, numbers, reals), planner.last(x))
 
 
 def unary(planner: Planner, step: Step) -> None:
