@@ -440,9 +440,7 @@ _MAKERS: dict[str, Callable[[_Assembler, Step], None]] = {
 def _words(step: Step) -> str:
     """What a step stands for: ``conv2d + relu + quantize``."""
     parts = [
-        node.meta.get("spelled", name_of(node).rpartition(".")[2])
-        for node in step.nodes
-        if not is_call(node, QUANTIZE)
+        node.meta.get("spelled", name_of(node).rpartition(".")[2]) for node in step.nodes if not is_call(node, QUANTIZE)
     ]
     parts = ["pad" if part == "constant_pad_nd" else part for part in parts]
     if step.out is not None and is_call(step.output, QUANTIZE):
