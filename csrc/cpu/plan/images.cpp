@@ -35,12 +35,12 @@ void Builder::upsample() {
     for (int d = 0; d < 2; ++d) factors.push_back(real());
   }
   const auto [height, width] = upsample_output(name(), x.sizes.data() + 2, size, factors);
-  const bool last = is_channels_last(x) && !is_contiguous(x);
+  const bool last = suggests_channels_last(x);
   const int64_t sizes[] = {x.sizes[0], x.sizes[1], height, width};
   const View out = last ? fresh_pixels(x.dtype, sizes) : fresh(x.dtype, sizes, 4, false);
   yields(out);
   if (out.numel() == 0) return;
-  const View source = last ? x : to_contiguous(x);
+  const View source = last ? to_channels_last(x) : to_contiguous(x);
   const int64_t images = last ? x.sizes[0] : x.sizes[0] * x.sizes[1], channels = last ? x.sizes[1] : 1;
   UpsampleProblem p{step_->kind == StepKind::upsample_nearest2d ? Interpolation::nearest : Interpolation::bilinear,
                     pixel_of(x.dtype),
@@ -65,8 +65,8 @@ void Builder::interleave() {
   for (const int64_t side : pair()) crop.push_back(side);
   const InterleaveShape shape{stride, crop, number()};
   const auto sizes = shape.output(name(), x.sizes.data());
-  const View out = is_channels_last(x) && !is_contiguous(x) ? fresh_pixels(x.dtype, sizes.data())
-                                                            : fresh(x.dtype, sizes.data(), 4, false);
+  const View out =
+      suggests_channels_last(x) ? fresh_pixels(x.dtype, sizes.data()) : fresh(x.dtype, sizes.data(), 4, false);
   yields(out);
   if (out.numel() == 0) return;
   for (int64_t row = 0; row < stride[0]; ++row)
