@@ -9,6 +9,9 @@ namespace {
 
 constexpr int kSums = 16 / kLanes;  // vectors that hold the interleaved sums
 
+// row_scratch(n), which is not this object's to compile.
+PK_INLINE int64_t padded_row(int64_t n) { return (n + 15) / 16 * 16; }
+
 // The sum of f(v) over a padded row.
 template <class F>
 PK_INLINE float sum_row(const float* row, int64_t padded, const F& f) {
@@ -28,7 +31,7 @@ PK_INLINE void clear_tail(float* row, int64_t n, int64_t padded) {
 
 template <class T>
 PK_INLINE void softmax_row(const T* x, int64_t n, float* row, T* y) {
-  const int64_t padded = (n + 15) / 16 * 16;
+  const int64_t padded = padded_row(n);
   f32 most = set1(real(x[0]));
   for (int64_t i = 0; i + kLanes <= n; i += kLanes) most = max_nan(load(x + i, kLanes), most);
   float lanes[kLanes];
@@ -54,7 +57,7 @@ void softmax_rows_kernel(const void* x, Real type, int64_t rows, int64_t n, floa
 
 void layer_norm_rows_kernel(const void* x, Real type, int64_t rows, int64_t n, const float* weight, const float* bias,
                             float eps, float* memory, void* y) {
-  const int64_t padded = (n + 15) / 16 * 16;
+  const int64_t padded = padded_row(n);
   const f32 count = set1(static_cast<float>(n));
   with_real(y, type, [&](auto* out) {
     const auto* in = static_cast<decltype(out)>(const_cast<void*>(x));
