@@ -82,6 +82,21 @@ STABLE_TORCH_LIBRARY(pykernels, m) {
       "ScalarType out_dtype) -> Tensor");
   m.def("qlookup(Tensor x, Tensor table) -> Tensor");
 
+  // pointwise functions of real numbers
+  m.def("add(Tensor a, Tensor b, str activation=\"none\") -> Tensor");
+  m.def("activate(Tensor x, str activation) -> Tensor");
+  m.def("leaky_relu(Tensor x, float negative_slope) -> Tensor");
+
+  // upsample: one of output_size and scale_factors is empty, as ATen's are None. Real numbers or bytes.
+  m.def("upsample_nearest2d(Tensor x, SymInt[] output_size, float[] scale_factors) -> Tensor");
+  m.def("upsample_bilinear2d(Tensor x, SymInt[] output_size, bool align_corners, float[] scale_factors) -> Tensor");
+  // Of a transposed convolution's phases its result: [N, groups * stride * stride * C, H, W] -> [N, groups * C, ..].
+  m.def("interleave(Tensor x, int[2] stride, int[4] crop, int groups) -> Tensor");
+
+  // normalize
+  m.def("softmax(Tensor x, int dim) -> Tensor");
+  m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor");
+
   // plan: a network as one call. Sizes (those of all outputs, one after another), numbers of dimensions, dtypes (by
   // their number in names.json) and layouts are what its shape function knows of the outputs.
   m.def(

@@ -214,6 +214,27 @@ def samples() -> list[Sample]:
             lambda n, f=layout: {"x": f(bytes_(images(n))), "table": torch.arange(256).to(torch.uint8)},
             label,
         )
+        # pointwise, upsample
+        add("activate", values, label, activation="silu")
+        add("leaky_relu", values, label, negative_slope=0.1)
+        add("add", lambda n, f=layout: {"a": f(images(n)), "b": images(n, 8, 1, 1)}, label, batched=["a", "b"],
+            activation="relu")  # fmt: skip
+        for make in (values, quantized):
+            kind = label if make is values else f"{label} uint8"
+            add("upsample_nearest2d", make, kind, output_size=[11, 5], scale_factors=[])
+            add("upsample_bilinear2d", make, kind, output_size=[], align_corners=False, scale_factors=[2.0, 1.5])
+            add("interleave", make, kind, stride=[2, 2], crop=[0, 1, 2, 0], groups=2)
+    add("activate", lambda n: {"x": images(n).half()}, "float16", activation="gelu")
+    add("upsample_bilinear2d", lambda n: {"x": images(n).bfloat16()}, "bfloat16", output_size=[4, 9],
+        align_corners=True, scale_factors=[])  # fmt: skip
+
+    # normalize
+    add("softmax", lambda n: {"x": images(n)}, dim=1)
+    add("softmax", lambda n: {"x": torch.randn(n, 12).half()}, "float16", dim=-1)
+    add("layer_norm", lambda n: {"x": torch.randn(n, 3, 12), "weight": torch.randn(12), "bias": torch.randn(12)},
+        eps=1e-5)  # fmt: skip
+    add("layer_norm", lambda n: {"x": torch.randn(n, 12).bfloat16()}, "bfloat16", weight=None, bias=None, eps=1e-5)
+
     add("quantize_per_tensor", lambda n: {"x": images(n).half()}, "float16", scale=0.03, zero_point=128, **q8)
     add("dequantize_per_tensor", lambda n: {"x": bytes_(images(n))}, "float16", scale=0.03, zero_point=128,
         dtype=torch.float16)  # fmt: skip

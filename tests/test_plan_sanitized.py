@@ -73,9 +73,33 @@ class Moves(nn.Module):
         return self.after(t), t[:, :1].expand(-1, 3, -1), y.permute(0, 2, 3, 1)
 
 
+class Images(nn.Module):
+    """Images that grow, transposed, by neighbours and between them; what stands alone; normalizations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up = (
+            nn.Conv2d(3, 8, 3, 2, 1),
+            nn.ConvTranspose2d(8, 12, 3, 2, 1, output_padding=(1, 0), groups=2),
+        )
+        self.point, self.norm, self.head = nn.Conv2d(20, 8, 1), nn.LayerNorm(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = F.leaky_relu(self.stem(x), 0.2)
+        up = self.up(y)
+        near = F.interpolate(y, size=up.shape[2:], mode="nearest")
+        y = self.point(F.silu(torch.cat([up, near], 1)))
+        y = F.relu(y.flip(2) + F.adaptive_avg_pool2d(y, 1))
+        y = self.head(F.interpolate(y, scale_factor=1.5, mode="bilinear"))
+        y = F.interpolate(y, scale_factor=(2.0, 1.0), mode="bilinear", align_corners=True)
+        tokens = self.norm(near.permute(0, 2, 3, 1))
+        return torch.softmax(y, 1), torch.softmax(tokens, -1)
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     "layers": (Layers, (3, 17, 14)),
     "moves": (Moves, (3, 12, 5)),
+    "images": (Images, (3, 8, 10)),
 }
 
 

@@ -7,10 +7,12 @@
 #include "cpu/conv/kernels.h"
 #include "cpu/conv/winograd.h"
 #include "cpu/isa/isa.h"
+#include "cpu/normalize/kernels.h"
 #include "cpu/peak/kernels.h"
 #include "cpu/pool/kernels.h"
 #include "cpu/quantize/kernels.h"
 #include "cpu/tile/kernels.h"
+#include "cpu/upsample/kernels.h"
 
 namespace pykernels {
 namespace {
@@ -36,10 +38,12 @@ PYKERNELS_DISPATCH(PK_ISAS, DepthwiseKernels, depthwise_kernels)
 PYKERNELS_DISPATCH(PK_ISA_BASES, DepthwiseWordsKernels, depthwise_words_kernels)
 PYKERNELS_DISPATCH(PK_ISAS, DotKernels, dot_kernels)
 PYKERNELS_DISPATCH(PK_ISA_BASES, EpilogueKernels, epilogue_kernels)
+PYKERNELS_DISPATCH(PK_ISA_BASES, NormalizeKernels, normalize_kernels)
 PYKERNELS_DISPATCH(PK_ISAS, PeakKernels, peak_kernels)
 PYKERNELS_DISPATCH(PK_ISA_BASES, PoolKernels, pool_kernels)
 PYKERNELS_DISPATCH(PK_ISA_BASES, QuantizeKernels, quantize_kernels)
 PYKERNELS_DISPATCH(PK_ISA_BASES, SparseKernels, sparse_kernels)
+PYKERNELS_DISPATCH(PK_ISA_BASES, UpsampleKernels, upsample_kernels)
 PYKERNELS_DISPATCH(PK_ISA_BASES, WinogradKernels, winograd_kernels)
 #endif
 

@@ -47,6 +47,14 @@ KERNELS = {
     "qmul": "arithmetic",
     "qcat": "arithmetic",
     "qlookup": "arithmetic",
+    "add": "pointwise",
+    "activate": "pointwise",
+    "leaky_relu": "pointwise",
+    "softmax": "normalize",
+    "layer_norm": "normalize",
+    "upsample_nearest2d": "upsample",
+    "upsample_bilinear2d": "upsample",
+    "interleave": "upsample",
     "max_pool2d": "pool",
     "max_pool2d_with_indices": "pool",
     "adaptive_max_pool2d": "pool",
@@ -88,6 +96,8 @@ def runs(op: str) -> str:
     """What computes the op on CUDA devices, in words."""
     if op in ("int8_linear", "qconv2d") and _load.CUDA_ERROR is None:
         return "CUTLASS or Triton, by shape"
+    if KERNELS.get(op) in ("upsample", "normalize"):
+        return "ATen"
     return {"linear": "cuBLAS through ATen", "conv2d": "cuDNN through ATen"}.get(op, "Triton")
 
 

@@ -20,6 +20,7 @@ from pykernels.graph.nodes import erase_dead, infer
 from pykernels.graph.qdq import raise_quantizers, share_quantizers
 from pykernels.graph.regions import inline_regions
 from pykernels.graph.spelling import normalize, shuffle_last
+from pykernels.graph.transposed import untranspose
 from pykernels.ops.errors import reason
 
 __all__ = ["Captured", "canonicalize", "capture", "flat_leaves", "make_functional", "plain", "with_pytree"]
@@ -216,6 +217,8 @@ def canonicalize(
     if not training:
         fold_constants(module)
         fold_batch_norms(module)
+        infer(module)
+        untranspose(module)
     share_quantizers(module)
     raise_quantizers(module)
     if channels_last:

@@ -97,11 +97,12 @@ def is_move(node: object) -> bool:
 
 
 def is_copy_of_values(node: object) -> bool:
-    """Whether every element of the result is one of the first argument's: a move, a maximum, or nearest upsampling.
+    """Whether every element of the result is one of the first argument's: a move, a maximum, nearest upsampling, or
+    the interleaving of a transposed convolution's phases.
 
     Rounding before it is rounding after it, to the bit.
     """
-    return is_move(node) or is_call(node, "aten.max_pool2d", "aten.upsample_nearest2d")
+    return is_move(node) or is_call(node, "aten.max_pool2d", "aten.upsample_nearest2d", "pykernels.interleave")
 
 
 def _dtypes(node: fx.Node) -> set[torch.dtype]:

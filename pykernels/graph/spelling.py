@@ -115,6 +115,27 @@ def _mean(module: fx.GraphModule, node: fx.Node) -> None:
     replace(node, aten.flatten.using_ints, (pooled, 1))
 
 
+def _sum(module: fx.GraphModule, node: fx.Node) -> None:
+    """The sum of a few slices is a sum of tensors."""
+    known, dims = facts(node.args[0]), argument(node, "dim")
+    if known is None or not dims or len(dims) != 1 or argument(node, "dtype") is not None or argument(node, "keepdim"):
+        return
+    dim = dims[0] % len(known.shape)
+    count = known.shape[dim]
+    if not known.dtype.is_floating_point or not isinstance(count, int) or not 1 < count <= 4 or len(known.shape) < 5:
+        return
+    meta = {key: value for key, value in node.meta.items() if key != "val"}
+    with module.graph.inserting_before(node):
+        parts = [module.graph.call_function(aten.select.int, (node.args[0], dim, index)) for index in range(count)]
+        total = parts[0]
+        for part in parts[1:-1]:
+            total = module.graph.call_function(aten.add.Tensor, (total, part))
+            total.meta = dict(meta)
+    for part in parts:
+        part.meta = dict(meta)
+    replace(node, aten.add.Tensor, (total, parts[-1]))
+
+
 def _max_pool_indices(module: fx.GraphModule, node: fx.Node) -> None:
     """A max pool whose indices nobody reads is the plain one."""
     readers = list(node.users)
@@ -144,6 +165,7 @@ _RULES = {
     "aten.view": _view,
     "aten._unsafe_view": _view,
     "aten.mean": _mean,
+    "aten.sum": _sum,
     "aten.max_pool2d_with_indices": _max_pool_indices,
     "aten.pad": _pad,
 }

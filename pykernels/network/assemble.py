@@ -30,7 +30,7 @@ from pykernels.graph.nodes import (
 from pykernels.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE, QParams, qparams
 from pykernels.network.devices import graph_device
 from pykernels.network.match import conv_padding, int8_weight, match, runs_on_bytes
-from pykernels.network.step import Call, Concatenation, Layer, Lookup, Network, Pool, Step, Value
+from pykernels.network.step import KEEPING, Call, Concatenation, Layer, Lookup, Network, Pool, Step, Value
 from pykernels.ops._sizes import spread
 from pykernels.ops.dtypes import REALS, STORED
 
@@ -228,7 +228,7 @@ class _Assembler:
         return node.target(*args, **node.kwargs)
 
     def _move(self, step: Step, source: Value) -> None:
-        """Moves, maxima, nearest upsampling and zero padding of an 8-bit tensor act on its bytes."""
+        """Moves and zero padding of an 8-bit tensor act on its bytes."""
         node, params = step.output, source.quantization
         assert params is not None
         step.kind = "move"
@@ -236,16 +236,9 @@ class _Assembler:
         kwargs = fx.map_arg(dict(node.kwargs), self.plain)
         if is_call(node, "aten.constant_pad_nd"):  # with the code of zero
             rest, kwargs = [rest[0], params.zero_point], {}
-        signed = is_call(node, "aten.upsample_nearest2d") and params.dtype is torch.int8  # torch knows u8 alone
-        if signed:
-            unsigned = self._value(node.args[0], params, torch.uint8)
-            source = self._convert("cast", node, source, unsigned, aten.view.dtype, (source, torch.uint8))
         step.details = Call(node.target, (source, *rest), kwargs)
-        result = self._value(node, params, torch.uint8 if signed else None)
+        result = self._value(node, params)
         self._add(step, [source], result)
-        if signed:
-            moved = self._value(node, params)
-            result = self._convert("cast", node, result, moved, aten.view.dtype, (result, torch.int8))
         self.forms[node] = _Forms(quantized=result)
 
     def _leave(self, step: Step) -> None:
@@ -339,10 +332,32 @@ class _Assembler:
         return weight.to(self.real or dtype)
 
     def pointwise(self, step: Step) -> None:
-        """8-bit sums, products and concatenations."""
+        """Sums, products and concatenations."""
         if step.kind == "cat":
             step.details = Concatenation(int(argument(step.anchor, "dim") or 0))
-        self._finish(step, [self.quantized(node) for node in step.reads])
+        self._finish(step, [self.quantized(node) if step.quantized else self.plain(node) for node in step.reads])
+
+    def unary(self, step: Step) -> None:
+        """Functions of one float tensor: activations and normalizations."""
+        values = arguments(step.anchor)
+        if step.kind == "leaky_relu":
+            step.details = Pool((float(values["negative_slope"]),))
+        elif step.kind == "softmax":
+            step.details = Pool((int(values["dim"]),))
+        elif step.kind == "layer_norm":
+            parameters = [self._in_fp32(values[name]) for name in ("weight", "bias")]
+            step.details = Pool((*parameters, float(values["eps"])))
+        else:
+            step.details = Pool((step.activation,))
+        self._finish(step, [self.plain(step.reads[0])])
+
+    def _in_fp32(self, node: fx.Node | None) -> Value | None:
+        """A constant that a kernel reads in fp32, whatever floats are stored in."""
+        tensor = constant(self.module, node)
+        if tensor is None:
+            return None
+        tensor = tensor.float().contiguous()
+        return Value(f"{node.target}_fp32", tuple(tensor.shape), torch.float32, constant=tensor)
 
     def table(self, step: Step) -> None:
         """The 256 answers of a pointwise chain, computed by torch itself now."""
@@ -371,8 +386,30 @@ class _Assembler:
             rest = rest or ("ceil_mode", "count_include_pad", "divisor_override")
             geometry = (kernel, stride, spread(values["padding"]), *(_plural(name, values[name]) for name in rest))
         step.details = Pool(geometry)
-        source = self.quantized(step.reads[0]) if step.quantized or step.kind == "max_pool2d" else None
-        if step.kind == "max_pool2d" and source is not None:
+        self._keep(step, step.kind == "max_pool2d")
+
+    def resized(self, step: Step) -> None:
+        """Upsampling, and the phases of a transposed convolution."""
+        values = arguments(step.anchor)
+        if step.kind == "interleave":
+            step.details = Pool((list(values["stride"]), list(values["crop"]), values["groups"]))
+        else:
+            size, factors = self._upsampled(values)
+            align = [bool(values["align_corners"])] if step.kind == "upsample_bilinear2d" else []
+            step.details = Pool((size, *align, factors))
+        self._keep(step, step.kind != "upsample_bilinear2d")
+
+    def _upsampled(self, values: dict[str, Any]) -> tuple[list[Any], list[float]]:
+        """The size or the scale factors of an upsampling, of either overload: the other list is empty."""
+        factors = values.get("scale_factors") or [values.get("scales_h"), values.get("scales_w")]
+        size = [self.plain(number) for number in values["output_size"] or ()]
+        given = [float(factor) for factor in factors if factor is not None]
+        return ([], given) if len(given) == 2 and not size else (size, [])
+
+    def _keep(self, step: Step, always: bool) -> None:
+        """Steps whose bytes keep their meaning; `always`: whether there are bytes to take, the match says it or not."""
+        source = self.quantized(step.reads[0]) if step.quantized or always else None
+        if step.kind in KEEPING and source is not None:
             step.out = source.quantization
         step.quantized = source is not None
         self._finish(step, [self.plain(step.reads[0]) if source is None else source])
@@ -390,15 +427,20 @@ _MAKERS: dict[str, Callable[[_Assembler, Step], None]] = {
     "max_pool2d": _Assembler.pool,
     "max_pool2d_with_indices": _Assembler.pool,
     "adaptive_max_pool2d_with_indices": _Assembler.pool,
+    "upsample_nearest2d": _Assembler.resized,
+    "upsample_bilinear2d": _Assembler.resized,
+    "interleave": _Assembler.resized,
+    "activation": _Assembler.unary,
+    "leaky_relu": _Assembler.unary,
+    "softmax": _Assembler.unary,
+    "layer_norm": _Assembler.unary,
 }
 
 
 def _words(step: Step) -> str:
     """What a step stands for: ``conv2d + relu + quantize``."""
     parts = [
-        node.meta.get("spelled", name_of(node).removeprefix("aten."))
-        for node in step.nodes
-        if not is_call(node, QUANTIZE)
+        node.meta.get("spelled", name_of(node).rpartition(".")[2]) for node in step.nodes if not is_call(node, QUANTIZE)
     ]
     parts = ["pad" if part == "constant_pad_nd" else part for part in parts]
     if step.out is not None and is_call(step.output, QUANTIZE):

@@ -149,8 +149,10 @@ class Emitter:
         return self.constants[layer.key]
 
     def binary(self, step: Step) -> fx.Node:
-        """``qadd`` and ``qmul``."""
+        """``qadd``, ``qmul`` and ``add``."""
         (a, b), out = step.inputs, step.out
+        if not step.quantized:
+            return self.ours(step.op, self._node(a), self._node(b), step.activation)
         pairs = [number for x in (a, b) for number in (x.quantization.scale, x.quantization.zero_point)]
         tail = (out.scale, out.zero_point, out.dtype, *((step.activation,) if step.kind == "add" else ()))
         return self.ours(step.op, self._node(a), self._node(b), *pairs, *tail)
@@ -172,7 +174,7 @@ class Emitter:
         return self.ours(step.op, self._node(step.inputs[0]), self._attribute(table, name + "_table", key))
 
     def pool(self, step: Step) -> fx.Node:
-        """Average and max pools."""
+        """Pools and the ops that are called like them."""
         assert isinstance(step.details, Pool)
         (x,), (result,) = step.inputs, step.outputs
         tail: tuple[Any, ...] = ()
@@ -180,7 +182,8 @@ class Emitter:
             tail = (x.quantization.scale, x.quantization.zero_point)
             tail += (None, 0) if step.out is None else (step.out.scale, step.out.zero_point)
             tail += (result.dtype,)
-        return self.ours(step.op, self._node(x), *step.details.geometry, *tail)
+        geometry = pytree.tree_map(self._node, step.details.geometry, is_leaf=_is_leaf)
+        return self.ours(step.op, self._node(x), *geometry, *tail)
 
 
 _EMITTERS: dict[str, Callable[[Emitter, Step], fx.Node]] = {
@@ -195,6 +198,13 @@ _EMITTERS: dict[str, Callable[[Emitter, Step], fx.Node]] = {
     "max_pool2d": Emitter.pool,
     "max_pool2d_with_indices": Emitter.pool,
     "adaptive_max_pool2d_with_indices": Emitter.pool,
+    "upsample_nearest2d": Emitter.pool,
+    "upsample_bilinear2d": Emitter.pool,
+    "interleave": Emitter.pool,
+    "activation": Emitter.pool,
+    "leaky_relu": Emitter.pool,
+    "softmax": Emitter.pool,
+    "layer_norm": Emitter.pool,
     "quantize": Emitter.conversion,
     "dequantize": Emitter.conversion,
     "move": Emitter.torchs,

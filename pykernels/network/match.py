@@ -50,13 +50,12 @@ _MAXIMA = {
     "aten.max_pool2d_with_indices": "max_pool2d_with_indices",
     "aten.adaptive_max_pool2d": "adaptive_max_pool2d_with_indices",  # which yields (values, indices)
 }
+_UPSAMPLES = ("aten.upsample_nearest2d", "aten.upsample_bilinear2d")
 _REASONS = {
     "aten.conv_transpose1d": "transposed convolution: no kernel of ours",
-    "aten.conv_transpose2d": "transposed convolution: no kernel of ours",
+    "aten.conv_transpose2d": "transposed convolution in training, or of weights or a geometry that no ordinary one has",
     "aten.conv_transpose3d": "transposed convolution: no kernel of ours",
     "aten.conv3d": "3-D convolution: no kernel of ours",
-    "aten.upsample_nearest2d": "interpolation: no kernel of ours",
-    "aten.upsample_bilinear2d": "interpolation: no kernel of ours",
     "aten.addcmul": "batch norm that stands alone: a scale and a shift",
     "aten.batch_norm": "batch norm with statistics of its own",
 }
@@ -156,6 +155,9 @@ class _Matcher:
         for node in nodes:
             if node not in self.taken:
                 self._take(self._light(node))
+        for node in nodes:
+            if node not in self.taken:
+                self._take(self._pointwise(node))
         for node in nodes:
             if node not in self.taken:
                 self._take(self._left(node))
@@ -293,6 +295,8 @@ class _Matcher:
             return self._cat(node)
         if is_call(node, *_AVERAGES, *_MAXIMA):
             return self._pool(node)
+        if is_call(node, *_UPSAMPLES, "pykernels.interleave"):
+            return self._resized(node)
         if self.annotating and unary(node):
             return Step("lookup", [node], [(node.args[0], node)])
         return None
@@ -378,6 +382,68 @@ class _Matcher:
         elif step.quantized and name != "aten.max_pool2d":
             step.quantized = False
         return step
+
+    def _resized(self, node: fx.Node) -> Step | None:
+        """Upsampling, and phases put in their places; 8 bits keep their scale."""
+        known = facts(node.args[0])
+        if known is None or len(known.shape) != 4 or known.dtype not in REALS:
+            self.reasons[node] = "not a 4-D float32, bfloat16 or float16 tensor"
+            return None
+        step = Step(name_of(node).split(".")[1], [node], [(node.args[0], node)])
+        source, user = quantized_source(self.module, node.args[0]), self._free_user(node)
+        if not is_call(node, "aten.upsample_bilinear2d"):
+            step.quantized = source is not None
+        elif is_call(user, QUANTIZE) and source is not None and qparams(self.module, user) == source:
+            self._quantize_after(step)  # rounded to the same scale: the bytes are what is blended
+            step.quantized = step.out is not None
+        return step
+
+    # --- between floats ---
+
+    def _pointwise(self, node: fx.Node) -> Step | None:
+        """What nothing before it takes: activations, and the sums that they follow."""
+        known = facts(node)
+        if self.annotating or known is None or known.dtype not in REALS or not node.args:
+            return None
+        if _plain(node, "aten.add"):
+            return self._real_sum(node)
+        source = facts(node.args[0])
+        if source is None or source.dtype != known.dtype:
+            return None
+        activation = self._activation(node)
+        if activation is not None:
+            return Step("activation", [node], [(node.args[0], node)], activation=activation)
+        if is_call(node, "aten.leaky_relu"):
+            return Step("leaky_relu", [node], [(node.args[0], node)])
+        if is_call(node, "aten.softmax", "aten._softmax"):
+            return Step("softmax", [node], [(node.args[0], node)])
+        if is_call(node, "aten.layer_norm"):
+            return self._layer_norm(node)
+        return None
+
+    def _real_sum(self, node: fx.Node) -> Step | None:
+        """A sum that an activation follows; any other is torch's."""
+        a, b = node.args
+        user = self._free_user(node)
+        activation = None if user is None else self._activation(user)
+        if activation is None or facts(a).dtype != facts(b).dtype:
+            return None
+        if not same_shape(a, node):
+            a, b = b, a
+        if not same_shape(a, b) and not _gates(b, a):
+            return None
+        return Step("add", [node, user], [(a, node), (b, node)], activation=activation)
+
+    def _layer_norm(self, node: fx.Node) -> Step | None:
+        values = arguments(node)
+        if len(values["normalized_shape"]) != 1:
+            self.reasons[node] = "more than the last dimension is normalized"
+            return None
+        for name in ("weight", "bias"):
+            if values[name] is not None and constant(self.module, values[name]) is None:
+                self.reasons[node] = f"the {name} is computed at run time"
+                return None
+        return Step("layer_norm", [node], [(values["input"], node)])
 
 
 def _plain(node: fx.Node, *calls: str) -> bool:

@@ -16,7 +16,23 @@ from torch.utils import _pytree as pytree
 
 from pykernels.graph.qdq import QParams
 
-__all__ = ["Call", "Concatenation", "Layer", "Lookup", "Network", "Pool", "QParams", "Step", "Value", "Weight"]
+__all__ = [
+    "KEEPING",
+    "Call",
+    "Concatenation",
+    "Layer",
+    "Lookup",
+    "Network",
+    "Pool",
+    "QParams",
+    "Step",
+    "Value",
+    "Weight",
+]
+
+
+# Kinds whose ops take 8 bits as they are: what they yield has the scale and zero point of what they read.
+KEEPING = frozenset({"max_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "interleave"})
 
 
 @dataclass(eq=False)
@@ -71,7 +87,8 @@ class Layer:
 
 @dataclass
 class Pool:
-    """A pool's arguments between its input and the parameters of its 8 bits, in the order of the op's schema."""
+    """The arguments of a pool, or of an op like it, between its input and the parameters of its 8 bits, in the order of
+    the op's schema; sizes that are computed at run time are `Value`s."""
 
     geometry: tuple[Any, ...]
 
@@ -104,8 +121,9 @@ class Step:
     """One call of ours, or one left to torch.
 
     Attributes:
-        kind: ``conv2d`` (also of lines), ``linear``, ``add``, ``mul``, ``cat``, ``lookup``, a pool's name,
-            ``quantize``, ``dequantize``, ``move`` (elements, not values), ``cast``, ``size`` (numbers), or ``torch``.
+        kind: ``conv2d`` (also of lines), ``linear``, ``add``, ``mul``, ``cat``, ``lookup``, ``activation``, the name of
+            a pool, of an upsampling or of another op, ``quantize``, ``dequantize``, ``move`` (elements, not values),
+            ``cast``, ``size`` (numbers), or ``torch``.
         nodes: the calls of the graph that it stands for, in order; it is ready where the last one stands.
         operands: each value it reads, with the call among `nodes` that reads it.
         activation: the kernels' name of what is applied before the result is stored.
@@ -152,7 +170,11 @@ class Step:
     @property
     def values(self) -> list[Value]:
         """The values that it reads, those among a call's arguments, too."""
-        arguments = (self.details.args, self.details.kwargs) if isinstance(self.details, Call) else ()
+        arguments: Any = ()
+        if isinstance(self.details, Call):
+            arguments = self.details.args, self.details.kwargs
+        elif isinstance(self.details, Pool):
+            arguments = self.details.geometry
         found = [*self.inputs, *pytree.tree_leaves(arguments, is_leaf=lambda leaf: isinstance(leaf, Value))]
         return [leaf for leaf in found if isinstance(leaf, Value)]
 
@@ -174,8 +196,12 @@ class Step:
         if self.kind in ("quantize", "dequantize"):
             return f"{self.kind}_per_tensor"
         if not self.quantized:
-            return None if self.kind in ("add", "mul", "cat", "lookup") else self.kind
-        return {"linear": "int8_linear", "max_pool2d": "max_pool2d"}.get(self.kind, "q" + self.kind)
+            return (
+                None if self.kind in ("mul", "cat", "lookup") else {"activation": "activate"}.get(self.kind, self.kind)
+            )
+        if self.kind in KEEPING:
+            return self.kind
+        return {"linear": "int8_linear"}.get(self.kind, "q" + self.kind)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pykernels.ops._register import fake
+from pykernels.ops._sizes import layout
 
 __all__ = [
     "dequantize_per_block",
@@ -258,11 +259,7 @@ def _(xs: list[torch.Tensor], dim: int, out_dtype: torch.dtype) -> torch.Tensor:
     first = xs[0]
     size = list(first.shape)
     size[dim] = sum(x.shape[dim] for x in xs)
-    channels_last = (
-        first.dim() == 4 and not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last)
-    )
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(size, dtype=out_dtype, device=first.device, memory_format=layout)
+    return torch.empty(size, dtype=out_dtype, device=first.device, memory_format=layout(first))
 
 
 @fake("qlookup")

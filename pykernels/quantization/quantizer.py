@@ -221,8 +221,8 @@ class Int8Quantizer(Quantizer):
 
 
 def keeps_scale(node: Node) -> bool:
-    """Whether the output holds only values of the input, or exact zeros."""
-    return is_copy_of_values(node) or is_zero_pad(node)
+    """Whether the output holds only values of the input, what lies between them, or exact zeros."""
+    return is_copy_of_values(node) or is_zero_pad(node) or is_call(node, "aten.upsample_bilinear2d")
 
 
 def _is_light(step: Step) -> bool:

@@ -7,5 +7,8 @@ kernels' own exp and erf may differ from torch's by a rounding, so a quantized r
 
 from pykernels.reference.compress import *  # noqa: F403
 from pykernels.reference.dot import *  # noqa: F403
+from pykernels.reference.normalize import *  # noqa: F403
+from pykernels.reference.pointwise import *  # noqa: F403
 from pykernels.reference.pool import *  # noqa: F403
 from pykernels.reference.quantize import *  # noqa: F403
+from pykernels.reference.upsample import *  # noqa: F403

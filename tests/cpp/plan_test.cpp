@@ -27,10 +27,12 @@
 #include "cpu/arithmetic/kernels.h"
 #include "cpu/conv/kernels.h"
 #include "cpu/conv/winograd.h"
+#include "cpu/normalize/kernels.h"
 #include "cpu/plan/builder.h"
 #include "cpu/plan/cache.h"
 #include "cpu/pool/kernels.h"
 #include "cpu/quantize/kernels.h"
+#include "cpu/upsample/kernels.h"
 
 using namespace pykernels;
 
@@ -48,8 +50,10 @@ PK_EITHER(DepthwiseKernels, depthwise_kernels)
 PK_EITHER(DepthwiseWordsKernels, depthwise_words_kernels)
 PK_EITHER(DotKernels, dot_kernels)
 PK_EITHER(EpilogueKernels, epilogue_kernels)
+PK_EITHER(NormalizeKernels, normalize_kernels)
 PK_EITHER(PoolKernels, pool_kernels)
 PK_EITHER(QuantizeKernels, quantize_kernels)
+PK_EITHER(UpsampleKernels, upsample_kernels)
 PK_EITHER(WinogradKernels, winograd_kernels)
 }  // namespace pykernels
 

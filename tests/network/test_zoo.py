@@ -20,9 +20,9 @@ LEFT = {
     "densenet121": {"cat"},
     "googlenet": {"cat", "mul", "add"},
     "shufflenet_v2_x0_5": {"cat"},
-    "unet": {"cat", "conv_transpose2d", "upsample_nearest2d"},
+    "unet": {"cat"},
 }
-LEFT_INT8 = {"googlenet": {"mul", "add"}, "unet": {"conv_transpose2d"}}
+LEFT_INT8 = {"googlenet": {"mul", "add"}}
 
 
 def other_batch(x: torch.Tensor) -> torch.Tensor:

@@ -39,14 +39,18 @@ void ByteArithmeticDriver::combine(int64_t at, int64_t at_b, int64_t rows, int64
     kernels_.mul(a, b, shape_.operand, rows, n, out);
 }
 
-RealArithmeticDriver::RealArithmeticDriver(Arithmetic arithmetic, const Broadcast& shape, Real type, int64_t threads)
-    : BinaryDriver(shape, threads),
-      type_(type),
-      kernel_(arithmetic == Arithmetic::add ? arithmetic_kernels().add_reals : arithmetic_kernels().mul_reals) {}
+RealArithmeticDriver::RealArithmeticDriver(Arithmetic arithmetic, Activation activation, const Broadcast& shape,
+                                           Real type, int64_t threads)
+    : BinaryDriver(shape, threads), arithmetic_(arithmetic), activation_(activation), type_(type) {}
 
 void RealArithmeticDriver::combine(int64_t at, int64_t at_b, int64_t rows, int64_t n) const {
   const int64_t bytes = real_bytes(type_);
-  kernel_(a_ + at * bytes, b_ + at_b * bytes, type_, shape_.operand, rows, n, out_ + at * bytes);
+  const uint8_t *a = a_ + at * bytes, *b = b_ + at_b * bytes;
+  uint8_t* out = out_ + at * bytes;
+  if (arithmetic_ == Arithmetic::add)
+    kernels_.add_reals(a, b, type_, shape_.operand, rows, n, activation_, out);
+  else
+    kernels_.mul_reals(a, b, type_, shape_.operand, rows, n, out);
 }
 
 // Each task fills its own stretch of the output, row by row and part by part.
@@ -90,6 +94,16 @@ void LookupDriver::piece(int64_t begin, int64_t end, uint8_t*) const {
 
 void CastDriver::piece(int64_t begin, int64_t end, uint8_t*) const {
   kernels_.cast(x_ + begin * real_bytes(from_), from_, end - begin, out_ + begin * real_bytes(to_), to_);
+}
+
+void ActivationDriver::piece(int64_t begin, int64_t end, uint8_t*) const {
+  const int64_t at = begin * real_bytes(type_);
+  kernels_.activate(x_ + at, type_, end - begin, activation_, out_ + at);
+}
+
+void LeakyReluDriver::piece(int64_t begin, int64_t end, uint8_t*) const {
+  const int64_t at = begin * real_bytes(type_);
+  kernels_.leaky_relu(x_ + at, type_, end - begin, slope_, out_ + at);
 }
 
 }  // namespace pykernels

@@ -1,5 +1,5 @@
 // Arithmetic as drivers over dense runs of elements: add and mul of bytes and of real numbers, concatenation of bytes,
-// lookup, cast. Torch-free.
+// lookup, cast, activations. Torch-free.
 #pragma once
 
 #include <vector>
@@ -63,13 +63,16 @@ class ByteArithmeticDriver final : public BinaryDriver {
 
 class RealArithmeticDriver final : public BinaryDriver {
  public:
-  RealArithmeticDriver(Arithmetic, const Broadcast&, Real type, int64_t threads);
+  // The activation follows an addition only.
+  RealArithmeticDriver(Arithmetic, Activation, const Broadcast&, Real type, int64_t threads);
 
  private:
   void combine(int64_t at, int64_t at_b, int64_t rows, int64_t n) const override;
 
+  Arithmetic arithmetic_;
+  Activation activation_;
   Real type_;
-  void (*kernel_)(const void* a, const void* b, Real type, Operand, int64_t rows, int64_t n, void* y);
+  const ArithmeticKernels& kernels_ = arithmetic_kernels();
 };
 
 // One input of a concatenation, dense [rows, length] bytes: it stands at `offset` of every row of the output.
@@ -126,6 +129,34 @@ class CastDriver final : public UnaryDriver {
   void piece(int64_t begin, int64_t end, uint8_t* memory) const override;
 
   Real from_, to_;
+  const ArithmeticKernels& kernels_ = arithmetic_kernels();
+};
+
+// Operand: n real numbers.
+class ActivationDriver final : public UnaryDriver {
+ public:
+  ActivationDriver(int64_t n, Real type, Activation activation, int64_t threads)
+      : UnaryDriver(n, threads), type_(type), activation_(activation) {}
+
+ private:
+  void piece(int64_t begin, int64_t end, uint8_t* memory) const override;
+
+  Real type_;
+  Activation activation_;
+  const ArithmeticKernels& kernels_ = arithmetic_kernels();
+};
+
+// Operand: n real numbers.
+class LeakyReluDriver final : public UnaryDriver {
+ public:
+  LeakyReluDriver(int64_t n, Real type, float slope, int64_t threads)
+      : UnaryDriver(n, threads), type_(type), slope_(slope) {}
+
+ private:
+  void piece(int64_t begin, int64_t end, uint8_t* memory) const override;
+
+  Real type_;
+  float slope_;
   const ArithmeticKernels& kernels_ = arithmetic_kernels();
 };
 

@@ -90,9 +90,14 @@ PK_INLINE void combine_reals(const void* a, const void* b, Operand operand, int6
   }
 }
 
-void add_reals_kernel(const void* a, const void* b, Real type, Operand operand, int64_t rows, int64_t n, void* y) {
+void add_reals_kernel(const void* a, const void* b, Real type, Operand operand, int64_t rows, int64_t n,
+                      Activation activation, void* y) {
   with_real(y, type, [&](auto* out) {
-    combine_reals(a, b, operand, rows, n, out, [](f32 x, f32 z) PK_LAMBDA { return add(x, z); });
+    if (activation == Activation::none)
+      combine_reals(a, b, operand, rows, n, out, [](f32 x, f32 z) PK_LAMBDA { return add(x, z); });
+    else
+      combine_reals(a, b, operand, rows, n, out,
+                    [&](f32 x, f32 z) PK_LAMBDA { return activate(activation, add(x, z)); });
   });
 }
 
@@ -110,10 +115,28 @@ void cast_kernel(const void* x, Real from, int64_t n, void* y, Real to) {
   });
 }
 
+void activate_kernel(const void* x, Real type, int64_t n, Activation activation, void* y) {
+  with_real(y, type, [&](auto* out) {
+    const auto* in = static_cast<decltype(out)>(const_cast<void*>(x));
+    each_real(out, n, [&](int64_t i, int lanes) PK_LAMBDA { return activate(activation, load(in + i, lanes)); });
+  });
+}
+
+void leaky_relu_kernel(const void* x, Real type, int64_t n, float slope, void* y) {
+  with_real(y, type, [&](auto* out) {
+    const auto* in = static_cast<decltype(out)>(const_cast<void*>(x));
+    each_real(out, n, [&](int64_t i, int lanes) PK_LAMBDA {
+      const f32 v = load(in + i, lanes);
+      return select_lt(set1(0.0f), v, v, mul(v, set1(slope)));
+    });
+  });
+}
+
 }  // namespace
 
 const ArithmeticKernels arithmetic_kernels = {
-    add_kernel, mul_kernel, requantize_kernel, lookup_kernel, add_reals_kernel, mul_reals_kernel, cast_kernel,
+    add_kernel,       mul_kernel,  requantize_kernel, lookup_kernel,     add_reals_kernel,
+    mul_reals_kernel, cast_kernel, activate_kernel,   leaky_relu_kernel,
 };
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

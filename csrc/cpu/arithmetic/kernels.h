@@ -26,11 +26,15 @@ struct ArithmeticKernels {
   // y[i] = table[x[i]]
   void (*lookup)(const uint8_t* x, int64_t n, const uint8_t* table, uint8_t* y);
 
-  // a + b, a * b in fp32, rounded once to the type of all three; as torch but for the bits of a NaN.
-  void (*add_reals)(const void* a, const void* b, Real type, Operand, int64_t rows, int64_t n, void* y);
+  // activation(a + b), a * b in fp32, rounded once to the type of all three; as torch, the activation apart, but for
+  // the bits of a NaN.
+  void (*add_reals)(const void* a, const void* b, Real type, Operand, int64_t rows, int64_t n, Activation, void* y);
   void (*mul_reals)(const void* a, const void* b, Real type, Operand, int64_t rows, int64_t n, void* y);
   // Half to even.
   void (*cast)(const void* x, Real from, int64_t n, void* y, Real to);
+  // activation(x); x > 0 ? x : slope * x
+  void (*activate)(const void* x, Real type, int64_t n, Activation, void* y);
+  void (*leaky_relu)(const void* x, Real type, int64_t n, float slope, void* y);
 };
 PYKERNELS_TABLE(ArithmeticKernels, arithmetic_kernels)
 

@@ -1,4 +1,4 @@
-// qadd, qmul, qcat, qlookup: bytes to bytes in one pass.
+// qadd, qmul, qcat, qlookup: bytes to bytes in one pass; add, activate, leaky_relu: the same of real numbers.
 #include "cpu/op.h"
 
 #include <string>
@@ -17,6 +17,25 @@ bool is_per_channel(const Tensor& a, const Tensor& b) {
          b.size(3) == 1;
 }
 
+// The operands of a sum or product as drivers take them: b, or a copy of it, as `shape` says.
+struct Operands {
+  Tensor a, b;
+  Broadcast shape;
+};
+
+void check_shapes(const char* op, const Tensor& a, const Tensor& b) {
+  PK_CHECK(same_sizes(a, b) || is_per_channel(a, b), op, ": b must have the shape of a, ", shape_of(a),
+           ", or be [N, C, 1, 1] against [N, C, H, W], not ", shape_of(b));
+}
+
+Operands operands_of(const Tensor& a, const Tensor& b) {
+  const Tensor dense_a = dense(a);
+  const bool channels_last = is_channels_last(dense_a);
+  const bool whole = same_sizes(a, b) || !(channels_last || dense_a.is_contiguous());  // b is, or is made, of a's shape
+  if (whole) return {dense_a, in_layout_of(dense_a, b), same_shape(a.numel())};
+  return {dense_a, to_contiguous(b), per_channel(a.size(0), a.size(1), a.size(2) * a.size(3), channels_last)};
+}
+
 // The elementwise ops: checks, layouts.
 Tensor elementwise(const char* op, Arithmetic arithmetic, Activation activation, const Tensor& a, const Tensor& b,
                    double a_scale, int64_t a_zero_point, double b_scale, int64_t b_zero_point, double out_scale,
@@ -30,21 +49,47 @@ Tensor elementwise(const char* op, Arithmetic arithmetic, Activation activation,
   check_zero_point(op, "a_zero_point", a_zero_point, a.scalar_type());
   check_zero_point(op, "b_zero_point", b_zero_point, b.scalar_type());
   check_zero_point(op, "out_zero_point", out_zero_point, out_dtype);
-  const bool same = same_sizes(a, b);
-  PK_CHECK(same || is_per_channel(a, b), op, ": b must have the shape of a, ", shape_of(a),
-           ", or be [N, C, 1, 1] against [N, C, H, W], not ", shape_of(b));
-
-  const Tensor dense_a = dense(a), out = dense_like(dense_a, out_dtype);
-  if (a.numel() == 0) return out;
-  const bool channels_last = is_channels_last(dense_a);
-  const bool whole = same || !(channels_last || dense_a.is_contiguous());  // b is, or is made, of a's shape
-  const Tensor dense_b = whole ? in_layout_of(dense_a, b) : to_contiguous(b);
-  const Broadcast shape =
-      whole ? same_shape(a.numel()) : per_channel(a.size(0), a.size(1), a.size(2) * a.size(3), channels_last);
-  ByteArithmeticDriver driver(arithmetic, activation, shape, quantization(a.scalar_type(), a_scale, a_zero_point),
+  check_shapes(op, a, b);
+  const Operands o = operands_of(a, b);
+  const Tensor out = dense_like(o.a, out_dtype);
+  ByteArithmeticDriver driver(arithmetic, activation, o.shape, quantization(a.scalar_type(), a_scale, a_zero_point),
                               quantization(b.scalar_type(), b_scale, b_zero_point),
                               quantization(out_dtype, out_scale, out_zero_point), torch::stable::get_num_threads());
-  run(driver, {bytes_of(dense_a), bytes_of(dense_b)}, out);
+  run(driver, {bytes_of(o.a), bytes_of(o.b)}, out);
+  return out;
+}
+
+Tensor add(const Tensor& a, const Tensor& b, std::string activation) {
+  const char* op = "add";
+  check_real(op, "a", a);
+  check_real(op, "b", b);
+  PK_CHECK(a.scalar_type() == b.scalar_type(), op, ": b must be ", dtype_name(a.scalar_type()), " as a is, not ",
+           dtype_name(b.scalar_type()));
+  const Activation applied = activation_by_name(op, activation);
+  check_shapes(op, a, b);
+  const Operands o = operands_of(a, b);
+  const Tensor out = dense_like(o.a, a.scalar_type());
+  RealArithmeticDriver driver(Arithmetic::add, applied, o.shape, real_of(a.scalar_type()),
+                              torch::stable::get_num_threads());
+  run(driver, {bytes_of(o.a), bytes_of(o.b)}, out);
+  return out;
+}
+
+Tensor activate(const Tensor& x, std::string activation) {
+  check_real("activate", "x", x);
+  const Activation applied = activation_by_name("activate", activation);
+  const Tensor source = dense(x), out = dense_like(source, x.scalar_type());
+  ActivationDriver driver(x.numel(), real_of(x.scalar_type()), applied, torch::stable::get_num_threads());
+  run(driver, {bytes_of(source)}, out);
+  return out;
+}
+
+Tensor leaky_relu(const Tensor& x, double negative_slope) {
+  check_real("leaky_relu", "x", x);
+  const Tensor source = dense(x), out = dense_like(source, x.scalar_type());
+  LeakyReluDriver driver(x.numel(), real_of(x.scalar_type()), static_cast<float>(negative_slope),
+                         torch::stable::get_num_threads());
+  run(driver, {bytes_of(source)}, out);
   return out;
 }
 
@@ -137,6 +182,9 @@ STABLE_TORCH_LIBRARY_IMPL(pykernels, CPU, m) {
   m.impl("qmul", TORCH_BOX(&qmul));
   m.impl("qcat", TORCH_BOX(&qcat));
   m.impl("qlookup", TORCH_BOX(&qlookup));
+  m.impl("add", TORCH_BOX(&add));
+  m.impl("activate", TORCH_BOX(&activate));
+  m.impl("leaky_relu", TORCH_BOX(&leaky_relu));
 }
 
 // An empty list names no device: with the registration for CPU alone, the dispatcher would refuse it with a page of its

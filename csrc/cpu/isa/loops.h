@@ -45,6 +45,18 @@ PK_INLINE auto with_real(void* x, Real type, const F& f) {
   }
 }
 
+// Vectors of any type as real numbers; bytes are rounded half to even, and saturate.
+PK_INLINE f32 read_real(const float* x, int n) { return load(x, n); }
+PK_INLINE f32 read_real(const bfloat16* x, int n) { return load(x, n); }
+PK_INLINE f32 read_real(const float16* x, int n) { return load(x, n); }
+PK_INLINE f32 read_real(const uint8_t* x, int n) { return to_f32(load_i32(x, n)); }
+PK_INLINE f32 read_real(const int8_t* x, int n) { return to_f32(load_i32(x, n)); }
+PK_INLINE void write_real(float* y, f32 v, int n) { store(y, v, n); }
+PK_INLINE void write_real(bfloat16* y, f32 v, int n) { store(y, v, n); }
+PK_INLINE void write_real(float16* y, f32 v, int n) { store(y, v, n); }
+PK_INLINE void write_real(uint8_t* y, f32 v, int n) { store_i32(y, to_i32(v), n); }
+PK_INLINE void write_real(int8_t* y, f32 v, int n) { store_i32(y, to_i32(v), n); }
+
 // One element.
 PK_INLINE float real(float x) { return x; }
 PK_INLINE float real(uint8_t x) { return x; }

@@ -21,6 +21,17 @@ bool may_be_view(StepKind kind) {
   }
 }
 
+// Whether the step's drivers can write pixels apart from one another.
+bool writes_apart(const PlanStep& step) {
+  switch (step.kind) {
+    case StepKind::conv2d: return step.in.size() == 1;
+    case StepKind::upsample_nearest2d:
+    case StepKind::upsample_bilinear2d:
+    case StepKind::interleave: return true;
+    default: return false;
+  }
+}
+
 bool same_meaning(const PlanStep& cat, size_t i) {
   return cat.kind == StepKind::cat || (cat.numbers[3 + i] == cat.numbers[2] &&
                                        static_cast<float>(cat.reals[1 + i]) == static_cast<float>(cat.reals[0]));
@@ -33,7 +44,7 @@ int64_t memory_of_machine() {
   return bytes;
 }
 
-// Convolutions can write pixels apart from one another; whoever reads them must not mind.
+// Whoever reads what is written apart must not mind.
 Joined::Joined(const Program& program, const PlanLayout& layout) {
   const size_t inputs = program.inputs.size();
   pieces.resize(layout.values.size());
@@ -52,8 +63,8 @@ Joined::Joined(const Program& program, const PlanLayout& layout) {
     for (size_t i = 0; i < cat.in.size(); ++i) {
       const size_t v = cat.in[i];
       const PlanStep* step = v < inputs ? nullptr : &program.steps[v - inputs];
-      if (step && step->kind == StepKind::conv2d && step->in.size() == 1 && readers[v] == 1 &&
-          layout.values[v].dtype == whole.dtype && same_meaning(cat, i)) {
+      if (step && writes_apart(*step) && readers[v] == 1 && layout.values[v].dtype == whole.dtype &&
+          is_channels_last(layout.values[v]) && same_meaning(cat, i)) {
         pieces[v] = {static_cast<int>(inputs + c), channel};
         wholes[inputs + c] = whole;
         any = true;

@@ -1,5 +1,5 @@
 // Makes the drivers of a plan, step by step; what each kind of step reads of its numbers and reals stands in the
-// comment before its function in builder.cpp, moves.cpp and layers.cpp.
+// comment before its function in layers.cpp, pointwise.cpp, moves.cpp and images.cpp.
 #pragma once
 
 #include <map>
@@ -48,6 +48,10 @@ class Builder {
   void quantized_cat();
   void lookup();
   void binary();
+  void activated();
+  void leaky_relu();
+  void softmax();
+  void layer_norm();
   void cat();
   void reshape();
   void permute();
@@ -55,6 +59,8 @@ class Builder {
   void expand();
   void pad();
   void contiguous();
+  void upsample();
+  void interleave();
 
  private:
   // Of the step in hand: its name for messages, operands, numbers and reals, each read once and in order.

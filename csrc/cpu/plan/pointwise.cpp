@@ -1,8 +1,9 @@
-// Steps between dense tensors, element by element, and concatenations of bytes.
+// Steps between dense tensors, element by element or along one dimension, and concatenations of bytes.
 #include <bit>
 
 #include "cpu/arithmetic/driver.h"
 #include "cpu/copy/driver.h"
+#include "cpu/normalize/driver.h"
 #include "cpu/plan/builder.h"
 #include "cpu/quantize/driver.h"
 
@@ -145,9 +146,11 @@ void Builder::quantized_binary() {
   yields(out);
 }
 
-// reals: the second operand, where there is only one
+// numbers: the activation after a sum, where there is one; reals: the second operand, where there is only one
 void Builder::binary() {
   check_real(in(0).dtype);
+  const bool sum = step_->kind == StepKind::add;
+  const Activation applied = sum && !step_->numbers.empty() ? activation() : Activation::none;
   View second;
   if (operands() > 1) {
     second = in(1);
@@ -162,10 +165,61 @@ void Builder::binary() {
   }
   const Pairing p = pairing(in(0), second);
   const View out = p.overlap ? fresh_like(p.a, p.a.dtype) : in_place_of(p.a, 0, p.a.dtype);
-  add(std::make_unique<RealArithmeticDriver>(step_->kind == StepKind::add ? Arithmetic::add : Arithmetic::mul,
-                                             p.broadcast, real_of(p.a.dtype), threads_),
+  add(std::make_unique<RealArithmeticDriver>(sum ? Arithmetic::add : Arithmetic::mul, applied, p.broadcast,
+                                             real_of(p.a.dtype), threads_),
       name(), {&p.a, &p.b}, out);
   yields(out);
+}
+
+// numbers: the activation
+void Builder::activated() {
+  check_real(in(0).dtype);
+  const View x = dense(in(0)), out = in_place_of(x, 0, x.dtype);
+  add(std::make_unique<ActivationDriver>(x.numel(), real_of(x.dtype), activation(), threads_), name(), {&x}, out);
+  yields(out);
+}
+
+// reals: the slope of what is negative
+void Builder::leaky_relu() {
+  check_real(in(0).dtype);
+  const View x = dense(in(0)), out = in_place_of(x, 0, x.dtype);
+  add(std::make_unique<LeakyReluDriver>(x.numel(), real_of(x.dtype), static_cast<float>(real()), threads_), name(),
+      {&x}, out);
+  yields(out);
+}
+
+// numbers: dimension
+void Builder::softmax() {
+  check_real(in(0).dtype);
+  const View x = to_contiguous(in(0)), out = in_place_of(x, 0, x.dtype);
+  const int64_t d = number(0, x.dims - 1);
+  add(std::make_unique<SoftmaxDriver>(elements_of(x.sizes.data(), d), x.sizes[d],
+                                      elements_of(x.sizes.data() + d + 1, x.dims - d - 1), real_of(x.dtype), threads_),
+      name(), {&x}, out);
+  yields(out);
+}
+
+// numbers: whether there is a weight, a bias; reals: epsilon. Operands: x, then these, [n] in fp32.
+void Builder::layer_norm() {
+  check_real(in(0).dtype);
+  PK_CHECK(in(0).dims >= 1, "run_plan: a layer norm's input has no dimension");
+  const View x = to_contiguous(in(0)), out = in_place_of(x, 0, x.dtype);
+  const int64_t n = x.sizes[x.dims - 1];
+  size_t given = 1;
+  View held[2];
+  const View* operands[] = {&x, nullptr, nullptr};
+  for (int i = 0; i < 2; ++i) {
+    if (!number(0, 1)) continue;
+    held[i] = to_contiguous(in(given++));
+    PK_CHECK(held[i].dtype == Dtype::f32 && held[i].dims == 1 && held[i].sizes[0] == n,
+             "run_plan: the weight or bias of a layer norm has not its features");
+    operands[1 + i] = &held[i];
+  }
+  const double eps = real();
+  yields(out);
+  if (x.numel() == 0) return;
+  add(std::make_unique<LayerNormDriver>(x.numel() / n, n, real_of(x.dtype), static_cast<float>(eps), threads_), name(),
+      {operands[0], operands[1], operands[2]}, out);
 }
 
 // numbers: dimension, dtype and zero point of the output, zero point of each operand; reals: the scale of the output

@@ -35,6 +35,13 @@ PlanLayout build(Builder b, const Program& program) {
       case StepKind::expand: b.expand(); break;
       case StepKind::pad: b.pad(); break;
       case StepKind::contiguous: b.contiguous(); break;
+      case StepKind::activation: b.activated(); break;
+      case StepKind::leaky_relu: b.leaky_relu(); break;
+      case StepKind::upsample_nearest2d:
+      case StepKind::upsample_bilinear2d: b.upsample(); break;
+      case StepKind::interleave: b.interleave(); break;
+      case StepKind::softmax: b.softmax(); break;
+      case StepKind::layer_norm: b.layer_norm(); break;
     }
     b.end();
   }

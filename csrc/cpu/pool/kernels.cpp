@@ -276,17 +276,6 @@ void average_contiguous(const Pool& p, int64_t begin, int64_t end, void* scratch
 
 // The maximum with its place, in fp32 (which holds every bf16, fp16 and byte): a lane takes v when it is greater or
 // NaN.
-PK_INLINE f32 read_real(const float* x, int n) { return load(x, n); }
-PK_INLINE f32 read_real(const bfloat16* x, int n) { return load(x, n); }
-PK_INLINE f32 read_real(const float16* x, int n) { return load(x, n); }
-PK_INLINE f32 read_real(const uint8_t* x, int n) { return to_f32(load_i32(x, n)); }
-PK_INLINE f32 read_real(const int8_t* x, int n) { return to_f32(load_i32(x, n)); }
-PK_INLINE void write_real(float* y, f32 v, int n) { store(y, v, n); }
-PK_INLINE void write_real(bfloat16* y, f32 v, int n) { store(y, v, n); }
-PK_INLINE void write_real(float16* y, f32 v, int n) { store(y, v, n); }
-PK_INLINE void write_real(uint8_t* y, f32 v, int n) { store_i32(y, to_i32(v), n); }
-PK_INLINE void write_real(int8_t* y, f32 v, int n) { store_i32(y, to_i32(v), n); }
-
 PK_INLINE void write_indices(int64_t* to, i32 places, int n) {
   int32_t lanes[kLanes];
   store_i32(lanes, places);

@@ -21,7 +21,7 @@ from pykernels.network.emit_fx import Emitted, Emitter
 from pykernels.network.plan.format import DTYPES, Program, Record, encode
 from pykernels.network.plan.planned import WEIGHTS, Planned, places
 from pykernels.network.plan.rules import RULES, Unplanned
-from pykernels.network.step import Layer, Network, Step, Value
+from pykernels.network.step import Call, Layer, Network, Step, Value
 
 aten = torch.ops.aten
 
@@ -97,6 +97,13 @@ class Planner(Emitter):
             for dim, size in enumerate(value.shape or ())
             if not isinstance(size, (int, sympy.Integer))
         }
+        # And what such a size is a multiple of, with the factor: a height of 8 r says how large r is.
+        self.bases = {
+            base: (size, int(factor))
+            for size in self.free
+            for factor, base in (size.as_coeff_Mul(),)
+            if base.is_Symbol and base not in self.free
+        }
         self.sizes: dict[Any, fx.Node] = {}
 
     def run(self) -> fx.GraphModule:
@@ -109,7 +116,7 @@ class Planner(Emitter):
             self.place = place
             if len(self.segment.records) >= _MAX_STEPS:
                 self._flush()
-            if self._plan(step):
+            if self._plan(step) or self._known_size(step):
                 continue
             if step.has_effect or any(self._pending(value) for value in step.values):
                 self._flush()
@@ -120,6 +127,16 @@ class Planner(Emitter):
         self.place = len(self.steps)
         self._flush()
         return self.finish()
+
+    def _known_size(self, step: Step) -> bool:
+        """Take a size that somebody asks of a tensor from the inputs, so that the tensor need not be there yet."""
+        if not isinstance(step.details, Call) or step.details.target is not aten.sym_size.int:
+            return False
+        value, dim = step.details.args
+        if not isinstance(value, Value) or value.shape is None or not self._computable(value.shape[dim]):
+            return False
+        self.nodes[step.outputs[0]] = self._size(value.shape[dim])
+        return True
 
     def _pending(self, value: Value) -> bool:
         return value in self.segment.results or value in self.pieces
@@ -174,6 +191,13 @@ class Planner(Emitter):
         if value.constant is not None:
             return self._constant(value)
         return self.segment.number(value)
+
+    def sized(self, size: Sequence[Any]) -> int:
+        """An image of this height and width among what the plan has."""
+        for value in (*self.segment.results, *self.segment.inputs):
+            if value.shape is not None and len(value.shape) == 4 and value.shape[2:] == tuple(size):
+                return self.read(value)
+        raise Unplanned
 
     def _constant(self, value: Value) -> int:
         key = ("constant", value.name)
@@ -252,7 +276,7 @@ class Planner(Emitter):
 
     def _computable(self, size: Any) -> bool:
         """Whether a size follows from sizes of the network's inputs, by functions that we know."""
-        if isinstance(size, (int, sympy.Integer)) or size in self.free:
+        if isinstance(size, (int, sympy.Integer)) or size in self.free or size in self.bases:
             return True
         return _operation(size) is not None and all(map(self._computable, size.args))
 
@@ -264,6 +288,9 @@ class Planner(Emitter):
             if size in self.free:
                 value, dim = self.free[size]
                 made = self.call(aten.sym_size.int, self.nodes[value], dim)
+            elif size in self.bases:
+                whole, factor = self.bases[size]
+                made = self.call(operator.floordiv, self._size(whole), factor)
             else:
                 made, *rest = (self._size(argument) for argument in size.args)
                 for argument in rest:

@@ -76,6 +76,42 @@ def pool(planner: Planner, step: Step) -> None:
     planner.result(step, planner.add(step.kind, [source], numbers, reals), planner.last(x))
 
 
+def resized(planner: Planner, step: Step) -> None:
+    """Upsampling, and the phases of a transposed convolution."""
+    (x,) = step.inputs
+    assert isinstance(step.details, Pool)
+    reals: list[float] = []
+    operands = [planner.read(x)]
+    if step.kind == "interleave":
+        stride, crop, groups = step.details.geometry
+        numbers = [*stride, *crop, groups]
+    else:
+        size, *align, reals = step.details.geometry
+        if any(isinstance(number, Value) for number in size):  # that of another image, most often of the one it joins
+            operands.append(planner.sized(step.outputs[0].shape[2:]))
+            size = []
+        numbers = [int(any(align)), *size]
+    planner.result(step, planner.add(step.kind, operands, numbers, reals), planner.last(x))
+
+
+def unary(planner: Planner, step: Step) -> None:
+    """Activations and normalizations of floats."""
+    (x,) = step.inputs
+    assert isinstance(step.details, Pool)
+    operands, last, reals = [planner.read(x)], planner.last(x), []
+    if step.kind == "activation":
+        numbers = [_ACTIVATIONS[step.activation]]
+    elif step.kind == "leaky_relu":
+        numbers, reals = [], [*step.details.geometry]
+    elif step.kind == "softmax":
+        numbers, last = [step.details.geometry[0] % len(x.shape)], False
+    else:
+        *parameters, eps = step.details.geometry
+        numbers, reals, last = [int(value is not None) for value in parameters], [eps], False
+        operands += [planner.read(value) for value in parameters if value is not None]
+    planner.result(step, planner.add(step.kind, operands, numbers, reals), last)
+
+
 def conversion(planner: Planner, step: Step) -> None:
     """To 8 bits and back."""
     (x,), (result,) = step.inputs, step.outputs
@@ -85,9 +121,13 @@ def conversion(planner: Planner, step: Step) -> None:
 
 
 def binary(planner: Planner, step: Step) -> None:
-    """Sums and products of two 8-bit tensors."""
+    """Sums and products of two 8-bit tensors, and sums of floats that an activation follows."""
     (a, b), out = step.inputs, step.out
     _check_pair(a, b)
+    if not step.quantized:
+        number = planner.add(step.kind, [planner.read(a), planner.read(b)], [_ACTIVATIONS[step.activation]])
+        planner.result(step, number, planner.last(a))
+        return
     numbers = [a.quantization.zero_point, b.quantization.zero_point, DTYPES[out.dtype], out.zero_point]
     if step.kind == "add":
         numbers.append(_ACTIVATIONS[step.activation])
@@ -147,7 +187,7 @@ def arithmetic(planner: Planner, step: Step, a: Any, b: Any, alpha: Any = 1) -> 
         raise Unplanned
     if step.outputs[0].shape != a.shape:
         a, b = b, a
-    _check_pair(a, b, channels=True)
+    _check_pair(a, b, repeated=True)
     planner.result(step, planner.add(kind, [planner.read(a), planner.read(b)]), planner.last(a))
 
 
@@ -253,6 +293,8 @@ def pad(planner: Planner, step: Step, x: Any, pads: Sequence[Any], value: Any = 
 def same(planner: Planner, step: Step, x: Any, memory_format: Any = None) -> None:
     """A copy that nobody tells from the original, or one in another memory format."""
     source = planner.read(x)
+    if type(memory_format) is int:  # the default of a schema
+        memory_format = torch.contiguous_format
     if memory_format in (torch.contiguous_format, torch.channels_last):
         last = memory_format is torch.channels_last
         planner.result(step, planner.add("contiguous", [source], [int(last)]), last)
@@ -274,18 +316,16 @@ def _quantization(value: Value) -> QParams:
     return value.quantization or _NONE
 
 
-def _check_pair(a: Any, b: Any, channels: bool = False) -> None:
-    """Two tensors of one shape, or [N, C, H, W] and [N, C, 1, 1]; with `channels` b may have one element a channel, or
-    one at all."""
+def _check_pair(a: Any, b: Any, repeated: bool = False) -> None:
+    """Two tensors of one shape, or [N, C, H, W] and [N, C, 1, 1]; `repeated`: any b that is repeated to a's shape."""
     if not isinstance(a, Value) or not isinstance(b, Value) or a.shape is None or b.shape is None:
         raise Unplanned
-    image = len(a.shape) == 4
-    if a.shape == b.shape or (image and b.shape == (*a.shape[:2], 1, 1)):
+    if a.shape == b.shape or (len(a.shape) == 4 and b.shape == (*a.shape[:2], 1, 1)):
         return
     one = (1,) * (len(a.shape) - len(b.shape)) + b.shape
-    kinds = [(1,) * len(a.shape), (*(1,) * (len(a.shape) - 1), *a.shape[-1:])]
-    kinds += [(1, a.shape[1], 1, 1)] if image else []
-    if not channels or len(b.shape) > len(a.shape) or one not in kinds:
+    if not repeated or len(one) > len(a.shape):
+        raise Unplanned
+    if any(mine not in (1, size) for mine, size in zip(one, a.shape, strict=True)):
         raise Unplanned
 
 
@@ -305,6 +345,13 @@ RULES: dict[str, Callable[[Planner, Step], None]] = {
     "max_pool2d": pool,
     "avg_pool2d": pool,
     "adaptive_avg_pool2d": pool,
+    "upsample_nearest2d": resized,
+    "upsample_bilinear2d": resized,
+    "interleave": resized,
+    "activation": unary,
+    "leaky_relu": unary,
+    "softmax": unary,
+    "layer_norm": unary,
     "quantize": conversion,
     "dequantize": conversion,
     "add": binary,

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from pykernels.cuda import registry
 
 # Sums of floats, in another order; what bf16 keeps of them.
-SUMS = {"linear", "conv2d", "conv_bn_act", "avg_pool2d", "adaptive_avg_pool2d", "int8_linear"}
+SUMS = {"linear", "conv2d", "conv_bn_act", "avg_pool2d", "adaptive_avg_pool2d", "int8_linear", "softmax", "layer_norm"}
 CPU_ONLY = {"run_plan"}
 
 
