@@ -17,6 +17,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from rich.console import Console
+
 from pykernels.bench import Result, Run, cases, chart, families, report
 from pykernels.bench.harness import run_cases
 
@@ -161,7 +163,7 @@ def draw(found: dict[str, list[Run]], folder: pathlib.Path, name: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
-    """Measure, write, print where; returns the page's path."""
+    """Measure, write, print the comparison; returns the page's path."""
     asked = arguments(argv)
     found = measure(asked)
     (run,) = found["networks"]
@@ -173,9 +175,8 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     path = folder / f"{name}.md"
     command = shlex.join(["python", "-m", "benchmarks.report", *(sys.argv[1:] if argv is None else argv)])
     path.write_text(page(found, name, command))
-    for title, precision, ours, rival in report.pairs(run.results):
-        mine, who, theirs, ratio, *limit = beside(ours, rival)
-        print(f"{title:21} {precision}  ours {mine:>8}  {who:13} {theirs:>8}  {ratio:>7}  limit {limit[0]}")
+    if report.pairs(run.results):
+        Console().print(report.summary(run))
     print(f"written: {path}")
     return path
 

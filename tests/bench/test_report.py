@@ -78,7 +78,6 @@ def test_no_line_of_a_report_is_longer_than_80_columns_and_no_name_is_cut_or_wra
         assert sum(line.startswith(f"{case} ") and " eager " in line for line in lines) == 3, case  # its precisions
 
 
-
 def test_the_summary_holds_ours_against_the_fastest_rival_of_the_same_precision():
     ((title, precision, ours, rival),) = report.pairs(a_run().results)
     assert (title, precision, ours.rival, rival.rival) == ("net layer 0", "int8", "pykernels", "ONNX Runtime")
