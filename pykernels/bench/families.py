@@ -345,7 +345,7 @@ def network_case(name: str, batch: int = 1, size: int = 224, group: str = "netwo
         ModuleNotFoundError: what the network is made from is not installed.
         ValueError: there is no such network.
     """
-    model = _NETWORKS[name]() if name in _NETWORKS else zoo.network(name)
+    model = _NETWORKS[name]() if name in _NETWORKS else zoo.network(name, size=size)
 
     def example() -> torch.Tensor:
         if name == "bert_base":

@@ -86,8 +86,8 @@ def build(name: str, **options: Any) -> nn.Module:
     return model
 
 
-def network(name: str, seed: int = 0, **options: Any) -> nn.Module:
-    """torchvision's classifier `name` in evaluation mode, fp32 [N, 3, 224, 224] -> [N, 1000], the same for the same
+def network(name: str, seed: int = 0, size: int = 224, **options: Any) -> nn.Module:
+    """torchvision's classifier `name` in evaluation mode, fp32 [N, 3, size, size] -> [N, 1000], the same for the same
     seed.
 
     Raises:
@@ -95,7 +95,7 @@ def network(name: str, seed: int = 0, **options: Any) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return settle(build(name, **options), torch.randn(2, 3, 224, 224))
+        return settle(build(name, **options), torch.randn(2, 3, size, size))
 
 
 def efficientnet_lite0() -> nn.Module:
@@ -215,11 +215,11 @@ def bert_base(seed: int = 0) -> nn.Module:
         return _Bert(importlib.import_module("transformers")).eval()
 
 
-def unet(seed: int = 0, size: int = 224) -> nn.Module:
+def unet(seed: int = 0) -> nn.Module:
     """`UNet` with random weights, its batch norms settled, in evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return settle(UNet(), torch.randn(2, 3, size, size))
+        return settle(UNet(), torch.randn(2, 3, 224, 224))
 
 
 def count(model: nn.Module, x: torch.Tensor) -> tuple[float, float, float]:
