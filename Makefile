@@ -9,6 +9,7 @@ PREFIX ?= .
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TESTS ?= tests
 REPORT ?=
+APART = $(VENV)-executorch/.made $(VENV)-litert/.made
 MARKS ?= not slow and not emulated
 WORKERS ?= $(JOBS)
 SANITIZED_TESTS ?= tests/ops
@@ -74,10 +75,10 @@ sanitize: $(VENV)/.test  ## the ops' tests with AddressSanitizer and UndefinedBe
 	  LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1) $(addprefix $(CURDIR)/,$(SANITIZED_TESTS))
 
-bench: build $(VENV)/.bench $(VENV)-executorch/.made  ## the benchmarks beside every rival that installs
+bench: build $(VENV)/.bench $(APART)  ## the benchmarks beside every rival that installs
 	$(RUN) -m pykernels bench
 
-bench-report: build $(VENV)/.bench $(VENV)-executorch/.made  ## docs/benchmarks/<machine>.md with charts; hours; REPORT=... adds arguments
+bench-report: build $(VENV)/.bench $(APART)  ## docs/benchmarks/<machine>.md with charts; hours; REPORT=... adds arguments
 	$(RUN) -m benchmarks.report $(REPORT)
 
 # On a machine with a GPU; GPU_PYTHON names an interpreter with a CUDA build of torch that can import pykernels: one with
@@ -136,13 +137,13 @@ $(VENV)/.bench: $(VENV)/.test
 	$(PIP) $$($(RUN) .ci/requirements.py bench)
 	@touch $@
 
-# ExecuTorch has an interpreter of its own (pykernels/bench/rivals/remote.py); torch comes first, as above.
-$(VENV)-executorch/.made: constraints.txt pyproject.toml
+# These rivals have interpreters of their own (pykernels/bench/rivals/remote.py); torch comes first, as above.
+$(VENV)-%/.made: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch numpy
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  $$($(PYTHON) .ci/requirements.py executorch)
+	  $$($(PYTHON) .ci/requirements.py $*)
 	@touch $@
 
 $(VENV)/.built-as: always | $(VENV)/.torch
@@ -164,7 +165,7 @@ dev:
 	cmake --install $(BUILD) --prefix $(PREFIX) > /dev/null
 
 clean:  ## forget every environment, build and output
-	rm -rf $(VENV) $(VENV)-executorch build build-emulate build-sanitize out dist *.egg-info pykernels/*.so tests/emulator/*.so
+	rm -rf $(VENV) $(APART:/.made=) build build-emulate build-sanitize out dist *.egg-info pykernels/*.so tests/emulator/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .DEFAULT_GOAL := help

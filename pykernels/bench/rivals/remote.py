@@ -127,13 +127,13 @@ def interpreter(engine: str, module: str) -> str:
         return str(beside)
     if importlib.util.find_spec(module) is not None:
         return sys.executable
-    raise Absent(f"{module} is not installed: make .venv-{engine}, or name an interpreter in {variable}")
+    raise Absent(f"{module} is not installed: make .venv-{engine}/.made, or name an interpreter in {variable}")
 
 
 def versions() -> dict[str, str]:
     """Of the engines whose interpreter is there."""
     found = {}
-    for rival in (ExecuTorch,):
+    for rival in (ExecuTorch, LiteRT):
         try:
             python = interpreter(rival.engine, rival.module)
         except Absent:
@@ -164,3 +164,11 @@ class ExecuTorch(Remote):
     name = "ExecuTorch"
     engine = "executorch"
     module = "executorch"
+
+
+class LiteRT(Remote):
+    """LiteRT (TensorFlow Lite), converted by litert-torch; int8 by ai-edge-quantizer's static recipe."""
+
+    name = "LiteRT"
+    engine = "litert"
+    module = "litert_torch"

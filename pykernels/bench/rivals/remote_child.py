@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -49,7 +50,41 @@ def executorch(program: Any, inputs: tuple[Any, ...], batches: Sequence[Any], pr
     return run
 
 
-ENGINES: dict[str, Callable[..., Run]] = {"executorch": executorch}
+def litert(program: Any, inputs: tuple[Any, ...], batches: Sequence[Any], precision: str, threads: int) -> Run:
+    """LiteRT with its XNNPACK delegate, which is in force by default; int8 takes and gives bytes."""
+    converter = importlib.import_module("litert_torch")
+    runtime = importlib.import_module("ai_edge_litert.interpreter")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.tflite")
+        converter.convert(program.module(), inputs).export(path)
+        content = pathlib.Path(path).read_bytes()
+        if precision == "int8":
+            quantizer = importlib.import_module("ai_edge_quantizer.quantizer")
+            recipe = importlib.import_module("ai_edge_quantizer.recipe")
+            signatures = runtime.Interpreter(model_path=path).get_signature_list()
+            ((signature, names),) = signatures.items()
+            making = quantizer.Quantizer(path, recipe.static_wi8_ai8())
+            seen = making.calibrate({signature: [{names["inputs"][0]: batch.numpy()} for batch in batches]})
+            content = bytes(making.quantize(seen).quantized_model)
+    ready = runtime.Interpreter(model_content=content, num_threads=threads)
+    ready.allocate_tensors()
+    (source,), (target,) = ready.get_input_details(), ready.get_output_details()
+    x = inputs[0]
+    if source["dtype"].__name__ == "int8":
+        scale, zero = source["quantization"]
+        x = (x / scale + zero).round().clamp(-128, 127)
+    ready.set_tensor(source["index"], x.numpy().astype(source["dtype"]))
+
+    def run() -> Any:
+        ready.invoke()
+        y = torch.from_numpy(ready.get_tensor(target["index"]))
+        scale, zero = target["quantization"]
+        return (y.float() - zero) * scale if y.dtype == torch.int8 else y
+
+    return run
+
+
+ENGINES: dict[str, Callable[..., Run]] = {"executorch": executorch, "litert": litert}
 
 
 def prepare(request: dict[str, Any]) -> Run:
