@@ -95,7 +95,11 @@ def network(name: str, seed: int = 0, size: int = 224, **options: Any) -> nn.Mod
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return settle(build(name, **options), torch.randn(2, 3, size, size))
+        model = build(name, **options)
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and not module.weight.any():  # ViT's head: every answer would be right
+                module.reset_parameters()
+        return settle(model, torch.randn(2, 3, size, size))
 
 
 def efficientnet_lite0() -> nn.Module:
@@ -212,6 +216,8 @@ def bert_base(seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         if importlib.util.find_spec("transformers") is None:
             return Encoder().eval()
+        with contextlib.suppress(ModuleNotFoundError):
+            torchvision_models()  # transformers imports torchvision where it is there, whose ops must be declared first
         return _Bert(importlib.import_module("transformers")).eval()
 
 
