@@ -62,8 +62,7 @@ def measure(asked: argparse.Namespace) -> dict[str, list[Run]]:
 
     listed = [(s["name"], s["batch"]) for s in families.load_shapes()["networks"]["layers"]]
     if asked.networks:
-        known = dict.fromkeys(asked.networks)
-        listed = [pair for pair in listed if pair[0] in known] or [(name, 1) for name in known]
+        listed = [pair for name in asked.networks for pair in [p for p in listed if p[0] == name] or [(name, 1)]]
 
     def networks(pairs: Sequence[tuple[str, int]]) -> list[tuple[str, str, families.Make]]:
         return [("network", f"{n} b{b}", lambda n=n, b=b: families.network_case(n, b, asked.size)) for n, b in pairs]
