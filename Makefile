@@ -8,6 +8,8 @@ BUILD ?= build
 PREFIX ?= .
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TESTS ?= tests
+REPORT ?=
+APART = $(VENV)-executorch/.made $(VENV)-litert/.made
 MARKS ?= not slow and not emulated
 WORKERS ?= $(JOBS)
 SANITIZED_TESTS ?= tests/ops
@@ -73,8 +75,11 @@ sanitize: $(VENV)/.test  ## the ops' tests with AddressSanitizer and UndefinedBe
 	  LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1) $(addprefix $(CURDIR)/,$(SANITIZED_TESTS))
 
-bench: build $(VENV)/.bench  ## the benchmarks beside every rival that installs
+bench: build $(VENV)/.bench $(APART)  ## the benchmarks beside every rival that installs
 	$(RUN) -m pykernels bench
+
+bench-report: build $(VENV)/.bench $(APART)  ## docs/benchmarks/<machine>.md with charts; hours; REPORT=... adds arguments
+	$(RUN) -m benchmarks.report $(REPORT)
 
 # On a machine with a GPU; GPU_PYTHON names an interpreter with a CUDA build of torch that can import pykernels: one with
 # a wheel installed, or any with PYTHONPATH=. in a checkout that was built or got its libraries from another machine.
@@ -132,6 +137,15 @@ $(VENV)/.bench: $(VENV)/.test
 	$(PIP) $$($(RUN) .ci/requirements.py bench)
 	@touch $@
 
+# These rivals have interpreters of their own (pykernels/bench/rivals/remote.py); torch comes first, as above.
+$(VENV)-%/.made: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch numpy
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  $$($(PYTHON) .ci/requirements.py $*)
+	@touch $@
+
 $(VENV)/.built-as: always | $(VENV)/.torch
 	@echo $(CUDA) $(EMULATOR) | cmp -s - $@ || echo $(CUDA) $(EMULATOR) > $@
 
@@ -151,9 +165,9 @@ dev:
 	cmake --install $(BUILD) --prefix $(PREFIX) > /dev/null
 
 clean:  ## forget every environment, build and output
-	rm -rf $(VENV) build build-emulate build-sanitize out dist *.egg-info pykernels/*.so tests/emulator/*.so
+	rm -rf $(VENV) $(APART:/.made=) build build-emulate build-sanitize out dist *.egg-info pykernels/*.so tests/emulator/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .DEFAULT_GOAL := help
-.PHONY: always help demo train test test-all test-slow test-emulated emulate sanitize bench gpu-check gpu-bench gpu-tune lint format build dev clean
+.PHONY: always help demo train test test-all test-slow test-emulated emulate sanitize bench bench-report gpu-check gpu-bench gpu-tune lint format build dev clean
 .DELETE_ON_ERROR:

@@ -15,14 +15,16 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from pykernels.bench import Case, cases, peaks
 from pykernels.bench.rivals import Absent, Rival, everybody
+from pykernels.bench.rivals.remote import Remote
 
 
 def parameters(family: str) -> list[object]:
-    """Every case of the family with every rival that may take it; ids read "case-rival precision"."""
+    """Every case of the family with every rival that may take it in this process; ids read "case-rival precision"."""
     found: list[object] = []
     for label, make in cases(family):
         making = functools.lru_cache(maxsize=1)(make)
-        found += [pytest.param(making, r, id=f"{label}-{r.label}") for r in everybody() if family in r.families]
+        here = [r for r in everybody() if family in r.families and not isinstance(r, Remote)]
+        found += [pytest.param(making, r, id=f"{label}-{r.label}") for r in here]
     return found
 
 

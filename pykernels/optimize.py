@@ -246,7 +246,7 @@ def _builder(modules: dict[str, Any]) -> Callable[[], None]:
         if isinstance(modules["program"], Unbuilt):
             modules["program"] = modules["program"].build()
 
-    marked: Callable[[], None] = torch.compiler.assume_constant_result(build)  # type: ignore[no-untyped-call]
+    marked: Callable[[], None] = torch.compiler.assume_constant_result(build)
     return marked
 
 

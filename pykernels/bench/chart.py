@@ -14,6 +14,8 @@ from pykernels.network.plan.planned import PlanReport
 
 COLORS = {"fp32": "#4c72b0", "bf16": "#dd8452", "int8": "#55a868"}
 PALE = "#c9d5e8"
+Series = dict[str, dict[tuple[str, str], list[tuple[int, float]]]]
+"""Of each network its lines, named (who, precision): points of (batch or threads, images a second)."""
 DETAILED = 8
 """With at most so many cases every entry has its bar; with more, ours and the fastest rival of each precision."""
 
@@ -74,6 +76,74 @@ def draw_plan(report: PlanReport, limits: Sequence[float], title: str, path: pat
     kernels, call = 1e3 * report.seconds, 1e3 * (report.call_seconds or 0.0)
     figure.suptitle(f"{title}\nkernels {kernels:.3f} ms, whole call {call:.3f} ms", fontsize=10)
     figure.savefig(path, dpi=120)
+    return path
+
+
+def draw_ratios(run: Run, path: pathlib.Path) -> pathlib.Path:
+    """Draw how many times faster ours is than the fastest rival, a bar for each case and precision.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: nothing of ours was timed beside a rival.
+    """
+    found = pairs(run.results)
+    if not found:
+        raise ValueError("run: nothing of ours was timed beside a rival")
+    figure = _figure(9, 0.22 * len(found) + 1.2)
+    axes = figure.subplots()
+    for place, (_, precision, ours, rival) in enumerate(found):
+        ratio = rival.taken / ours.taken
+        axes.barh(place, ratio, color=COLORS[precision], height=0.8)
+        axes.text(ratio, place, f" {ratio:.2f}x {rival.rival}", va="center", fontsize=7)
+    axes.axvline(1.0, color="grey", linewidth=1)
+    axes.set_yticks(range(len(found)), [f"{title} {precision}" for title, precision, *_ in found], fontsize=7)
+    axes.set_ylim(len(found), -1)
+    axes.set_xlim(0.0, 1.25 * max(rival.taken / ours.taken for *_, ours, rival in found))
+    axes.set_xlabel("fastest rival ÷ ours (above 1: ours is faster)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    return path
+
+
+def draw_roofline(run: Run, path: pathlib.Path) -> pathlib.Path:
+    """Draw where every timed entry stands under the machine's roofline.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: nothing was timed, or the peaks were not measured.
+    """
+    timed = [r for r in run.results if r.median_ms is not None and r.work > 0]
+    if not timed or run.peaks is None:
+        raise ValueError("run: nothing that has operations was timed")
+    figure = _figure(8, 6)
+    _draw_roofline(figure.subplots(), timed, run.peaks)
+    figure.savefig(path)
+    return path
+
+
+def draw_scaling(series: Series, of: str, path: pathlib.Path) -> pathlib.Path:
+    """Draw images a second against batch or threads (`of` names the axis): for each network ours and the fastest rival.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    figure = _figure(5.5 * len(series), 4)
+    for axes, (network, lines) in zip(figure.subplots(1, len(series), squeeze=False)[0], series.items(), strict=True):
+        for (who, precision), points in lines.items():
+            ours = who == "ours"
+            xs, ys = zip(*points, strict=True)
+            axes.plot(
+                xs, ys, color=COLORS[precision], linestyle="-" if ours else "--", marker="o" if ours else "x",
+                label=f"{who} {precision}",
+            )  # fmt: skip
+            axes.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
+        axes.set_title(network, fontsize=10)
+        axes.set_xlabel(of)
+        axes.set_ylabel("images a second")
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
     return path
 
 

@@ -17,6 +17,7 @@ from pykernels.bench.case import Case, QuantizedLayer, pairs_saturate, qdq_ops
 from pykernels.ops.names import ACTIVATIONS
 
 SHAPES = pathlib.Path(__file__).parent / "shapes"
+TOKENS = 128
 SIZES = {"fp32": 4, "bf16": 2, "int8": 1}
 Make = Callable[[], Case]
 _REQUIRED = {
@@ -334,22 +335,41 @@ def _sparse(group: str, s: dict[str, Any], data: dict[str, Any]) -> Iterator[tup
 
 
 def _network(group: str, s: dict[str, Any], data: dict[str, Any]) -> Iterator[tuple[str, Make]]:
-    name, batch = s["name"], s["batch"]
+    yield f"{s['name']} b{s['batch']}", lambda: network_case(s["name"], s["batch"], group=group)
 
-    def make() -> Case:
-        model = zoo.efficientnet_lite0() if name == "efficientnet_lite0" else zoo.network(name)
-        with _seeded():
-            x = torch.randn(batch, 3, 224, 224)
-            calibration = tuple(torch.randn(batch, 3, 224, 224) for _ in range(max(1, 16 // batch)))
-        work, values, weights = zoo.count(model, x)
-        traffic = {p: float((values + weights) * z) for p, z in SIZES.items()}
+
+def network_case(name: str, batch: int = 1, size: int = 224, group: str = "networks") -> Case:
+    """A whole network on `batch` images of size x size, or of texts of `TOKENS` tokens.
+
+    Raises:
+        ModuleNotFoundError: what the network is made from is not installed.
+        ValueError: there is no such network.
+    """
+    model = _NETWORKS[name]() if name in _NETWORKS else zoo.network(name, size=size)
+
+    def example() -> torch.Tensor:
+        if name == "bert_base":
+            return torch.randint(0, 30522, (batch, TOKENS))
+        return torch.randn(batch, 3, size, size)
+
+    with _seeded():
+        x = example()
+        calibration = tuple(example() for _ in range(max(1, 16 // batch)))
+    work, values, weights = zoo.count(model, x)
+    traffic = {p: float((values + weights) * z) for p, z in SIZES.items()}
+    if x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-        # int8: these weights are random, so the error says that the answer is the network's, not how accurate int8 is.
-        tolerance = {"fp32": 1e-4, "bf16": 0.1, "int8": 0.5}
-        title = f"{name} b{batch}"
-        return Case("network", group, title, work, traffic, model, (x,), None, calibration, {}, tolerance)
+    # int8: these weights are random, so the error says that the answer is the network's, not how accurate int8 is.
+    tolerance = {"fp32": 1e-4, "bf16": 0.1, "int8": 0.5}
+    return Case("network", group, f"{name} b{batch}", work, traffic, model, (x,), None, calibration, {}, tolerance)
 
-    yield f"{name} b{batch}", make
+
+_NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "efficientnet_lite0": zoo.efficientnet_lite0,
+    "bert_base": zoo.bert_base,
+    "unet": zoo.unet,
+}
+"""Those that are not torchvision's."""
 
 
 def _largest_weight() -> int:

@@ -19,9 +19,21 @@ from pykernels.bench import families as shapes
 from pykernels.bench import machine as machines
 from pykernels.bench import peaks, rivals, timing
 from pykernels.bench.case import PRECISIONS, Case
+from pykernels.bench.rivals import remote
 from pykernels.ops.errors import reason
 
-VERSIONED = ("pykernels", "torch", "torchao", "torchvision", "onnxruntime", "onnx", "openvino", "nncf", "numpy")
+VERSIONED = (
+    "pykernels",
+    "torch",
+    "torchao",
+    "torchvision",
+    "onnxruntime",
+    "onnx",
+    "openvino",
+    "nncf",
+    "transformers",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,7 @@ def measure_case(
     ceilings: peaks.Peaks | None = None,
     rounds: int = 15,
     seconds: float = 10.0,
-    pause: float = 5e-3,
+    pause: float = timing.PAUSE_SECONDS,
     tell: Callable[[str], None] = lambda message: None,
 ) -> list[Result]:
     """Measure every entrant that takes this case's family and precision, interleaved; one result each, in their
@@ -149,14 +161,33 @@ def run(
     for precision in precisions:
         if precision not in PRECISIONS:
             raise ValueError(f"precisions: must be of {', '.join(PRECISIONS)}, not {precision!r}")
-    wanted = [(label, make) for family in families for label, make in shapes.cases(family, groups)]
+    wanted = [(family, label, make) for family in families for label, make in shapes.cases(family, groups)]
     if not wanted:
         known = sorted(shapes.load_shapes())
         raise ValueError(
             f"groups: no case of {', '.join(families)} in {', '.join(groups)}; shape files: {', '.join(known)}"
         )
+    return run_cases(wanted, precisions, names, rounds, seconds, threads, tell, done)
+
+
+def run_cases(
+    wanted: Sequence[tuple[str, str, shapes.Make]],
+    precisions: Sequence[str] = PRECISIONS,
+    names: Sequence[str] = (),
+    rounds: int = 15,
+    seconds: float = 10.0,
+    threads: int | None = None,
+    tell: Callable[[str], None] = lambda message: None,
+    done: Callable[[list[Result]], None] = lambda results: None,
+) -> Run:
+    """`run` of cases that are given as (family, label, function that makes the case).
+
+    Raises:
+        ValueError: nothing is measured in these precisions, or threads below 1.
+    """
     if threads is not None and threads < 1:
         raise ValueError(f"threads: must be at least 1, not {threads}")
+    families = list(dict.fromkeys(family for family, _, _ in wanted))
     lowered = [name.lower() for name in names]
     entrants = [
         r
@@ -172,12 +203,11 @@ def run(
             facts = machines.machine()
             ceilings = peaks.measure() if facts.cpu_error is None else None
             results: list[Result] = []
-            for label, make in wanted:
+            for family, label, make in wanted:
                 tell(f"making {label}")
                 try:
                     case = make()
                 except ModuleNotFoundError as error:
-                    family = next(f for f in families if any(label == known for known, _ in shapes.cases(f, groups)))
                     fresh = [Result(family, label, "", "all", "", False, 0.0, 0.0, reason=str(error))]
                 else:
                     fresh = measure_case(case, entrants, ceilings, rounds, seconds, tell=tell)
@@ -193,7 +223,7 @@ def run(
             "rounds": rounds,
             "seconds": seconds,
             "threads": torch.get_num_threads(),
-            "families": list(families),
+            "families": families,
         }
         return Run(
             tuple(results),
@@ -213,7 +243,7 @@ def versions() -> dict[str, str]:
     for name in VERSIONED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    return found
+    return found | remote.versions()
 
 
 def _with_times(result: Result, taken: timing.Timing, ceilings: peaks.Peaks | None) -> Result:

@@ -22,27 +22,27 @@ LIMITS = {"compute": "ops", "memory": "bytes"}
 
 
 def case_table(results: Sequence[Result]) -> Group:
-    """The results of one case, the fastest first; below it who is not there, and why."""
+    """The results of one case, the fastest first; below it who is not there, and why. It fits 80 columns."""
     timed = sorted((r for r in results if r.median_ms is not None), key=lambda r: r.median_ms or 0.0)
     title = f"{results[0].group} {results[0].case}".strip()
     if results[0].family == "network":
         title = results[0].case or title
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
-    table.add_column("", min_width=22)
-    for name in ("median ms", "best ms", "GOP/s", "GB/s", "of limit", "error", "ours"):
+    table = _table(title)
+    table.add_column("", min_width=18)
+    rate = "GOP/s" if any(r.gops for r in timed) else "GB/s"
+    for name in ("median ms", "best ms", rate, "of limit", "error", "ours"):
         table.add_column(name, justify="right")
     for r in timed:
         assert r.median_ms is not None and r.best_ms is not None
         against = min(
             (o.median_ms for o in timed if o.ours and o.precision == r.precision and o.median_ms), default=None
         )
-        ratio = "" if r.ours or against is None else f"{r.median_ms / against:.2f}x"
+        ratio = "" if r.ours or against is None else times(r.median_ms / against)
         table.add_row(
             Text(r.label, style="bold green" if r.ours else ""),
-            f"{r.median_ms:.3f}",
-            f"{r.best_ms:.3f}" + (" ~" if (r.spread or 0) > 0.2 else ""),
-            f"{r.gops:.0f}" if r.gops else "",
-            "" if r.gops else f"{r.traffic / r.median_ms / 1e6:.1f}",
+            milliseconds(r.median_ms),
+            milliseconds(r.best_ms) + (" ~" if (r.spread or 0) > 0.2 else "  "),
+            f"{r.gops:.0f}" if r.gops else f"{r.traffic / r.median_ms / 1e6:.1f}",
             "" if r.share is None else f"{100 * r.share:.0f} % {LIMITS[str(r.limit)]}",
             "" if r.error is None else f"{r.error:.2g}",
             Text(ratio, style="green" if ratio and r.median_ms > (against or 0) else "red"),
@@ -52,24 +52,46 @@ def case_table(results: Sequence[Result]) -> Group:
 
 
 def summary(run: Run) -> Table:
-    """For each case and precision: ours, the fastest rival, and how many times faster ours is."""
-    table = Table(title="ours beside the fastest rival", title_justify="left", title_style="bold", header_style="bold")
-    for name, where in (("case", "left"), ("precision", "left"), ("ours ms", "right"), ("rival ms", "right")):
-        table.add_column(name, justify="left" if where == "left" else "right")
+    """For each case and precision: ours, the fastest rival, how many times faster ours is, and the least time that the
+    machine's measured peaks allow. It fits 80 columns."""
+    table = _table("ours beside the fastest rival, ms")
+    table.add_column("case", overflow="fold")
+    table.add_column("")
+    for name in ("ours", "rival"):
+        table.add_column(name, justify="right")
     table.add_column("fastest rival")
-    table.add_column("ours is", justify="right")
-    for title, precision, ours, rival in pairs(run.results):
+    for name in ("ours is", "limit"):
+        table.add_column(name, justify="right")
+    group = None
+    for _, precision, ours, rival in pairs(run.results):
+        heading = None if ours.family in ("network", "gemm") else ours.group
+        if heading != group and heading is not None:
+            table.add_row(f"[bold]{heading}[/]")
+        group = heading
         ratio = rival.taken / ours.taken
-        style = "green" if ratio >= 1 else "red"
         table.add_row(
-            title,
+            Text(ours.case),
             precision,
-            f"{ours.taken:.3f}",
-            f"{rival.taken:.3f}",
+            milliseconds(ours.taken),
+            milliseconds(rival.taken),
             rival.rival,
-            f"[{style}]{ratio:.2f}x[/]",
+            Text(times(ratio), style="green" if ratio >= 1 else "red"),
+            "" if ours.share is None else milliseconds(ours.share * ours.taken),
         )
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+
+
+def milliseconds(value: float) -> str:
+    """Four digits, or three decimals: columns are narrow."""
+    return f"{value:.{max(0, 4 - len(str(int(value))))}f}"
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio < 100 else f"{ratio:.0f}x"
 
 
 def pairs(results: Sequence[Result]) -> list[tuple[str, str, Result, Result]]:
@@ -115,7 +137,11 @@ def print_run(run: Run, console: Console) -> None:
 
 def save(run: Run, path: pathlib.Path) -> None:
     """Write `run` as JSON."""
-    data = {"format": FORMAT, **dataclasses.asdict(run)}
+    write({"format": FORMAT, **dataclasses.asdict(run)}, path)
+
+
+def write(data: dict[str, Any], path: pathlib.Path) -> None:
+    """JSON as every file of ours has it; times that are no numbers are refused."""
     path.write_text(json.dumps(data, indent=1, allow_nan=False, default=str) + "\n")
 
 

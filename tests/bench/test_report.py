@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
@@ -10,8 +11,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from pykernels.bench import chart, report
-from pykernels.bench.harness import Result, Run
+from pykernels.bench.harness import VERSIONED, Result, Run
 from pykernels.bench.peaks import Level, Peaks
+from pykernels.bench.rivals import everybody
 
 
 def result(
@@ -49,6 +51,31 @@ def test_a_case_lists_the_fastest_first_and_the_absent_with_their_reason():
     assert shown.index("pykernels int8") < shown.index("ONNX Runtime int8") < shown.index("eager fp32")
     assert "2.00x" in shown
     assert "OpenVINO int8: openvino does not import" in shown
+
+
+def test_no_line_of_a_report_is_longer_than_80_columns_and_no_name_is_cut_or_wrapped():
+    """With the longest names there are and large figures, as they are printed where the width is 80."""
+    labels = [(r.name, r.precision, r.ours) for r in everybody()]
+    shapes = ("112x112x512 3x3/2 dw -> 512", "mobilenet_v3_large b16")
+    results = [
+        dataclasses.replace(
+            result(case, name, precision, 1234.5678 * (1 + i), ours), family="network" if "net" in case else "conv",
+            gops=12345.6, spread=0.5, error=1.234e-05, share=1.0, limit="memory", group="mobilenet_v2",
+        )
+        for case in shapes for i, (name, precision, ours) in enumerate(labels)
+    ]  # fmt: skip
+    run = dataclasses.replace(a_run(), results=tuple(results), versions={k: "2.13.0+cpu" for k in VERSIONED})
+    console = Console(width=80, record=True, file=io.StringIO())
+    for case in shapes:
+        console.print(report.case_table([r for r in results if r.case == case]))
+    report.print_run(run, console)
+    lines = console.export_text().splitlines()
+    assert max(len(line) for line in lines) <= 80
+    assert not any("…" in line for line in lines)
+    for name, precision, _ in labels:
+        assert sum(line.startswith(f"{name} {precision} ") for line in lines) == len(shapes), name
+    for case in shapes:
+        assert sum(line.startswith(f"{case} ") and " eager " in line for line in lines) == 3, case  # its precisions
 
 
 def test_the_summary_holds_ours_against_the_fastest_rival_of_the_same_precision():

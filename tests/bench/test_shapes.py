@@ -19,6 +19,10 @@ def test_every_family_has_shapes():
 def test_the_shapes_that_the_project_promises_are_there():
     shapes = load_shapes()
     assert {"resnet18", "resnet50", "vgg16", "mobilenet_v2", "bert_base", "llm_4096"} <= shapes.keys()
+    assert {s["name"] for s in shapes["networks"]["layers"]} >= {
+        "resnet50", "resnet18", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "densenet121",
+        "regnet_y_800mf", "shufflenet_v2_x1_0", "vit_b_16", "bert_base", "unet",
+    }  # fmt: skip
     gemms = {(s["m"], s["k"], s["n"]) for s in shapes["gemm"]["layers"]}
     assert gemms == {(512, 1024, 4096), (1024, 4096, 4096), (1, 4096, 4096), (16, 4096, 4096)}
     assert shapes["bert_base"]["rows"] == shapes["llm_4096"]["rows"] == [1, 16, 128, 512]
@@ -98,12 +102,30 @@ def test_the_operations_of_a_network_are_counted():
     assert weights == sum(p.numel() for p in model.parameters())
 
 
+def test_the_products_of_attention_are_counted_and_rows_looked_up_are_no_weights():
+    model = zoo.Encoder(layers=1, width=8, heads=2, inner=16, words=50, positions=20).eval()
+    work, _, weights = zoo.count(model, torch.zeros(1, 5, dtype=torch.int64))
+    assert work == 2 * 5 * (4 * 8 * 8 + 2 * 8 * 16) + 2 * 2 * 5 * 5 * 8
+    assert weights == sum(p.numel() for p in model.parameters()) - 70 * 8
+
+
+def test_the_u_net_answers_for_each_pixel():
+    with torch.inference_mode():
+        assert zoo.UNet(width=2)(torch.zeros(1, 3, 32, 48)).shape == (1, 2, 32, 48)
+
+
 def test_settled_batch_norms_pass_on_a_steady_scale():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
     x = torch.randn(4, 3, 16, 16) * 50
     y = zoo.settle(model, x)(x)
     assert not model.training
     assert float(y.detach().std()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_head_that_begins_with_zeros_answers_with_numbers():
+    vit = zoo.network("vit_b_16", size=32, image_size=32)
+    with torch.inference_mode():
+        assert vit(torch.randn(1, 3, 32, 32)).any()
 
 
 def test_an_unknown_network_is_refused_by_name():

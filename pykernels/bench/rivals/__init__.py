@@ -7,6 +7,7 @@ from pykernels.bench.rivals.codec_rivals import Copy, TopK, TorchHook
 from pykernels.bench.rivals.onnxruntime_rival import OnnxRuntime
 from pykernels.bench.rivals.openvino_rival import OpenVino
 from pykernels.bench.rivals.ours import Ours, OursSums
+from pykernels.bench.rivals.remote import ExecuTorch, LiteRT
 from pykernels.bench.rivals.torch_rivals import Compiled, DynamicLinear, Eager, InductorInt8, IntMM, TorchaoLinear
 
 __all__ = ["Absent", "Rival", "Run", "everybody"]
@@ -31,6 +32,10 @@ def everybody() -> list[Rival]:
         OpenVino("fp32"),
         OpenVino("bf16"),
         OpenVino("int8"),
+        ExecuTorch("fp32"),
+        ExecuTorch("int8"),
+        LiteRT("fp32"),
+        LiteRT("int8"),
         IntMM(),
         DynamicLinear(),
         TorchaoLinear(),

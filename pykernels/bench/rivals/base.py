@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
 from pykernels.bench.case import Case
 
@@ -62,3 +63,16 @@ def require(module: str, install: str | None = None) -> ModuleType:
 def cast(inputs: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Floating-point inputs in `dtype`, memory format kept; others as they are."""
     return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+
+
+def calibration_parts(case: Case) -> list[torch.Tensor]:
+    """The case's calibration in batches of the size that its inputs have."""
+    size = case.inputs[0].shape[0]
+    return [part.contiguous() for batch in case.calibration for part in batch.split(size) if part.shape[0] == size]
+
+
+def require_floats(case: Case) -> nn.Module:
+    """The case's float module, or `Absent`. (Integers that a network looks up, token ids, are no bytes of a layer.)"""
+    if case.model is None or any(x.dtype == torch.uint8 for x in case.inputs):
+        raise Absent("the case has no float form")
+    return case.model

@@ -54,7 +54,7 @@ class TorchHook(Rival):
     def __init__(self, per_channel: bool) -> None:
         super().__init__("fp32")
         self.per_channel = per_channel
-        self.name = f"torch {'per-channel' if per_channel else 'per-tensor'} hook"
+        self.name = f"{'per-channel' if per_channel else 'per-tensor'} hook"
 
     def prepare(self, case: Case) -> Run:
         kind, codec = case.parameters["kind"], case.parameters["codec"]

@@ -9,11 +9,10 @@ import pathlib
 import tempfile
 from typing import Any
 
-import numpy as np
 import torch
 
 from pykernels.bench.case import Case, pairs_saturate
-from pykernels.bench.rivals.base import Absent, Rival, Run, require
+from pykernels.bench.rivals.base import Rival, Run, calibration_parts, require, require_floats
 from pykernels.bench.rivals.onnx_layers import exported, qdq_layer
 
 
@@ -60,9 +59,7 @@ class OnnxRuntime(Rival):
         require("onnxruntime")
         if self.precision == "int8" and case.quantized is not None and case.family != "linear":
             return runner(qdq_layer(case.quantized), (case.quantized.x,))
-        if case.model is None or any(not x.is_floating_point() for x in case.inputs):
-            raise Absent("the case has no float form")
-        model = exported(case.model, case.inputs)
+        model = exported(require_floats(case), case.inputs)
         if self.precision == "int8":
             model = _dynamic(model) if case.family == "linear" else _static(model, case)
         return runner(model, case.inputs)
@@ -85,9 +82,7 @@ def _static(model: bytes, case: Case) -> bytes:
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
         def __init__(self) -> None:
-            size = case.inputs[0].shape[0]
-            batches = [part for batch in case.calibration for part in batch.split(size) if part.shape[0] == size]
-            self.left = iter([{"x0": np.ascontiguousarray(part.numpy())} for part in batches])
+            self.left = iter([{"x0": part.numpy()} for part in calibration_parts(case)])
 
         def get_next(self) -> Any:
             return next(self.left, None)

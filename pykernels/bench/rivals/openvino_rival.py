@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pykernels.bench.case import Case
-from pykernels.bench.rivals.base import Absent, Rival, Run, require
+from pykernels.bench.rivals.base import Absent, Rival, Run, calibration_parts, require, require_floats
 from pykernels.bench.rivals.onnx_layers import exported, qdq_layer
 
 
@@ -32,11 +32,10 @@ class OpenVino(Rival):
         core = openvino.Core()
         if self.precision == "int8" and case.quantized is not None and case.family != "linear":
             return self._runner(core, core.read_model(io.BytesIO(qdq_layer(case.quantized))), (case.quantized.x,))
-        if case.model is None or any(not x.is_floating_point() for x in case.inputs):
-            raise Absent("the case has no float form")
+        floats = require_floats(case)
         if self.precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise Absent("OpenVINO computes in bf16 only on processors that have it")
-        model = core.read_model(io.BytesIO(exported(case.model, case.inputs)))
+        model = core.read_model(io.BytesIO(exported(floats, case.inputs)))
         if self.precision == "int8":
             model = _quantize(model, case)
         return self._runner(core, model, case.inputs)
@@ -67,8 +66,7 @@ def _quantize(model: Any, case: Case) -> Any:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    size = case.inputs[0].shape[0]
-    parts = [part for batch in case.calibration for part in batch.split(size) if part.shape[0] == size]
-    data = nncf.Dataset(parts, lambda part: part.contiguous().numpy())
+    parts = calibration_parts(case)
+    data = nncf.Dataset(parts, lambda part: part.numpy())
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return nncf.quantize(model, data, subset_size=len(parts))

@@ -11,7 +11,7 @@ import torch._inductor.config
 from torch import nn
 
 from pykernels.bench.case import Case, QDQLayer, pairs_saturate
-from pykernels.bench.rivals.base import Absent, Rival, Run, cast, require
+from pykernels.bench.rivals.base import Absent, Rival, Run, calibration_parts, cast, require, require_floats
 
 _DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _FLOAT = frozenset({"linear", "conv", "pool", "network"})
@@ -20,13 +20,9 @@ _BYTES = frozenset({"pool", "quantize"})
 
 def module_of(case: Case, precision: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """The case's module and inputs in `precision`, 4-D weights channels_last. Layers of bytes come as they are."""
-    if case.model is None:
-        raise Absent("the case has no float form")
-    if precision == "int8":
+    if precision == "int8" and case.model is not None:
         return case.model, case.inputs
-    if any(not x.is_floating_point() for x in case.inputs):
-        raise Absent("the case works on bytes")
-    model = copy.deepcopy(case.model).to(_DTYPE[precision]).eval()
+    model = copy.deepcopy(require_floats(case)).to(_DTYPE[precision]).eval()
     if any(x.dim() == 4 for x in case.inputs):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model, cast(case.inputs, _DTYPE[precision])
@@ -79,7 +75,7 @@ class InductorInt8(Rival):
     """PT2E with X86InductorQuantizer and inductor: oneDNN's int8 kernels. A layer is given in its Q/DQ form,
     bytes in."""
 
-    name = "PT2E inductor"
+    name = "PT2E"
     families = frozenset({"gemm", "conv", "network"})
 
     def __init__(self) -> None:
@@ -107,10 +103,8 @@ class InductorInt8(Rival):
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             prepared = pt2e.prepare_pt2e(exported, quantizer)
-            for batch in case.calibration:
-                for image in batch.split(case.inputs[0].shape[0]):
-                    if image.shape == case.inputs[0].shape:
-                        prepared(image)
+            for batch in calibration_parts(case):
+                prepared(batch)
             return pt2e.convert_pt2e(prepared)
 
 
@@ -145,7 +139,7 @@ class IntMM(Rival):
 class DynamicLinear(Rival):
     """`torch.ao.quantization.quantize_dynamic` of an nn.Linear: fp32 in and out, quantized inside, per tensor."""
 
-    name = "quantize_dynamic"
+    name = "torch dynamic"
     families = frozenset({"linear"})
 
     def __init__(self) -> None:
@@ -169,7 +163,7 @@ class DynamicLinear(Rival):
 class TorchaoLinear(Rival):
     """torchao's Int8DynamicActivationInt8WeightConfig (per token, as ours), compiled."""
 
-    name = "torchao dynamic"
+    name = "torchao"
     families = frozenset({"linear"})
 
     def __init__(self) -> None:

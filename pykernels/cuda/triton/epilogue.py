@@ -201,9 +201,10 @@ def finish_sums(
     """Store what the s32 sums `acc` [rows, columns] of int8 products come to, at out + `place`.
 
     f = fma(float(acc - x_zero_point * sum), x_scale * scale, bias), then `finish`, or all of it folded where it is
-    linear (`_scaled`); OUT "int32" is acc without its zero point. `row` and `column` index per-row and per-channel parameters, `there` and `known` say which of them there
-    are. With `row_scale` and `row_zero_point` each row has its own; these zero points are uint8's, 128 too large for
-    the int8 that was multiplied. `sums` may be None for a zero point of 0.
+    linear (`_scaled`); OUT "int32" is acc without its zero point. `row` and `column` index per-row and per-channel
+    parameters, `there` and `known` say which of them there are. With `row_scale` and `row_zero_point` each row has its
+    own; these zero points are uint8's, 128 too large for the int8 that was multiplied. `sums` may be None for a zero
+    point of 0.
     """
     mask = there[:, None] & known[None, :]
     if sums is not None:

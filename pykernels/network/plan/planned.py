@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from pykernels.ops.plan import describe_plan, profile_plan
 
@@ -41,7 +41,7 @@ class Planned:
         """1-D uint8."""
         return self.program.get_buffer(WEIGHTS)
 
-    def attach(self, ops: fx.GraphModule, weights: torch.Tensor) -> bool:
+    def attach(self, ops: nn.Module, weights: torch.Tensor) -> bool:
         """Read other weights from now on, those of the graph of ops; whether they lie as the plans expect."""
         if places(ops, weights) != self._places:
             return False
@@ -51,7 +51,7 @@ class Planned:
         return True
 
     @classmethod
-    def read(cls, program: fx.GraphModule, labels: Any, ops: fx.GraphModule) -> Planned:
+    def read(cls, program: fx.GraphModule, labels: Any, ops: nn.Module) -> Planned:
         """From the parts of a saved network.
 
         Raises:
@@ -115,7 +115,7 @@ def calls_of_plans(planned: Planned, inputs: Sequence[Any]) -> dict[str, tuple[t
     return found
 
 
-def places(ops: fx.GraphModule, weights: torch.Tensor) -> dict[str, int]:
+def places(ops: nn.Module, weights: torch.Tensor) -> dict[str, int]:
     """Where the constants of a graph begin in `weights`; those elsewhere, state, are left out."""
     storage = weights.untyped_storage()._cdata
     return {
