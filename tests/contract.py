@@ -91,6 +91,9 @@ def _scales(n: int) -> torch.Tensor:
     return torch.rand(n) * 0.02 + 0.001
 
 
+CPU_ONLY = {"run_plan"}  # ops that are for CPU tensors
+
+
 def samples() -> list[Sample]:
     """Every op, each in the memory formats and dtypes that matter to its shape function."""
     found: list[Sample] = []

@@ -297,8 +297,8 @@ def sparse_encode(
 def sparse_decode(payloads: torch.Tensor, out: torch.Tensor, k: int, factor: float = 1.0) -> None:
     """`out[position] += factor * value` (fp32) for each entry of the payloads [ranks, 8k], rank after rank."""
     for payload in payloads:
-        at = payload[: 4 * k].contiguous().view(torch.uint32).long()
-        values = payload[4 * k : 8 * k].contiguous().view(torch.float32)
+        at = payload[: 4 * k].clone().view(torch.uint32).long()  # rows may begin anywhere, words may not
+        values = payload[4 * k : 8 * k].clone().view(torch.float32)
         at, values = at[at != EMPTY], values[at != EMPTY]
         flat = out.view(-1)
         flat[at] = (flat[at].float() + values * torch.tensor(factor, dtype=torch.float32)).to(out.dtype)

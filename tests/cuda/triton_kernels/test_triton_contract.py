@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import Sample, samples
+from contract import CPU_ONLY, Sample, samples
 from launchers import Launchers
 from torch.utils._pytree import tree_leaves
 
@@ -12,7 +12,6 @@ from pykernels.cuda import registry
 
 # Sums of floats, in another order; what bf16 keeps of them.
 SUMS = {"linear", "conv2d", "conv_bn_act", "avg_pool2d", "adaptive_avg_pool2d", "int8_linear", "softmax", "layer_norm"}
-CPU_ONLY = {"run_plan"}
 
 
 def launched() -> list[Sample]:
