@@ -99,7 +99,7 @@ void ConvInputDriver::run(int64_t task, uint8_t*) const {
 TileProblem conv_problem(const ConvShape& s, const PackedView& weights, const Epilogue& e, uint8_t fill, uint8_t flip) {
   const ConvPixels pixels(s, element_bytes(weights.h.element));
   TileProblem p{};
-  p.dot = &dot_kernel(weights.h.element);
+  p.dot = &dot_kernel(weights);
   p.epilogue = epilogue_kernel(weights.h.element);
   p.image_stride = pixels.image, p.row_stride = pixels.row, p.pixel = pixels.pixel;
   p.group_stride = pixels.pixel / s.groups;

@@ -165,7 +165,7 @@ WinogradDriver::WinogradDriver(const ConvShape& shape, const PackedView& weights
       packed_(weights),
       e_(e),
       u_(std::move(transformed)),
-      dot_(&dot_kernel(Element::f32)),
+      dot_(&dot_kernel(packed_)),
       epilogue_(epilogue_kernel(Element::f32)),
       kernel_(u_->m == 2 ? winograd_kernels().two : winograd_kernels().four),
       m_(u_->m),
@@ -186,6 +186,7 @@ WinogradDriver::WinogradDriver(const ConvShape& shape, const PackedView& weights
 
 // The split of least work for the slowest thread, in multiplications of a panel and channel.
 void WinogradDriver::split(int64_t threads) {
+  folded_.fold(e_, packed_);
   const int64_t panels = packed_.panels_per_group();
   double least = HUGE_VAL;
   for (int64_t i = std::min(threads, all_tiles()); i >= 1; --i) {

@@ -53,6 +53,7 @@ class WinogradDriver final : public Driver {
   ConvShape s_;
   PackedView packed_;
   Epilogue e_;
+  Folded folded_;
   std::shared_ptr<const WinogradWeights> u_;
   const DotKernel* dot_;
   void (*epilogue_)(const Epilogue&, const EpilogueArgs&);

@@ -65,7 +65,7 @@ void check_linear_weight(const char* op, const PackedView& w, int64_t k, int64_t
 
 TileProblem linear_problem(int64_t rows, const PackedView& weights, const Epilogue& e, uint8_t flip) {
   TileProblem p{};
-  p.dot = &dot_kernel(weights.h.element);
+  p.dot = &dot_kernel(weights);
   p.epilogue = epilogue_kernel(weights.h.element);
   p.pixel = p.group_stride = round_up(weights.h.k * element_bytes(weights.h.element), 4);
   p.height = 1, p.width = p.columns = rows;

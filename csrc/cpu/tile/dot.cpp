@@ -233,11 +233,12 @@ void pack_columns(const uint8_t* matrix, int64_t row_bytes, int64_t blocks, int6
 }  // namespace
 
 #if defined(PYKERNELS_ISA_AMX)
-extern const DotKernels dot_kernels = {tile_kernel<AmxS8>(&stage<DotS8>), tile_kernel<AmxBF16>(&stage<DotBF16>),
-                                       kernel<DotF16>(), kernel<DotF32>(), &pack_columns};
+// Short sums of bytes are finished in ordinary registers sooner than tile registers are set up and stored.
+extern const DotKernels dot_kernels = {kernel<DotS8>(),  tile_kernel<AmxBF16>(&stage<DotBF16>), kernel<DotF16>(),
+                                       kernel<DotF32>(), tile_kernel<AmxS8>(&stage<DotS8>),     &pack_columns};
 #else
-extern const DotKernels dot_kernels = {kernel<DotS8>(), kernel<DotBF16>(), kernel<DotF16>(), kernel<DotF32>(),
-                                       &pack_columns};
+extern const DotKernels dot_kernels = {kernel<DotS8>(),  kernel<DotBF16>(), kernel<DotF16>(),
+                                       kernel<DotF32>(), kernel<DotS8>(),   &pack_columns};
 #endif
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

@@ -309,10 +309,11 @@ int64_t block_bytes() {
   return bytes;
 }
 
-const DotKernel& dot_kernel(Element element) {
+const DotKernel& dot_kernel(const PackedView& weights) {
+  constexpr int64_t kLong = 256;  // words of one sum
   const DotKernels& k = dot_kernels();
-  switch (element) {
-    case Element::s8: return k.s8;
+  switch (weights.h.element) {
+    case Element::s8: return weights.words() * weights.taps() >= kLong ? k.long_s8 : k.s8;
     case Element::bf16: return k.bf16;
     case Element::f16: return k.f16;
     default: return k.f32;

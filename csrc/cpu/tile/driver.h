@@ -48,7 +48,7 @@ inline int64_t operations_of(int64_t outputs, int64_t terms) {
 }
 
 // The kernels of the isa in force for these weights.
-const DotKernel& dot_kernel(Element element);
+const DotKernel& dot_kernel(const PackedView& weights);
 auto epilogue_kernel(Element element) -> void (*)(const Epilogue&, const EpilogueArgs&);
 
 // Everything of an epilogue but x's scale and zero point, residual and output: weights' arrays and activation.

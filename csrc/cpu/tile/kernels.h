@@ -65,6 +65,7 @@ struct DotKernel {
 
 struct DotKernels {
   DotKernel s8, bf16, f16, f32;
+  DotKernel long_s8;  // for sums of many products
   // `panels` panels of columns of an s8 matrix, whose rows are row_bytes apart, as `blocks` blocks of four rows each;
   // their sums are added to `sums`, 16 a panel.
   void (*pack_columns)(const uint8_t* matrix, int64_t row_bytes, int64_t blocks, int64_t panels, int64_t panel_bytes,
