@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from pykernels.reference.dot import finish_sums, fma
 from pykernels.reference.quantize import ACTIVATIONS, requantize
 
 DTYPES = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)
@@ -57,15 +58,21 @@ def _activated(f: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def _finished(acc: torch.Tensor, dtype: torch.dtype, given: dict[str, Any]) -> torch.Tensor:
-    """What the oracle makes of exact sums [m, n]: on the CPU, in torch operations, each of which rounds by itself."""
+    """What the oracle makes of exact sums [m, n], on the CPU."""
     given = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
     rows, r = given.get("row_scale"), given["residual"]
     scale = torch.tensor(given["x_scale"]) if rows is None else rows[:, None]
-    f = acc.cpu().float() * (scale.float() * given["column_scale"]) + given["bias"]
     if r is not None:
         r = r.movedim(1, -1).reshape(acc.shape)
-        if not r.is_floating_point():
-            r = (r.int() - given["residual_zero_point"]).float() * torch.tensor(given["residual_scale"])
+    if given["activation"] in ("none", "relu", "relu6"):
+        return finish_sums(
+            acc.cpu(), given["column_scale"], given["bias"], scale, given["activation"], given["out_scale"],
+            given["out_zero_point"], dtype, r, given["residual_scale"], given["residual_zero_point"],
+            given["residual_order"],
+        )  # fmt: skip
+    f = fma(acc.cpu().float(), scale * given["column_scale"], given["bias"])
+    if r is not None and not r.is_floating_point():
+        r = (r.int() - given["residual_zero_point"]).float() * torch.tensor(given["residual_scale"])
     if r is not None and given["residual_order"] == "before":
         f = f + r.float()
     f = _activated(f, given["activation"])

@@ -1,4 +1,4 @@
-"""linear and conv: everything between the exact sums and the output is `_finish`, for sums of bytes `_finish_sums`."""
+"""linear and conv: everything between the exact sums and the output is `_finish`, for sums of bytes `finish_sums`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _MOST = torch.finfo(torch.float32).max
 _BYTES = (torch.uint8, torch.int8)
 
 
-def _finish_sums(
+def finish_sums(
     acc: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
@@ -141,7 +141,7 @@ def int8_linear(
         if x.dtype.is_floating_point:
             x = quantize_per_tensor(x, x_scale, x_zero_point, torch.uint8)
     acc = ((x.double() - zero_point.double()) @ weight.double().t()).to(torch.int32)
-    return _finish_sums(acc, weight_scale, bias, scale, activation, out_scale, out_zero_point, dtype)
+    return finish_sums(acc, weight_scale, bias, scale, activation, out_scale, out_zero_point, dtype)
 
 
 def conv2d(
@@ -185,7 +185,7 @@ def qconv2d(
     real = F.pad(x.double() - x_zero_point, padding)
     acc = F.conv2d(real, weight.double(), None, stride, 0, dilation, groups).to(torch.int32)
     scale, b = weight_scale.view(1, -1, 1, 1), None if bias is None else bias.view(1, -1, 1, 1)
-    return _finish_sums(
+    return finish_sums(
         acc, scale, b, torch.tensor(x_scale, dtype=torch.float32), activation, out_scale, out_zero_point, out_dtype,
         residual, residual_scale, residual_zero_point, residual_order,
     )  # fmt: skip
