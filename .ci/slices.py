@@ -41,11 +41,20 @@ CONV = (
     "tests/ops/test_names.py",
     "tests/ops/test_conv.py",
     "tests/ops/test_conv_bn_act.py",
+    "tests/ops/test_epilogue.py",
     "tests/ops/test_linear.py",
     "tests/ops/test_pool.py",
+    "tests/ops/test_upsample.py",
+    "tests/ops/test_winograd.py",
 )
 CODECS = ("tests/ops/test_compress.py", "tests/ops/test_sparse.py")
-QUANTIZE = ("tests/ops/test_arithmetic.py", "tests/ops/test_quantize.py", "tests/ops/test_quantize_contract.py")
+QUANTIZE = (
+    "tests/ops/test_arithmetic.py",
+    "tests/ops/test_normalize.py",
+    "tests/ops/test_pointwise.py",
+    "tests/ops/test_quantize.py",
+    "tests/ops/test_quantize_contract.py",
+)
 SLICES = [
     Slice("the emulated device", ["test-emulated"], 30, tool="nvcc"),
     emulate("convolutions, products, pools", 30, *CONV),

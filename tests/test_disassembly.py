@@ -19,7 +19,8 @@ import pytest
 from pykernels import _host
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOT = re.compile(r"vpdpbusd|vdpbf16ps|v?pmaddwd|vfmadd|\bmulps")
+BYTES = re.compile(r"vpdpbusd|v?pmaddwd")
+DOT = re.compile(rf"{BYTES.pattern}|vdpbf16ps|vfmadd|\bmulps")
 ISAS = ["avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx"]
 WIDE = [isa for isa in ISAS if not isa.startswith("avx2") and isa != "avxvnni"]
 EXPECTED = {
@@ -70,7 +71,12 @@ def tiles(isa: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
             yield tile[1], instructions
 
 
-def inner_loops(instructions: list[tuple[int, str]]) -> list[list[str]]:
+def products_of(name: str) -> re.Pattern[str]:
+    """What multiplies in a kernel: of bytes, FMAs only finish."""
+    return BYTES if "DotS8" in name else DOT
+
+
+def inner_loops(instructions: list[tuple[int, str]], products: re.Pattern[str] = DOT) -> list[list[str]]:
     """The innermost loops that multiply: from the target of a backward jump to the jump, none inside another."""
     at = {address: i for i, (address, _) in enumerate(instructions)}
     spans = []
@@ -78,7 +84,7 @@ def inner_loops(instructions: list[tuple[int, str]]) -> list[list[str]]:
         jump = re.match(r"j\w+\s+([0-9a-f]+)", text)
         if jump and at.get(int(jump[1], 16), i + 1) <= i:
             span = (at[int(jump[1], 16)], i)
-            if any(DOT.search(body) for _, body in instructions[span[0] : i + 1]):
+            if any(products.search(body) for _, body in instructions[span[0] : i + 1]):
                 spans.append(span)
     inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
     return [[text for _, text in instructions[first : last + 1]] for first, last in inner]
@@ -88,7 +94,7 @@ def inner_loops(instructions: list[tuple[int, str]]) -> list[list[str]]:
 def test_inner_loops_of_the_dot_tiles_stay_in_registers(isa: str) -> None:
     seen = 0
     for name, instructions in tiles(isa):
-        for loop in inner_loops(instructions):
+        for loop in inner_loops(instructions, products_of(name)):
             seen += 1
             stack = [text for text in loop if "%rsp" in text or "%rbp)" in text]
             assert not [text for text in stack if "mm" in text], f"{name} spills: {stack}"
@@ -99,7 +105,7 @@ def test_inner_loops_of_the_dot_tiles_stay_in_registers(isa: str) -> None:
 def test_inner_loops_of_the_depthwise_kernels_stay_in_registers(isa: str) -> None:
     seen = 0
     for name, instructions in functions(kernel_object(isa, "conv/depthwise.cpp")):
-        for loop in inner_loops(instructions):
+        for loop in inner_loops(instructions, products_of(name)):
             seen += 1
             stack = [text for text in loop if "%rsp" in text or "%rbp)" in text]
             assert not [text for text in stack if "mm" in text], f"{name} spills: {stack}"
@@ -112,7 +118,8 @@ def test_dot_tiles_multiply_with_the_instruction_of_their_isa(isa: str, element:
         dot, rows, panels = name.split(", ")
         if dot != element:
             continue
-        products = [text for text in itertools.chain(*inner_loops(instructions)) if DOT.search(text)]
+        wanted = products_of(element)
+        products = [text for text in itertools.chain(*inner_loops(instructions, wanted)) if wanted.search(text)]
         registers = {"vpmaddwd": 512 // 256 if isa in WIDE else 512 // 128}.get(products[0].split()[0])
         registers = registers or (1 if isa in WIDE else 2)
         assert len(products) == int(rows) * int(panels) * registers, f"{name}: {products}"
@@ -131,7 +138,8 @@ def test_tiles_of_amx_load_each_operand_once_a_step(element: str, product: str) 
         products = [text for _, text in instructions if text.startswith("tdp")]
         assert len(products) == 2 * panels, name  # whole steps and the last
         assert all(re.fullmatch(rf"{product} +%tmm[57],%tmm[46],%tmm[0-3]", text) for text in products), products
-        assert len([text for _, text in instructions if text.startswith("tileloadd")]) == 2 * panels + 4
+        starts = panels if element == "AmxS8" else 0  # where sums of bytes begin
+        assert len([text for _, text in instructions if text.startswith("tileloadd")]) == 2 * panels + 4 + starts
     assert seen == 4  # panels; rows are loaded where they stand or from a copy
 
 

@@ -240,6 +240,22 @@ def test_four_processes_hold_the_weights_once(tmp_path) -> None:
     assert sum(found["Pss:"]) < 1.1 * size and not any(found["Private_Dirty:"]), "the same ones"
 
 
+STARTS = """
+import sys, torch, pykernels as pk
+before = set(sys.modules)
+pk.load(sys.argv[1])(torch.ones(1, 1024))
+print(*(set(sys.modules) - before))
+"""
+
+
+def test_loading_and_calling_import_nothing(tmp_path) -> None:
+    """Torch's compilers alone would cost a second and a hundred megabytes."""
+    path = tmp_path / "net.pk"
+    pk.optimize(nn.Linear(1024, 16), torch.ones(2, 1024)).save(path)
+    code = [sys.executable, "-c", STARTS, str(path)]
+    assert subprocess.run(code, capture_output=True, text=True, check=True).stdout.split() == []
+
+
 # --- what is refused ---
 
 

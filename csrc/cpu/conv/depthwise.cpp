@@ -113,7 +113,9 @@ PK_INLINE void pixels(const DepthwiseArgs& g, int64_t at, uint8_t* c) {
 
 template <class Dot>
 void depthwise(const DepthwiseArgs& g) {
-  constexpr int kPixels = Dot::kRegisters > 2 ? 2 : 4;
+  // As many as stay in registers; the words of bytes take two of them on isas that multiply s16.
+  constexpr bool kWide = taps_per_word<Dot> == 4 && Dot::kRegisters * Dot::kWordBytes > 8;
+  constexpr int kPixels = Dot::kRegisters > 2 || kWide ? 2 : 4;
   auto* c = static_cast<uint8_t*>(g.c);
   int64_t x = 0;
   for (; x + kPixels <= g.pixels; x += kPixels) pixels<Dot, kPixels>(g, g.at + x * g.x_stride, c + x * g.ldc * 4);

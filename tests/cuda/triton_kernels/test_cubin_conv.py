@@ -68,7 +68,7 @@ def build(arch: int, size: str, epilogue: dict[str, Any], fill: bool) -> tuple[A
 )
 def test_implicit_gemm(arch: int, size: str, residual: str | None, fill: bool, tmp_path: pathlib.Path) -> None:
     kernel, c = build(arch, size, plain(residual), fill)
-    check(kernel, tmp_path, 255)
+    check(kernel, tmp_path, 255, sums=True)
     ptx = kernel.asm["ptx"]
     if arch >= 90 and c.bm >= 64:
         assert re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8", ptx)
@@ -91,7 +91,7 @@ def test_few_channels(arch: int, size: tuple[int, int, int], tmp_path: pathlib.P
     shape = {"GROUP": gemm.GROUP, "BM": c.bm, "BN": c.bn, "BK": c.bk, "RUN": run}
     constants = {"FLIP": True, "WORDS": True, **shape, **plain()}
     built = compiled(few_channels._conv_few, arch, TYPES, constants, c.options, ALIGNED - {"C"})
-    check(built, tmp_path, 255)
+    check(built, tmp_path, 255, sums=True)
     code = built.asm["sass"]
     # The words of a thread go to shared memory 16 bytes at a time, and their bytes are nowhere looked at one by one.
     assert "STS.128" in code and "STS.U8" not in code
@@ -106,7 +106,7 @@ def test_depthwise(arch: int, residual: str | None, x: str, kw: int, tmp_path: p
     constants = {**plain(residual, "relu6"), "KW": kw, "DP4A": True, **depthwise.tile_of(96)}
     options = {"num_warps": 4, **depthwise.OPTIONS}
     kernel = compiled(depthwise._depthwise, arch, {**TYPES, "x": f"*{x}", "w": "*i32"}, constants, options, ALIGNED)
-    check(kernel, tmp_path, 128)
+    check(kernel, tmp_path, 128, sums=True)
     found = accesses(kernel)
     assert {"ld 16", "st 16"} <= found and not {"ld 1", "st 1"} & found, found
     # 16 channels a thread, four taps an instruction.

@@ -47,7 +47,7 @@ def build(arch: int, c: gemm.Config, x: str, constants: dict[str, Any]) -> Any:
 
 
 def check_gemm(kernel: Any, arch: int, c: gemm.Config, folder: pathlib.Path) -> None:
-    check(kernel, folder, 255)
+    check(kernel, folder, 255, sums=True)
     ptx = kernel.asm["ptx"]
     if arch >= 90 and c.bm >= 64:
         assert re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8", ptx)
@@ -96,7 +96,7 @@ def test_adding_up_the_parts(arch: int, tmp_path: pathlib.Path) -> None:
     constants = {**epilogue("bf16", "silu", rows=True), "SPLIT": 8, "BM": 4, "BN": 256}
     options = {"num_warps": 4, **gemm.OPTIONS}
     kernel = compiled(gemm._add_parts, arch, {**TYPES, "out": "*u16"}, constants, options, ALIGNED)
-    check(kernel, tmp_path, 168)
+    check(kernel, tmp_path, 168, sums=True)
     assert {"ld 16", "st 16"} <= accesses(kernel)
 
 
@@ -105,7 +105,7 @@ def test_finishing_floats(arch: int, tmp_path: pathlib.Path) -> None:
     constants = {"REAL": "bf16", "ACTIVATION": "silu", "RESIDUAL": "bf16", "AFTER": False, **floats.shape_of(4096)}
     types = {**TYPES, "y": "*u16", "residual": "*u16"}
     kernel = compiled(floats._finish_floats, arch, types, constants, {"num_warps": 4, **floats.OPTIONS}, ALIGNED)
-    check(kernel, tmp_path, 168)
+    check(kernel, tmp_path, 168, sums=True)
     assert {"ld 16", "st 16"} <= accesses(kernel) and not {"ld 2", "st 2"} & accesses(kernel)
 
 
