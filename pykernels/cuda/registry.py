@@ -14,7 +14,7 @@ from pykernels.ops.errors import reason
 
 __all__ = ["KERNELS", "UNMEASURED", "complaint", "error", "implementation", "runs", "unusable"]
 
-UNMEASURED = "CUDA: interpreted and emulated, not yet run on a GPU; no speed measured (docs/benchmarks/gpu)"
+UNMEASURED = "CUDA: ops and networks checked on an H100 on 2026-11-26; no speed claimed (docs/benchmarks/gpu)"
 INSTALL = "pip install 'pykernels[gpu]'"
 # Which file of pykernels/cuda/triton has the op's launcher.
 KERNELS = {
