@@ -231,10 +231,10 @@ def test_sm_80_multiplies_bytes_on_what_cp_async_brought(configurations: dict[st
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_no_product_of_the_epilogue_is_contracted(arch: str) -> None:
-    """The division of sigmoid, tanh and gelu corrects its quotient by six FFMA; an output has one of its own, or two,
-    and a residual one: each from a conversion.
+    """The division of sigmoid, tanh and gelu corrects its quotient by six FFMA, and the exponential and polynomial
+    beside it have up to 14; an output has one of its own, or two, and a residual one: each from a conversion.
     """
     for counts in instructions(arch):
         divisions = matching(counts, r"MUFU\.RCP")
         assert divisions > 0
-        assert matching(counts, "FFMA") <= 6 * divisions + 2 * matching(counts, "I2F")
+        assert matching(counts, "FFMA") <= (6 + 14) * divisions + 2 * matching(counts, "I2F")

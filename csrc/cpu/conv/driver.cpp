@@ -1,23 +1,35 @@
 #include "cpu/conv/driver.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace pykernels {
 namespace {
+
+// A row of a photograph. Of planes (step 1) it is the compiler's to vectorize.
+template <class T>
+inline void photograph_row(const T* red, const T* green, const T* blue, int64_t step, int64_t width, uint8_t* to) {
+  if constexpr (sizeof(T) == 4) {
+    auto* out = reinterpret_cast<T*>(to);
+    for (int64_t x = 0; x < width; ++x, out += 3)
+      out[0] = red[x * step], out[1] = green[x * step], out[2] = blue[x * step];
+  } else {  // the fourth channel is zero
+    using Pixel = std::conditional_t<sizeof(T) == 1, uint32_t, uint64_t>;
+    constexpr int kBits = 8 * sizeof(T);
+    auto* out = reinterpret_cast<Pixel*>(to);
+    for (int64_t x = 0; x < width; ++x)
+      out[x] = Pixel{red[x * step]} | Pixel{green[x * step]} << kBits | Pixel{blue[x * step]} << (2 * kBits);
+  }
+}
 
 // One row of x (channels `channel_stride` and columns `column_stride` elements apart) to pixels.
 template <class T>
 void copy_row(const T* from, int64_t channel_stride, int64_t column_stride, const ConvShape& s, int64_t group,
               int64_t padded, uint8_t* to, int64_t pixel) {
-  if (sizeof(T) == 1 && group == 3 && s.groups == 1) {  // a photograph: one word a pixel
-    const T *red = from, *green = from + channel_stride, *blue = from + 2 * channel_stride;
-    auto* words = reinterpret_cast<uint32_t*>(to);
-    const auto word = [&](int64_t i) { return uint32_t{red[i]} | uint32_t{green[i]} << 8 | uint32_t{blue[i]} << 16; };
-    if (column_stride == 1)  // planes: the compiler's to vectorize
-      for (int64_t x = 0; x < s.w; ++x) words[x] = word(x);
-    else
-      for (int64_t x = 0; x < s.w; ++x) words[x] = word(x * column_stride);
-    return;
+  if (group == 3 && s.groups == 1) {
+    const T *green = from + channel_stride, *blue = green + channel_stride;
+    return column_stride == 1 ? photograph_row<T>(from, green, blue, 1, s.w, to)
+                              : photograph_row<T>(from, green, blue, column_stride, s.w, to);
   }
   for (int64_t x = 0; x < s.w; ++x) {
     T* out = reinterpret_cast<T*>(to + x * pixel);

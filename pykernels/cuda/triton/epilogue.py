@@ -51,27 +51,31 @@ def store_output(pointer, f, mask, inverse, zero_point, OUT: tl.constexpr):
 
 
 @triton.jit
+def _full(x, VALUE: tl.constexpr):
+    return tl.full(x.shape, VALUE, tl.float32)
+
+
+@triton.jit
 def _exp(x):
-    """Cephes expf: x = n ln2 + r, a polynomial in r, scaled by 2^n."""
+    """x = n ln2 + r, a minimax polynomial in r, scaled by 2^n."""
     x = tl.where(x < -87.0, -87.0, x)
     x = tl.where(x > 88.0, 88.0, x)
-    n = rint(x * 1.44269504088896341)
-    whole = n.to(tl.float32)
-    r = x - whole * 0.693359375
-    r = r - whole * -2.12194440e-4
-    y = tl.full(x.shape, 1.9875691500e-4, tl.float32)
-    y = y * r + 1.3981999507e-3
-    y = y * r + 8.3334519073e-3
-    y = y * r + 4.1665795894e-2
-    y = y * r + 1.6666665459e-1
-    y = y * r + 5.0000001201e-1
-    y = (y * (r * r) + r) + 1.0
-    return y * ((n + 127) << 23).to(tl.float32, bitcast=True)
+    shifted = tl.fma(x, _full(x, 1.44269504088896341), _full(x, ROUNDER))
+    n = shifted - ROUNDER
+    r = tl.fma(n, _full(x, -0.693147182464599609), x)
+    r = tl.fma(n, _full(x, 1.90465429995776e-9), r)
+    y = tl.fma(_full(x, 1.381459064e-3), r, _full(x, 8.368725888e-3))
+    y = tl.fma(y, r, _full(x, 4.166838899e-2))
+    y = tl.fma(y, r, _full(x, 1.666652113e-1))
+    y = tl.fma(y, r, _full(x, 4.999999404e-1))
+    y = tl.fma(y, r, _full(x, 1.0))
+    y = tl.fma(y, r, _full(x, 1.0))
+    return y * ((shifted.to(tl.int32, bitcast=True) << 23) + (127 << 23)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _one_over(x):
-    return tl.math.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
+    return tl.math.div_rn(_full(x, 1.0), x)
 
 
 @triton.jit
@@ -82,26 +86,26 @@ def _sigmoid(x):
 @triton.jit
 def _tanh(x):
     """1 - 2 / (exp(2x) + 1) away from zero, near it the odd polynomial of Cephes tanhf."""
-    large = 1.0 - tl.math.div_rn(tl.full(x.shape, 2.0, tl.float32), _exp(x + x) + 1.0)
+    large = 1.0 - tl.math.div_rn(_full(x, 2.0), _exp(x + x) + 1.0)
     z = x * x
-    p = tl.full(x.shape, -5.70498872745e-3, tl.float32)
-    p = p * z + 2.06390887954e-2
-    p = p * z + -5.37397155531e-2
-    p = p * z + 1.33314422036e-1
-    p = p * z + -3.33332819422e-1
-    return tl.where(tl.abs(x) < 0.625, (p * z) * x + x, large)
+    p = _full(x, -5.70498872745e-3)
+    p = tl.fma(p, z, _full(x, 2.06390887954e-2))
+    p = tl.fma(p, z, _full(x, -5.37397155531e-2))
+    p = tl.fma(p, z, _full(x, 1.33314422036e-1))
+    p = tl.fma(p, z, _full(x, -3.33332819422e-1))
+    return tl.where(tl.abs(x) < 0.625, tl.fma(p * z, x, x), large)
 
 
 @triton.jit
 def _erf(x):
     """Abramowitz & Stegun 7.1.26, odd by construction."""
     a = tl.abs(x)
-    t = _one_over(a * 0.3275911 + 1.0)
-    p = tl.full(x.shape, 1.061405429, tl.float32)
-    p = p * t + -1.453152027
-    p = p * t + 1.421413741
-    p = p * t + -0.284496736
-    p = p * t + 0.254829592
+    t = _one_over(tl.fma(a, _full(x, 0.3275911), _full(x, 1.0)))
+    p = _full(x, 1.061405429)
+    p = tl.fma(p, t, _full(x, -1.453152027))
+    p = tl.fma(p, t, _full(x, 1.421413741))
+    p = tl.fma(p, t, _full(x, -0.284496736))
+    p = tl.fma(p, t, _full(x, 0.254829592))
     y = 1.0 - (p * t) * _exp(0.0 - a * a)
     return tl.where(x < 0.0, 0.0 - y, y)
 

@@ -183,6 +183,6 @@ def test_machine_code(name: str, constants: dict[str, object], arch: int, tmp_pa
     kernel = compiled(
         getattr(arithmetic, name), arch, TYPES, {**FIXED, **constants}, arithmetic.OPTIONS, SIZES
     )  # fmt: skip
-    check(kernel, tmp_path, 96)
+    check(kernel, tmp_path, 96, activation=str(constants.get("ACTIVATION")))
     assert {"ld 16", "st 16"} <= accesses(kernel)
     assert "st 1" not in accesses(kernel)

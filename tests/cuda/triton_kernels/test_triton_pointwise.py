@@ -101,5 +101,5 @@ def test_machine_code(constants: dict[str, object], arch: int, tmp_path: pathlib
     kernel = compiled(
         kernels._pointwise, arch, types, {"REAL": "fp32", "TILE": TILE, **constants}, kernels.OPTIONS, {"n"}
     )
-    check(kernel, tmp_path, 128)
+    check(kernel, tmp_path, 128, activation=str(constants["ACTIVATION"]))
     assert {"ld 16", "st 16"} <= accesses(kernel)
