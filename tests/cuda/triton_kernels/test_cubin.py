@@ -124,7 +124,8 @@ def test_sparse_kernels(name: str, arch: int, tmp_path: pathlib.Path) -> None:
     options = {"enable_fp_fusion": False, **{key: value for key, value in given.items() if not key.isupper()}}
     sizes = {"VECTOR": 16, "TILE": sparse.TILE, "ENTRIES": sparse.ENTRIES, "CHUNK": sparse.ENTRIES}
     kernel = build(getattr(sparse, name), arch, "fp32", {**sizes, **constants}, options)
-    check(kernel, tmp_path, 128)
+    # A division of 64 bits is a call, over which Triton 3.8 keeps one register in memory.
+    check(kernel, tmp_path, 128, stack=8 if name in ("_draw_values", "_place_values") else 0)
     if name in ("_count_digits", "_count_tile", "_send", "_add_gradients"):
         assert "ld 16" in accesses(kernel)
     assert ("__assertfail" in kernel.asm["ptx"]) == (name == "_add_entries")

@@ -82,7 +82,7 @@ EPILOGUES = {
 
 @pytest.mark.parametrize(("arch", "name"), [(80, "residual"), *((90, name) for name in EPILOGUES)])
 def test_epilogues(arch: int, name: str, tmp_path: pathlib.Path) -> None:
-    c = gemm.config(arch, PROCESSORS[arch], *LARGE)
+    c = gemm.config(arch, PROCESSORS[arch], *LARGE, adds=EPILOGUES[name]["RESIDUAL"] is not None)
     kernel = build(arch, c, "i8", EPILOGUES[name])
     check_gemm(kernel, arch, c, tmp_path, EPILOGUES[name]["ACTIVATION"])
     assert "st 16" in accesses(kernel)

@@ -263,7 +263,8 @@ def test_machine_code(name: str, constants: dict[str, Any], arch: int, tmp_path:
     warps = kernels.warps({"fp32": FP32, "uint8": U8}.get(constants["KIND"], U8), with_indices)
     options = {"num_warps": warps, **kernels.OPTIONS}
     kernel = compiled(getattr(kernels, name), arch, types, {**STEPS, **LOOP, **shape, **constants}, options, SIZES)
-    check(kernel, tmp_path, 128)
+    # Triton 3.8 keeps one register in memory over the calls that divide 64 bits.
+    check(kernel, tmp_path, 128, stack=8)
     found = accesses(kernel)
     assert "ld 16" in found and "ld 1" not in found
     if name != "_average_window":  # which writes a few bytes at the end
