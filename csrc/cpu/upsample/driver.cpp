@@ -59,10 +59,10 @@ std::array<int64_t, 2> upsample_output(const char* op, const int64_t* image, con
   PK_CHECK(factors.empty() || factors.size() == 2, op, ": scale_factors must have 2 numbers, not ", factors.size());
   std::array<int64_t, 2> found;
   for (int64_t d = 0; d < 2; ++d) {
-    PK_CHECK(image[d] > 0 && image[d] < (int64_t{1} << 31), op,
-             ": the height and width of x must lie in [1, 2^31), not ", image[d]);
+    PK_CHECK(image[d] > 0 && image[d] <= (int64_t{1} << 24), op,
+             ": the height and width of x must lie in [1, 2^24], not ", image[d]);
     const double size = sizes.empty() ? static_cast<double>(image[d]) * factors[d] : static_cast<double>(sizes[d]);
-    PK_CHECK(size >= 1 && size < 2147483648.0, op, ": the height and width of the result must lie in [1, 2^31), not ",
+    PK_CHECK(size >= 1 && size < 16777217.0, op, ": the height and width of the result must lie in [1, 2^24], not ",
              size);
     found[d] = static_cast<int64_t>(size);
   }

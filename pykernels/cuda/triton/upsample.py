@@ -28,10 +28,10 @@ def _sizes(op: str, x: torch.Tensor, size: list[int], factors: list[float]) -> l
     found = []
     for d in (0, 1):
         here = x.shape[2 + d]
-        check(0 < here < 2**31, op, f"the height and width of x must lie in [1, 2^31), not {here}")
+        check(0 < here <= 2**24, op, f"the height and width of x must lie in [1, 2^24], not {here}")
         wanted = size[d] if size else here * factors[d]
-        words = "the height and width of the result must lie in [1, 2^31), not"
-        check(1 <= wanted < 2**31, op, f"{words} {wanted:g}")
+        words = "the height and width of the result must lie in [1, 2^24], not"
+        check(1 <= wanted < 2**24 + 1, op, f"{words} {wanted:g}")
         found.append(int(wanted))
     return found
 
