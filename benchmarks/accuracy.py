@@ -1,6 +1,7 @@
-"""How much accuracy int8 costs, for us and for the rivals that are installed: EfficientNet-Lite0 on real photographs.
+"""How much accuracy int8 costs, for us and for the rivals that are installed: trained networks on real photographs.
 
     python benchmarks/accuracy.py               # the 20 labelled photographs of the package foolbox, in two halves
+    python benchmarks/accuracy.py --network mobilenet_v2    # instead of EfficientNet-Lite0
     python benchmarks/accuracy.py --data DIR    # DIR/calibration and DIR/evaluation, class index first in file names
 
 Every column is measured on the evaluation photographs: top-1, top-5, agreement (the share of photographs with the same
@@ -28,10 +29,12 @@ from benchmarks.assets import Photographs, load_folder, load_foolbox_photographs
 from pykernels.bench import zoo
 
 Network = Callable[[torch.Tensor], torch.Tensor]
+NETWORKS = {"efficientnet_lite0": zoo.efficientnet_lite0, "mobilenet_v2": zoo.mobilenet_v2_trained}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=NETWORKS, default="efficientnet_lite0")
     parser.add_argument("--data", type=Path, help="folder that holds calibration/ and evaluation/")
     parser.add_argument("--swap", action="store_true", help="calibrate on the evaluation half and the other way round")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="the rows to measure, by a part of their names")
@@ -39,11 +42,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    model = zoo.efficientnet_lite0()
+    model = NETWORKS[options.network]()
     calibration, evaluation = photographs(options.data)
+    if options.network != "efficientnet_lite0":
+        calibration, evaluation = calibration.normalized(), evaluation.normalized()
     if options.swap:
         calibration, evaluation = evaluation, calibration
-    print(f"EfficientNet-Lite0, calibrated on {len(calibration)} photographs, evaluated on {len(evaluation)} others")
+    print(f"{options.network}, calibrated on {len(calibration)} photographs, evaluated on {len(evaluation)} others")
     print(f"{'':24}{'top-1':>8}{'top-5':>8}{'agree':>8}{'error':>9}{'prepared in':>13}")
     exact = logits(model, evaluation)
     print(row("fp32", exact, exact, evaluation))

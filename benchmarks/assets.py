@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,13 @@ class Photographs:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def normalized(self) -> Photographs:
+        """The same as torchvision's networks were trained to see them: in [0, 1], less ImageNet's mean, over its
+        standard deviation."""
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        pixels = (self.images * 128.0 + 127.0) / 255.0
+        return replace(self, images=(pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1))
 
     def batches(self, size: int = 10) -> list[torch.Tensor]:
         """The images in batches of at most ``size``, as calibration wants them."""

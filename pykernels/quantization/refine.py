@@ -5,8 +5,9 @@ layer's result. For ``y = W x + b`` with the layer's real inputs, one pass throu
 
 1. *rounding with compensation* (GPTQ: Frantar et al. 2022, after Optimal Brain Surgeon): weights are rounded one input
    at a time and the error of each is made up for by the weights not rounded yet, weighed by the inputs' covariance;
-2. *bias correction* (Nagel et al. 2019, "Data-free quantization through weight equalization and bias correction"): the
-   mean of each output channel over the calibration samples is made the fp32 network's.
+2. *bias correction* (Nagel et al. 2019, "Data-free quantization through weight equalization and bias correction"): each
+   output channel is moved to where it comes nearest to the fp32 network's over the calibration samples, after the
+   activation that follows: below a ReLU nobody sees what is wrong.
 
 Inputs are those the *quantized* network sees, corrected layers before it included; the aim is what the fp32 network
 computes for the same samples, so a layer also makes up for some of the error it inherits.
@@ -27,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from pykernels.graph.nodes import argument, constant, is_call
+from pykernels.graph.nodes import argument, constant, is_call, only_user
 from pykernels.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from pykernels.network.match import CURVES
 from pykernels.ops._sizes import spread
 
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d")
@@ -140,7 +142,7 @@ class _Reconstruction:
         return self.done
 
     def _fitting(self, samples: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        """As many batches as fit in memory, judged by the largest values of the graph."""
+        """About as many batches as fit in memory, judged by the largest values of the graph."""
         largest = 1
         for node in self.model.graph.nodes:
             value = node.meta.get("val")
@@ -148,14 +150,10 @@ class _Reconstruction:
                 largest = max(largest, _elements_of_one(value))
         # An inverted residual block holds about three large values at a time, in each of the two networks.
         limit = min(MAX_SAMPLES, max(MIN_SAMPLES, MEMORY // (4 * 6 * largest)))
-        batches, count = [], 0
-        for sample in samples:
-            if count >= limit:
-                break
-            batches.append(sample)
-            first = next((x for x in sample if isinstance(x, torch.Tensor) and x.dim()), None)
-            count += 1 if first is None else first.shape[0]
-        return batches
+        # Data may be sorted: what is used is spread over all of it.
+        rows = sum(_rows(sample) for sample in samples)
+        entries = min(len(samples), max(1, round(limit * len(samples) / rows)))
+        return [samples[i * len(samples) // entries] for i in range(entries)]
 
     def _refinable(self, node: Node) -> bool:
         if node.name not in self.weights or not is_call(node.args[1], DEQUANTIZE_CHANNEL):
@@ -195,7 +193,7 @@ class _Reconstruction:
 
         exact = apply(self.exact[node.args[0]], weight)
         inexact = apply(self.inexact[node.args[0]], in_effect)
-        shift = _channel_mean(exact, channel) - _channel_mean(inexact, channel)
+        shift = _shift(exact, inexact, channel, self._curve(node))
         self._add_to_bias(node, shift)
         shape = [1] * exact[0].ndim
         shape[channel] = -1
@@ -223,6 +221,13 @@ class _Reconstruction:
     def _rest(self, node: Node, batch: int) -> list[Any]:
         """Arguments after the weight; the bias is the same in both networks until it is corrected."""
         return [torch.fx.map_arg(a, lambda n: self.exact[n][batch]) for a in node.args[2:]]
+
+    def _curve(self, node: Node) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The function of one tensor that alone reads a layer, else the identity."""
+        user = only_user(node)
+        if user is None or not is_call(user, *CURVES) or user.all_input_nodes != [node]:
+            return lambda x: x
+        return lambda x: user.target(x, *user.args[1:], **user.kwargs)
 
     def _add_to_bias(self, node: Node, shift: torch.Tensor) -> None:
         bias = constant(self.model, argument(node, "bias"))
@@ -502,10 +507,36 @@ def _call(function: Callable[..., Any], node: Node, values: dict[Node, list[Any]
     return function(*arguments[0], **arguments[1])
 
 
-def _channel_mean(values: list[torch.Tensor], channel: int) -> torch.Tensor:
-    total = sum(value.movedim(channel, 0).flatten(1).double().sum(1) for value in values)
-    count = sum(value.numel() for value in values) // values[0].shape[channel]
-    return (total / count).float()
+def _shift(
+    exact: list[torch.Tensor], inexact: list[torch.Tensor], channel: int, curve: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """What must be added to each channel of `inexact` for `curve` of it to be nearest to that of `exact`.
+
+    One step of Gauss and Newton: of a sum sum_i (f(a_i) - f(b_i + s))^2 it is the mean of the differences, each counted
+    by how much f changes there. Samples differ, so a mean of few is off by chance; correcting that would add the chance
+    of these samples to all others: the part of its square that its own variance explains is taken off (positive-part
+    James-Stein).
+    """
+    gains, sizes = [], []
+    for a, b in zip(exact, inexact, strict=True):
+        value = curve(b)
+        step = 1e-3 * b.square().mean().sqrt().clamp_min(1e-20)
+        slope = (curve(b + step) - value) / step
+        gain, size = slope * (curve(a) - value), slope.square()
+        rows = (0, channel % a.ndim)
+        others = [d for d in range(a.ndim) if d not in rows]
+        gains.append(gain.double().sum(others) if others else gain.double())
+        sizes.append(size.double().sum(others) if others else size.double())
+    gain, size = torch.cat(gains), torch.cat(sizes)  # [samples, channels]
+    total = size.sum(0).clamp_min(1e-300)
+    shift = gain.sum(0) / total
+    chance = ((gain - shift * size) / total).square().sum(0) * len(gain) / max(len(gain) - 1, 1)
+    return (shift * (1 - chance / shift.square().clamp_min(1e-300)).clamp_min(0.0)).float()
+
+
+def _rows(sample: tuple[Any, ...]) -> int:
+    first = next((x for x in sample if isinstance(x, torch.Tensor) and x.dim()), None)
+    return 1 if first is None else max(1, first.shape[0])
 
 
 def _elements_of_one(value: torch.Tensor) -> int:
