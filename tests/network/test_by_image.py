@@ -16,7 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import pykernels as pk
+from pykernels.network.plan.format import DTYPES, Program, Record, encode
 from pykernels.network.plan.planned import PlanRow
+from pykernels.ops.plan import describe_plan
 
 set_by_image = torch.ops.pykernels._set_by_image
 GAINING, ALL = -1, 2**13  # where bytes are saved; all steps that can
@@ -153,9 +155,7 @@ MIXES: dict[str, Mix] = {
     "softmax": lambda y, eight: y.softmax(0),
     "cat": lambda y, eight: torch.cat([y, y], 0),
     "slice": lambda y, eight: y[2:5],
-    "the images of one as the columns of the others": lambda y, eight: (
-        y.flatten(1)[:, :8] + F.adaptive_avg_pool2d(y, 1).flatten(1)[:, 1]
-    ),
+    "reshape to any": lambda y, eight: y.reshape(-1, 4, 8, 8).softmax(1),
     "a number an image": lambda y, eight: y * eight.view(8, 1, 1, 1),
     "roll": lambda y, eight: torch.cat([y[1:], y[:1]], 0),
 }
@@ -190,6 +190,16 @@ def test_what_keeps_images_apart_runs_by_image(apart: str, precision: str) -> No
     fast = optimized(Mixed(APART[apart]), x, precision=precision)
     assert len(rows(fast, x)) == len(fast.plan((x,)).rows)
     same(fast, x)
+
+
+@pytest.mark.parametrize("kind", ["add", "mul"])
+def test_images_along_another_dimension_of_an_operand_stay_together(kind: str) -> None:
+    records = [Record("slice", [0], [1, 0, 1, 1]), Record("reshape", [1], [-1]), Record(kind, [0, 2])]
+    plan = encode(Program(0, [(DTYPES[torch.float32], 2)], records, [(3, False)]))
+    x, weights = torch.randn(8, 8), torch.empty(0, dtype=torch.uint8)
+    assert not any(row["by_image"] for row in describe_plan(plan, weights, [x])["drivers"])
+    (answer,) = torch.ops.pykernels.run_plan(plan, weights, [x], [], [], [], [])
+    assert torch.equal(answer, getattr(torch, kind)(x, x[:, 0]))
 
 
 def test_several_inputs_and_outputs() -> None:
