@@ -9,6 +9,9 @@ STABLE_TORCH_LIBRARY(pykernels, m) {
   // Whether convolutions may run by Winograd's tiles, PYKERNELS_WINOGRAD until it is called; what held before (for
   // tests).
   m.def("_set_winograd(bool allowed) -> bool");
+  // Which of a plan's first steps run image by image: -1 for those that move fewer bytes so (none with
+  // PYKERNELS_BY_IMAGE=0, until it is called), else the most that can of so many; what held before (for tests).
+  m.def("_set_by_image(int steps) -> int");
   // What the machine could do at most: operations done, bytes moved (pykernels/bench/machine.py holds the watch).
   m.def("_peak(str dtype, int steps) -> float");
   m.def("_bandwidth(Tensor(a!) target, Tensor source, str kind, int rounds) -> float");

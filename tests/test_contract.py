@@ -21,6 +21,7 @@ NOT_TENSOR_OPS = {
     "_isa",
     "_set_isa",
     "_set_winograd",
+    "_set_by_image",
     "_peak",
     "_bandwidth",
     "_describe_plan",

@@ -99,7 +99,7 @@ def profile(
         progress.update(task, description=f"timing {rounds} calls")
         report = _report(fast, inputs, batch, size, rounds)
         facts = machine()
-    limits = [_limit(row, peaks) for row in report.rows]
+    limits = [_limit(row, peaks, report.threads) for row in report.rows]
     console = _console()
     console.print(_table(report, limits))
     console.print(_totals(report), highlight=False, soft_wrap=True)
@@ -169,9 +169,11 @@ def _report(
         fail(f"{', '.join(given) or 'NETWORK'}: it refuses inputs of {shapes}: {str(error).splitlines()[0]}")
 
 
-def _limit(row: PlanRow, peaks: Peaks) -> tuple[float, str]:
+def _limit(row: PlanRow, peaks: Peaks, threads: int) -> tuple[float, str]:
     """The least seconds that this machine needs for a kernel call, and what sets it: see `Peaks.seconds`."""
-    return peaks.seconds(PEAKS.get(row.dtype, "fp32"), row.operations, row.bytes)
+    times = row.tasks / threads if row.by_image else 1  # an image a thread each time: that is what caches must hold
+    seconds, bound = peaks.seconds(PEAKS.get(row.dtype, "fp32"), row.operations / times, row.bytes / times)
+    return times * seconds, bound
 
 
 def _table(report: PlanReport, limits: Sequence[tuple[float, str]] = ()) -> Table:
@@ -183,7 +185,7 @@ def _table(report: PlanReport, limits: Sequence[tuple[float, str]] = ()) -> Tabl
         table.add_column(head, justify="right", no_wrap=True)
     for place, row in enumerate(report.rows):
         cells = [row.step, row.kernel, "x".join(map(str, row.shape))]
-        cells += [f"{row.operations / 1e6:.1f}" if row.operations else "", f"{row.bytes / 1e6:.2f}", str(row.tasks)]
+        cells += [f"{row.operations / 1e6:.1f}" if row.operations else "", f"{row.bytes / 1e6:.2f}", row.pieces]
         if limits and row.seconds:
             seconds, bound = limits[place]
             cells += [f"{1e6 * row.seconds:.1f}", f"{100 * seconds / row.seconds:.0f} % {LIMITS[bound]}"]

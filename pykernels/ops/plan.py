@@ -52,7 +52,8 @@ def describe_plan(plan: torch.Tensor, weights: torch.Tensor, inputs: Sequence[to
         isa, threads; arena_bytes, least_arena_bytes (what lies between the steps, and what no placement could do
         without), memory_bytes (all that a call holds); values: the shapes of inputs and steps; drivers, in order:
         kernel, step, dtype (of what it reads), tasks, bytes (read and written), operations (multiplications and
-        additions of products).
+        additions of products), by_image (it is one of those that each image goes through on one thread before the next;
+        tasks are then images, bytes and operations those of all).
     """
     found: dict[str, Any] = json.loads(torch.ops.pykernels._describe_plan(plan, weights, inputs))
     return found
@@ -61,7 +62,8 @@ def describe_plan(plan: torch.Tensor, weights: torch.Tensor, inputs: Sequence[to
 def profile_plan(
     plan: torch.Tensor, weights: torch.Tensor, inputs: Sequence[torch.Tensor], rounds: int = 100
 ) -> torch.Tensor:
-    """How long each driver took until its last task was done: [rounds, drivers] int64, nanoseconds."""
+    """How long each driver took until its last task was done: [rounds, drivers] int64, nanoseconds. Drivers that run
+    image by image have the time until the last image was done, divided as threads spent it."""
     times: torch.Tensor = torch.ops.pykernels._profile_plan(plan, weights, inputs, rounds)
     return times
 

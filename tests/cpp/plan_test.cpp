@@ -179,24 +179,25 @@ File read(const char* name) {
 }
 
 // As run_plan does (csrc/cpu/plan/op.cpp).
-PlanLayout prepare(const Block& plan, const Block& weights, const std::vector<View>& inputs, int64_t threads) {
+PlanLayout prepare(const Block& plan, const Block& weights, const std::vector<View>& inputs, int64_t threads,
+                   int64_t by_image) {
   const Program program = read_program(plan.data(), plan.size());
   PK_CHECK(program.weight_bytes <= weights.size(), "the weights are too short");
   PK_CHECK(program.inputs.size() == inputs.size(), "another number of inputs");
   for (size_t i = 0; i < inputs.size(); ++i)
     PK_CHECK(program.inputs[i].dtype == inputs[i].dtype && program.inputs[i].dims == inputs[i].dims, "another input");
-  return prepare(program, weights.data(), inputs, threads);
+  return prepare(program, weights.data(), inputs, threads, by_image);
 }
 
 std::unique_ptr<Prepared> take_or_prepare(const Block& plan, const Block& weights, const std::vector<View>& inputs,
-                                          int64_t threads) {
+                                          int64_t threads, int64_t by_image) {
   const uint64_t hash = plan_hash(plan.data(), plan.size());
   const int isa = static_cast<int>(current_isa());
-  PlanKey key{hash, plan.size(), weights.data(), weights.size(), threads, isa, true, {}};
+  PlanKey key{hash, plan.size(), weights.data(), weights.size(), threads, isa, true, by_image, {}};
   for (const View& v : inputs)
     for (int64_t d = 0; d < v.dims; ++d) key.inputs.push_back(v.sizes[d]), key.inputs.push_back(v.strides[d]);
   if (auto prepared = take(key)) return prepared;
-  PlanLayout layout = prepare(plan, weights, inputs, threads);
+  PlanLayout layout = prepare(plan, weights, inputs, threads, by_image);
   return std::make_unique<Prepared>(std::move(key), std::move(layout), weights.data());
 }
 
@@ -223,7 +224,8 @@ bool right(const File& file, const Block& plan, const Block& weights, const Call
   std::vector<View> views;
   for (const Input& input : call.inputs) views.push_back(input.view);
   const int64_t threads = 1 + below(4);
-  std::unique_ptr<Prepared> prepared = take_or_prepare(plan, weights, views, threads);
+  const int64_t steps = below(3) ? 1 + below(60) : kGaining;  // by image
+  std::unique_ptr<Prepared> prepared = take_or_prepare(plan, weights, views, threads, steps);
   const std::vector<Block> outputs = memory_of_outputs(prepared->layout());
   bind(*prepared, inputs, outputs);
   prepared->runner().begin();
@@ -451,7 +453,7 @@ class Case {
     int64_t bytes = 0, operations = 0, scratch = 0;
     for (const View& v : inputs_) bytes = std::max(bytes, extent(v));
     if (bytes > (int64_t{1} << 47)) return "inputs that cannot be";
-    PlanLayout layout = prepare(plan, weights, inputs_, threads_);
+    PlanLayout layout = prepare(plan, weights, inputs_, threads_, by_image_);
     const auto add = [](int64_t more, int64_t* to) { *to += std::min(more, kMuch); };
     add(layout.arena_bytes, &bytes);
     for (const Work& work : layout.work) add(work.bytes, &bytes), add(work.operations, &operations);
@@ -459,7 +461,7 @@ class Case {
     for (const auto& driver : layout.drivers) scratch = std::max(scratch, driver->scratch);
     if (bytes > (16 << 20) || operations > (64 << 20) || scratch > (16 << 20)) return "ready, too large to run";
 
-    Prepared prepared({0, 0, weights.data(), 0, threads_, 0, true, {}}, std::move(layout), weights.data());
+    Prepared prepared({0, 0, weights.data(), 0, threads_, 0, true, by_image_, {}}, std::move(layout), weights.data());
     std::vector<Block> inputs;
     for (const View& v : inputs_) {
       inputs.emplace_back(extent(v));
@@ -477,6 +479,7 @@ class Case {
   Bytes plan_, weights_;
   std::vector<View> inputs_;
   int64_t threads_ = 1 + below(4);
+  int64_t by_image_ = below(3) ? 1 + below(60) : kGaining;
 };
 
 int64_t number_in_hand = 0;

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/copy/driver.h"
+#include "cpu/plan/by_image.h"
 
 namespace pykernels {
 namespace {
@@ -45,7 +46,7 @@ int64_t memory_of_machine() {
 }
 
 // Whoever reads what is written apart must not mind.
-Joined::Joined(const Program& program, const PlanLayout& layout) {
+Joined::Joined(const Program& program, const PlanLayout& layout, int64_t first) {
   const size_t inputs = program.inputs.size();
   pieces.resize(layout.values.size());
   wholes.resize(layout.values.size());
@@ -53,7 +54,7 @@ Joined::Joined(const Program& program, const PlanLayout& layout) {
   for (const PlanStep& step : program.steps)
     for (const int v : step.in) ++readers[v];
   for (const PlanOutput& output : program.outputs) ++readers[output.value];
-  for (size_t c = 0; c < program.steps.size(); ++c) {
+  for (size_t c = first; c < program.steps.size(); ++c) {
     const PlanStep& cat = program.steps[c];
     const View& whole = layout.values[inputs + c];
     if ((cat.kind != StepKind::cat && cat.kind != StepKind::qcat) || cat.numbers[0] != 1 || whole.numel() == 0 ||
@@ -62,7 +63,7 @@ Joined::Joined(const Program& program, const PlanLayout& layout) {
     int64_t channel = 0;
     for (size_t i = 0; i < cat.in.size(); ++i) {
       const size_t v = cat.in[i];
-      const PlanStep* step = v < inputs ? nullptr : &program.steps[v - inputs];
+      const PlanStep* step = v < inputs + first ? nullptr : &program.steps[v - inputs];
       if (step && writes_apart(*step) && readers[v] == 1 && layout.values[v].dtype == whole.dtype &&
           is_channels_last(layout.values[v]) && same_meaning(cat, i)) {
         pieces[v] = {static_cast<int>(inputs + c), channel};
@@ -100,6 +101,78 @@ Builder::Builder(const Program& program, const uint8_t* weights, const std::vect
       for (const int operand : step->in) last_use_[roots_[operand]] = v - inputs.size();
   }
   for (const PlanOutput& output : program.outputs) last_use_[roots_[output.value]] = program.steps.size();
+}
+
+// What the others read is made as the last step of the first ones leaves it.
+void Builder::by_image(const Head& head, const PlanLayout& whole) {
+  const size_t inputs = program_.inputs.size();
+  for (int64_t s = 0; s < head.steps; ++s) {
+    if (program_.steps[s].kind == StepKind::constant) {
+      build(program_.steps[s]);
+      continue;
+    }
+    View v = whole.values[inputs + s];
+    v.buffer = -1;
+    if (value() == head.value) v = fresh(v.dtype, v.sizes.data(), v.dims, head.channels_last);
+    layout.values.push_back(v);
+  }
+  Program first = program_;
+  first.steps.resize(head.steps);
+  first.outputs = {{head.value, head.channels_last}};
+  const std::vector<View> images(layout.values.begin(), layout.values.begin() + static_cast<int64_t>(inputs));
+  const View out = layout.values[head.value];
+  auto driver = std::make_unique<ByImageDriver>(first, weights_, images, out, threads_);
+  layout.by_image = driver.get();
+  std::vector<const View*> operands;
+  for (const View& v : images) operands.push_back(&v);
+  add(std::move(driver), "", operands, out);
+  layout.work.clear();
+  for (Work work : layout.by_image->layout().work) {
+    work.by_image = true;
+    work.tasks = out.sizes[0];
+    for (int64_t* sum : {&work.bytes, &work.weight_bytes, &work.operations})
+      if (__builtin_mul_overflow(*sum, work.tasks, sum)) *sum = INT64_MAX;
+    // The copy that brings the value into place belongs to the step that made it.
+    if (work.step == head.steps && head.steps < static_cast<int64_t>(program_.steps.size()))
+      work.step = head.value - static_cast<int>(inputs);
+    layout.work.push_back(work);
+  }
+}
+
+void Builder::build(const PlanStep& step) {
+  begin(step);
+  switch (step.kind) {
+    case StepKind::constant: constant(); break;
+    case StepKind::conv2d: conv2d(); break;
+    case StepKind::linear: linear(); break;
+    case StepKind::max_pool2d:
+    case StepKind::avg_pool2d:
+    case StepKind::adaptive_avg_pool2d: pool(); break;
+    case StepKind::quantize: quantize(); break;
+    case StepKind::dequantize: dequantize(); break;
+    case StepKind::cast: cast(); break;
+    case StepKind::qadd:
+    case StepKind::qmul: quantized_binary(); break;
+    case StepKind::qcat: quantized_cat(); break;
+    case StepKind::qlookup: lookup(); break;
+    case StepKind::add:
+    case StepKind::mul: binary(); break;
+    case StepKind::cat: cat(); break;
+    case StepKind::reshape: reshape(); break;
+    case StepKind::permute: permute(); break;
+    case StepKind::slice: slice(); break;
+    case StepKind::expand: expand(); break;
+    case StepKind::pad: pad(); break;
+    case StepKind::contiguous: contiguous(); break;
+    case StepKind::activation: activated(); break;
+    case StepKind::leaky_relu: leaky_relu(); break;
+    case StepKind::upsample_nearest2d:
+    case StepKind::upsample_bilinear2d: upsample(); break;
+    case StepKind::interleave: interleave(); break;
+    case StepKind::softmax: softmax(); break;
+    case StepKind::layer_norm: layer_norm(); break;
+  }
+  end();
 }
 
 void Builder::begin(const PlanStep& step) {
@@ -249,7 +322,14 @@ void Builder::add(std::unique_ptr<Driver> driver, const char* kernel, const std:
   const auto index = static_cast<int64_t>(layout.drivers.size());
   PlanLayout::Binding binding;
   const Dtype read = operands.empty() ? out.dtype : operands[0]->dtype;
-  Work work{static_cast<int>(layout.values.size() - program_.inputs.size()), kernel, read, weight_bytes, operations};
+  Work work{value() - static_cast<int>(program_.inputs.size()),
+            kernel,
+            read,
+            weight_bytes,
+            weight_bytes,
+            operations,
+            driver->tasks,
+            false};
   const auto use = [&](const View& v) {
     Buffer& buffer = layout.buffers[v.buffer];
     buffer.first = std::min(buffer.first, index);

@@ -6,7 +6,7 @@
 
 #include "cpu/arithmetic/driver.h"
 #include "cpu/conv/driver.h"
-#include "cpu/plan/prepare.h"
+#include "cpu/plan/head.h"
 
 namespace pykernels {
 
@@ -22,7 +22,8 @@ struct Joined {
   std::vector<View> wholes;   // of each value that joins others
   bool any = false;
 
-  Joined(const Program& program, const PlanLayout& layout);
+  // Of the steps from `first` on.
+  Joined(const Program& program, const PlanLayout& layout, int64_t first);
 };
 
 class Builder {
@@ -32,9 +33,14 @@ class Builder {
 
   PlanLayout layout;
 
+  // The first steps, image by image; `whole` has the values of all. Then come the other steps.
+  void by_image(const Head& head, const PlanLayout& whole);
+  void build(const PlanStep& step);
+  void finish();  // the outputs
+
+ private:
   void begin(const PlanStep& step);
   void end();
-  void finish();  // the outputs
 
   // Steps, by kind.
   void constant();
@@ -62,7 +68,6 @@ class Builder {
   void upsample();
   void interleave();
 
- private:
   // Of the step in hand: its name for messages, operands, numbers and reals, each read once and in order.
   const char* name() const { return kStepNames[static_cast<int>(step_->kind)]; }
   const View& in(size_t i) const;

@@ -34,12 +34,6 @@ struct Kinds {
   }
 };
 
-std::vector<const Driver*> all(const PlanLayout& layout) {
-  std::vector<const Driver*> drivers;
-  for (const auto& driver : layout.drivers) drivers.push_back(driver.get());
-  return drivers;
-}
-
 // The smallest block that is large enough; where there is none, a new one takes the place of the largest.
 Block take_block(int64_t bytes) {
   Block found, small;  // small: freed outside of the lock
@@ -71,48 +65,16 @@ Block take_block(int64_t bytes) {
 void Block::Free::operator()(uint8_t* memory) const { std::free(memory); }
 
 Prepared::Prepared(PlanKey made_for, PlanLayout layout, const uint8_t* weights)
-    : key(std::move(made_for)), layout_(std::move(layout)), weights_(weights), runner_(all(layout_), key.threads) {
-  const auto outside = [&](const PlanLayout::Place& p) {
-    if (p.buffer < 0) return false;
-    const Buffer::Kind kind = layout_.buffers[p.buffer].kind;
-    return kind == Buffer::Kind::input || kind == Buffer::Kind::output;
-  };
-  for (size_t d = 0; d < layout_.bindings.size(); ++d) {
-    const PlanLayout::Binding& b = layout_.bindings[d];
-    if (outside(b.out) || std::any_of(b.in.begin(), b.in.end(), outside)) outer_.push_back(d);
-  }
-}
+    : key(std::move(made_for)),
+      layout_(std::move(layout)),
+      binder_(layout_, weights),
+      runner_(drivers_of(layout_), key.threads) {}
 
-// Behind the arena is room that kernels may read over the end of the last value.
-int64_t Prepared::arena_bytes() const { return layout_.arena_bytes + kArenaAlignment; }
-int64_t Prepared::memory_bytes() const { return arena_bytes() + key.threads * runner_.scratch_bytes(); }
-
-uint8_t* Prepared::at(const PlanLayout::Place& place, const uint8_t* const* inputs, uint8_t* const* outputs) const {
-  if (place.buffer < 0) return nullptr;
-  const Buffer& buffer = layout_.buffers[place.buffer];
-  switch (buffer.kind) {
-    case Buffer::Kind::arena: return block_.memory.get() + buffer.place + place.offset;
-    case Buffer::Kind::input: return const_cast<uint8_t*>(inputs[buffer.place]) + place.offset;
-    case Buffer::Kind::output: return outputs[buffer.place] + place.offset;
-    default: return const_cast<uint8_t*>(weights_) + place.offset;
-  }
-}
-
-void Prepared::bind(size_t driver, const uint8_t* const* inputs, uint8_t* const* outputs) {
-  const PlanLayout::Binding& b = layout_.bindings[driver];
-  operands_.assign(std::max<size_t>(b.in.size(), 2), nullptr);
-  for (size_t i = 0; i < b.in.size(); ++i) operands_[i] = at(b.in[i], inputs, outputs);
-  layout_.drivers[driver]->bind(operands_.data(), at(b.out, inputs, outputs));
-}
+int64_t Prepared::memory_bytes() const { return binder_.bytes() + key.threads * runner_.scratch_bytes(); }
 
 void Prepared::bind(const uint8_t* const* inputs, uint8_t* const* outputs) {
   if (!block_.memory) block_ = take_block(memory_bytes());  // a profile's later calls have it still
-  if (bound_to_ == block_.memory.get()) {
-    for (const size_t driver : outer_) bind(driver, inputs, outputs);
-    return;
-  }
-  for (size_t driver = 0; driver < layout_.drivers.size(); ++driver) bind(driver, inputs, outputs);
-  bound_to_ = block_.memory.get();
+  binder_.bind(block_.memory.get(), inputs, outputs);
 }
 
 std::unique_ptr<Prepared> take(const PlanKey& key) {

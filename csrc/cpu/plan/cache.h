@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "cpu/plan/prepare.h"
+#include "cpu/plan/bind.h"
 
 namespace pykernels {
 
@@ -16,6 +16,7 @@ struct PlanKey {
   int64_t threads;
   int isa;
   bool winograd;
+  int64_t by_image;
   Ints inputs;  // sizes and strides
 
   bool operator==(const PlanKey&) const = default;
@@ -42,22 +43,15 @@ class Prepared {
   // Takes a block for this call, which give() hands on. [i]: the first byte of input or output i.
   void bind(const uint8_t* const* inputs, uint8_t* const* outputs);
   Runner& runner() { return runner_; }
-  uint8_t* scratch(int64_t thread) { return block_.memory.get() + arena_bytes() + thread * runner_.scratch_bytes(); }
+  uint8_t* scratch(int64_t thread) { return block_.memory.get() + binder_.bytes() + thread * runner_.scratch_bytes(); }
 
  private:
   friend void give(std::unique_ptr<Prepared> prepared);
 
-  int64_t arena_bytes() const;
-  uint8_t* at(const PlanLayout::Place& place, const uint8_t* const* inputs, uint8_t* const* outputs) const;
-  void bind(size_t driver, const uint8_t* const* inputs, uint8_t* const* outputs);
-
   PlanLayout layout_;
-  const uint8_t* weights_;
+  Binder binder_;
   Runner runner_;
   Block block_;
-  const uint8_t* bound_to_ = nullptr;  // the block that all drivers know
-  std::vector<const uint8_t*> operands_;
-  std::vector<size_t> outer_;  // drivers that touch an input or output
 };
 
 // Takes one that lies ready, or null; it comes back by give(), which keeps those of the kinds used last: so many of one

@@ -1,12 +1,18 @@
 // run_plan: a whole network in one parallel region; what a plan does and how long it takes, for tables.
 #include "cpu/op.h"
 
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 
 #include "cpu/conv/winograd_driver.h"
 #include "cpu/isa/isa.h"
+#include "cpu/plan/by_image.h"
 #include "cpu/plan/cache.h"
+#include "cpu/plan/head.h"
 #include "cpu/tile/op.h"
 
 namespace pykernels {
@@ -27,6 +33,19 @@ ScalarType scalar_type(Dtype t) {
     case Dtype::s32: return ScalarType::Int;
     default: return ScalarType::Float;
   }
+}
+
+// Which steps run image by image (head.h): none with PYKERNELS_BY_IMAGE=0.
+std::atomic<int64_t>& by_image() {
+  static std::atomic<int64_t> steps = [] {
+    const char* wanted = std::getenv("PYKERNELS_BY_IMAGE");
+    return wanted == nullptr || std::strcmp(wanted, "0") != 0 ? kGaining : 0;
+  }();
+  return steps;
+}
+int64_t set_by_image(int64_t steps) {
+  PK_CHECK(steps >= kGaining, "_set_by_image: steps must be at least -1, not ", steps);
+  return by_image().exchange(steps);
 }
 
 void check_bytes(const char* op, const char* name, const Tensor& t) {
@@ -51,6 +70,7 @@ class Ready {
                 torch::stable::get_num_threads(),
                 static_cast<int>(current_isa()),
                 winograd_allowed(),
+                by_image().load(std::memory_order_relaxed),
                 {}};
     for (const Tensor& t : inputs) {
       check_cpu(op, "inputs", t);
@@ -81,7 +101,7 @@ class Ready {
       for (int64_t d = 0; d < v.dims; ++d) v.sizes[d] = inputs[i].size(d), v.strides[d] = inputs[i].stride(d);
       views.push_back(v);
     }
-    PlanLayout layout = prepare(program, base, views, key.threads);
+    PlanLayout layout = prepare(program, base, views, key.threads, key.by_image);
     prepared_ = std::make_unique<Prepared>(std::move(key), std::move(layout), base);
   }
   ~Ready() { give(std::move(prepared_)); }
@@ -132,37 +152,73 @@ std::string describe_plan(const Tensor& plan, const Tensor& weights, std::vector
     json += ", " + quoted(name) + ": " + std::to_string(value);
   };
   field("threads", ready->key.threads);
-  field("arena_bytes", layout.arena_bytes);
-  field("least_arena_bytes", layout.least_arena_bytes);
+  int64_t arena = layout.arena_bytes, least = layout.least_arena_bytes;
+  if (const ByImageDriver* driver = layout.by_image) {
+    arena += driver->threads() * driver->layout().arena_bytes;
+    least += driver->threads() * driver->layout().least_arena_bytes;
+  }
+  field("arena_bytes", arena);
+  field("least_arena_bytes", least);
   field("memory_bytes", ready->memory_bytes());
   json += ", \"values\": [";
   for (size_t i = 0; i < layout.values.size(); ++i)
     json += (i ? ", " : "") + shape_of(layout.values[i].sizes.data(), layout.values[i].dims);
   json += "], \"drivers\": [";
-  for (size_t d = 0; d < layout.drivers.size(); ++d) {
-    const Work& work = layout.work[d];
-    json += std::string(d ? ", " : "") + "{\"kernel\": " + quoted(work.kernel);
+  for (size_t row = 0; row < layout.work.size(); ++row) {
+    const Work& work = layout.work[row];
+    json += std::string(row ? ", " : "") + "{\"kernel\": " + quoted(work.kernel);
     json += ", \"dtype\": " + quoted(dtype_name(scalar_type(work.dtype)));
     field("step", work.step);
-    field("tasks", layout.drivers[d]->tasks);
+    field("tasks", work.tasks);
     field("bytes", work.bytes);
     field("operations", work.operations);
-    json += "}";
+    json += std::string(", \"by_image\": ") + (work.by_image ? "true}" : "false}");
   }
   return json + "]}";
 }
 
+// What runs image by image is timed as long as this lives.
+class Watch {
+ public:
+  Watch(ByImageDriver* driver, std::vector<std::atomic<int64_t>>* spent) : driver_(driver) {
+    if (driver_) driver_->watch(spent);
+  }
+  ~Watch() {
+    if (driver_) driver_->watch(nullptr);
+  }
+  Watch(const Watch&) = delete;
+
+ private:
+  ByImageDriver* driver_;
+};
+
+// What goes image by image on several threads has no end that all wait for: each of its rows has the part of the time
+// until the last image was done that threads spent on it.
 Tensor profile_plan(const Tensor& plan, const Tensor& weights, std::vector<Tensor> inputs, int64_t rounds) {
   PK_CHECK(rounds >= 1 && rounds <= (1 << 20), "_profile_plan: rounds must lie in [1, 2^20], not ", rounds);
   Ready ready("_profile_plan", plan, weights, inputs);
-  const auto drivers = static_cast<int64_t>(ready->layout().drivers.size());
-  const Tensor times = empty({rounds, drivers}, ScalarType::Long);
+  const PlanLayout& layout = ready->layout();
+  const size_t rows = layout.work.size(), drivers = layout.drivers.size();
+  const size_t inside = layout.by_image ? rows - (drivers - 1) : 0;  // rows of the first driver
+  const Tensor times = empty({rounds, static_cast<int64_t>(rows)}, ScalarType::Long);
   auto* all = mutable_pointer<int64_t>(times);
   std::memset(all, 0, times.numel() * sizeof(int64_t));
+  std::vector<std::atomic<int64_t>> spent(inside);
+  std::vector<int64_t> ends(drivers);
+  const Watch watch(layout.by_image, &spent);
   for (int64_t round = 0; round < rounds; ++round) {
-    int64_t *ends = all + round * drivers, before = steady_nanoseconds();
-    run_ready(*ready, inputs, ends);
-    for (int64_t d = 0; d < drivers; ++d) ends[d] -= std::exchange(before, ends[d]);
+    for (std::atomic<int64_t>& each : spent) each = 0;
+    int64_t before = steady_nanoseconds();
+    run_ready(*ready, inputs, ends.data());
+    for (int64_t& end : ends) end -= std::exchange(before, end);
+    int64_t* row = all + round * static_cast<int64_t>(rows);
+    if (layout.by_image) {
+      int64_t sum = 0;
+      for (const std::atomic<int64_t>& each : spent) sum += each;
+      const double part = static_cast<double>(ends[0]) / static_cast<double>(std::max<int64_t>(sum, 1));
+      for (const std::atomic<int64_t>& each : spent) *row++ = std::llround(static_cast<double>(each) * part);
+    }
+    std::copy(ends.begin() + (layout.by_image ? 1 : 0), ends.end(), row);
   }
   return times;
 }
@@ -182,6 +238,7 @@ STABLE_TORCH_LIBRARY_IMPL(pykernels, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(pykernels, CompositeExplicitAutograd, m) {
   m.impl("_forget_plans", TORCH_BOX(&forget_plans));
+  m.impl("_set_by_image", TORCH_BOX(&set_by_image));
 }
 
 }  // namespace pykernels

@@ -9,52 +9,28 @@ namespace pykernels {
 
 namespace {
 
-PlanLayout build(Builder b, const Program& program) {
-  for (const PlanStep& step : program.steps) {
-    b.begin(step);
-    switch (step.kind) {
-      case StepKind::constant: b.constant(); break;
-      case StepKind::conv2d: b.conv2d(); break;
-      case StepKind::linear: b.linear(); break;
-      case StepKind::max_pool2d:
-      case StepKind::avg_pool2d:
-      case StepKind::adaptive_avg_pool2d: b.pool(); break;
-      case StepKind::quantize: b.quantize(); break;
-      case StepKind::dequantize: b.dequantize(); break;
-      case StepKind::cast: b.cast(); break;
-      case StepKind::qadd:
-      case StepKind::qmul: b.quantized_binary(); break;
-      case StepKind::qcat: b.quantized_cat(); break;
-      case StepKind::qlookup: b.lookup(); break;
-      case StepKind::add:
-      case StepKind::mul: b.binary(); break;
-      case StepKind::cat: b.cat(); break;
-      case StepKind::reshape: b.reshape(); break;
-      case StepKind::permute: b.permute(); break;
-      case StepKind::slice: b.slice(); break;
-      case StepKind::expand: b.expand(); break;
-      case StepKind::pad: b.pad(); break;
-      case StepKind::contiguous: b.contiguous(); break;
-      case StepKind::activation: b.activated(); break;
-      case StepKind::leaky_relu: b.leaky_relu(); break;
-      case StepKind::upsample_nearest2d:
-      case StepKind::upsample_bilinear2d: b.upsample(); break;
-      case StepKind::interleave: b.interleave(); break;
-      case StepKind::softmax: b.softmax(); break;
-      case StepKind::layer_norm: b.layer_norm(); break;
-    }
-    b.end();
-  }
+PlanLayout build(Builder b, const Program& program, const Head& head, const PlanLayout& whole) {
+  if (head.steps > 0) b.by_image(head, whole);
+  for (size_t s = head.steps; s < program.steps.size(); ++s) b.build(program.steps[s]);
   b.finish();
   return std::move(b.layout);
 }
 
 }  // namespace
 
-PlanLayout prepare(const Program& program, const uint8_t* weights, const std::vector<View>& inputs, int64_t threads) {
-  PlanLayout layout = build({program, weights, inputs, threads}, program);
-  if (const Joined joined(program, layout); joined.any)
-    layout = build({program, weights, inputs, threads, &joined}, program);
+std::vector<const Driver*> drivers_of(const PlanLayout& layout) {
+  std::vector<const Driver*> drivers;
+  for (const auto& driver : layout.drivers) drivers.push_back(driver.get());
+  return drivers;
+}
+
+PlanLayout prepare(const Program& program, const uint8_t* weights, const std::vector<View>& inputs, int64_t threads,
+                   int64_t by_image) {
+  PlanLayout layout = build({program, weights, inputs, threads}, program, {}, {});
+  const Head head = choose_head(program, weights, inputs, threads, by_image, layout);
+  const Joined joined(program, layout, head.steps);
+  if (head.steps > 0 || joined.any)
+    layout = build({program, weights, inputs, threads, joined.any ? &joined : nullptr}, program, head, layout);
   std::vector<Lifetime> pieces;
   std::vector<Buffer*> placed;
   for (Buffer& buffer : layout.buffers)

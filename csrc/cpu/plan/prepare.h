@@ -15,6 +15,8 @@
 
 namespace pykernels {
 
+class ByImageDriver;
+
 using Sizes = std::array<int64_t, kMaxDims>;
 
 // A tensor in one of the plan's buffers; strides in elements.
@@ -54,9 +56,12 @@ struct Buffer {
 struct Work {
   int step;
   const char* kernel;
-  Dtype dtype;         // of what it reads
-  int64_t bytes;       // read and written, weights included
-  int64_t operations;  // multiplications and additions of a product; else 0
+  Dtype dtype;           // of what it reads
+  int64_t bytes;         // read and written, weights included
+  int64_t weight_bytes;  // of these
+  int64_t operations;    // multiplications and additions of a product; else 0
+  int64_t tasks;
+  bool by_image;  // it is one of those that a ByImageDriver runs: the sum of all images
 };
 
 struct PlanLayout {
@@ -70,8 +75,9 @@ struct PlanLayout {
   };
 
   std::vector<std::unique_ptr<Driver>> drivers;
-  std::vector<Binding> bindings;  // of each driver
-  std::vector<Work> work;         // of each driver
+  std::vector<Binding> bindings;      // of each driver
+  std::vector<Work> work;             // of each driver; of the first one's, where that goes image by image
+  ByImageDriver* by_image = nullptr;  // the first driver, where it is one
   std::vector<Buffer> buffers;
   std::vector<View> values;         // of inputs and steps
   std::vector<View> outputs;        // dense
@@ -79,8 +85,12 @@ struct PlanLayout {
   int64_t arena_bytes = 0, least_arena_bytes = 0;
 };
 
+std::vector<const Driver*> drivers_of(const PlanLayout& layout);
+
 // `inputs` are as the caller has them, their buffers still unset; `weights` stay where they are. Throws where shapes or
-// numbers do not fit one another, or more memory would be needed than there is.
-PlanLayout prepare(const Program& program, const uint8_t* weights, const std::vector<View>& inputs, int64_t threads);
+// numbers do not fit one another, or more memory would be needed than there is. `by_image`: which of the first steps
+// run image by image, see head.h.
+PlanLayout prepare(const Program& program, const uint8_t* weights, const std::vector<View>& inputs, int64_t threads,
+                   int64_t by_image);
 
 }  // namespace pykernels

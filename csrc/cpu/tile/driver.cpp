@@ -304,10 +304,12 @@ struct Held {
 
 }  // namespace
 
-int64_t block_bytes() {
-  static const int64_t bytes = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE) / 2, 128 << 10, 1 << 20);
+int64_t l2_bytes() {  // within bounds, since a virtual machine may say anything
+  static const int64_t bytes = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 256 << 10, 2 << 20);
   return bytes;
 }
+
+int64_t block_bytes() { return l2_bytes() / 2; }
 
 const DotKernel& dot_kernel(const PackedView& weights) {
   constexpr int64_t kLong = 256;  // words of one sum

@@ -38,6 +38,7 @@ struct TileProblem {
   int64_t max_rows() const { return tiling.rows > 0 ? std::min<int64_t>(tiling.rows, dot->max_rows) : dot->max_rows; }
 };
 
+int64_t l2_bytes();  // of a core
 // Bytes of A that a block of tiles may hold: half of L2, the rest is for the weights, which each block reads anew.
 int64_t block_bytes();
 

@@ -134,10 +134,12 @@ class PlanRow:
         kernel: in words.
         shape: of the step's result.
         dtype: of what it reads.
-        tasks: how many pieces threads take.
-        bytes: read and written, weights included.
+        tasks: how many pieces threads take; with `by_image`, images.
+        bytes: read and written, weights included, of all images.
         operations: multiplications and additions, of products; else 0.
-        seconds: the median of the rounds, if it was timed.
+        by_image: each image goes through all such kernel calls on one thread before the next; they come first.
+        seconds: the median of the rounds, if it was timed; with `by_image`, the part of the time of all such rows that
+            threads spent on it.
     """
 
     step: str
@@ -147,7 +149,13 @@ class PlanRow:
     tasks: int
     bytes: int
     operations: int
+    by_image: bool = False
     seconds: float | None = None
+
+    @property
+    def pieces(self) -> str:
+        """What threads take."""
+        return f"{self.tasks} images" if self.by_image else str(self.tasks)
 
 
 @dataclass
@@ -208,7 +216,7 @@ class PlanReport:
     @staticmethod
     def _cells(row: PlanRow) -> tuple[str, ...]:
         shape = "x".join(map(str, row.shape))
-        cells = (row.step, row.kernel, shape, f"{row.operations / 1e6:.1f}", f"{row.bytes / 1e6:.2f}", str(row.tasks))
+        cells = (row.step, row.kernel, shape, f"{row.operations / 1e6:.1f}", f"{row.bytes / 1e6:.2f}", row.pieces)
         if row.seconds is None:
             return cells
         seconds = max(row.seconds, 1e-9)

@@ -35,6 +35,7 @@ def tune(
     """Time the layers of all plans with these flat inputs and keep the best cut of each, in the plans.
 
     It holds for the isa in force and the number of threads set now; with others a plan cuts as if it was not tuned.
+    Layers that run image by image with these inputs, each on one of several threads, are not cut, and left as they are.
 
     Args:
         rounds: calls that are timed for each candidate.
@@ -47,7 +48,9 @@ def tune(
     for name, (plan, given) in found.items():
         program = decode(plan)
         program.isa, program.threads = isa, threads
-        layers = [i for i, record in enumerate(program.records) if record.kind in ("conv2d", "linear")]
+        rows = describe_plan(plan, planned.weights, given)["drivers"]
+        uncut = {row["step"] for row in rows if row["by_image"] and threads > 1}
+        layers = [i for i, r in enumerate(program.records) if r.kind in ("conv2d", "linear") and i not in uncut]
         trials = [_Trial(program, dict.fromkeys(layers, tiling), planned.weights, given) for tiling in candidates]
         for _ in range(rounds):
             if progress is not None:
