@@ -17,8 +17,8 @@ _THROUGH = ("Add", "Relu", "Hardtanh", "Clamp", "Alias", "Clone")
 
 
 def residual_blocks(model: nn.Module, args: tuple[Any, ...]) -> list[str]:
-    """Names of modules that have one input tensor and one output of the same shape, which is a sum that the input itself
-    is part of; of nested ones the innermost. Each is called once a call of the model.
+    """Names of modules that have one input tensor and one output of its shape, which is a sum that the input itself is
+    part of; of nested ones the innermost. Each is called once a call of the model.
 
     Args:
         model: a copy: its parameters are left recording gradients.
@@ -40,8 +40,8 @@ def residual_blocks(model: nn.Module, args: tuple[Any, ...]) -> list[str]:
     def leave(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             begin, shape = entered.pop(name, (None, ()))
-            residual = isinstance(output, torch.Tensor) and tuple(output.shape) == shape and _adds(output.grad_fn, begin)
-            found[name] = found.get(name, 0) + (1 if residual else 2)
+            alike = isinstance(output, torch.Tensor) and tuple(output.shape) == shape
+            found[name] = found.get(name, 0) + (1 if alike and _adds(output.grad_fn, begin) else 2)
 
         return hook
 
@@ -55,10 +55,8 @@ def residual_blocks(model: nn.Module, args: tuple[Any, ...]) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    blocks = [name for name, calls in found.items() if calls == 1]
-    return sorted(
-        (b for b in blocks if not any(other.startswith(f"{b}.") for other in blocks)), key=list(dict(model.named_modules())).index
-    )
+    blocks = [name for name, _ in model.named_modules() if found.get(name) == 1]
+    return [name for name in blocks if not any(other.startswith(f"{name}.") for other in blocks)]
 
 
 def _adds(node: Any, begin: Any) -> bool:

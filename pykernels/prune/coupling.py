@@ -1,8 +1,8 @@
 """Which channels must go together: torch-pruning's dependency graph, read once and kept as plain data.
 
 torch-pruning traces the model through autograd and says, for a channel that one layer makes, which slices of which
-other layers belong to it. Only that is taken from it; what is removed, and how, is decided and done here. What it says is
-never trusted: `surgery.check` compares every cut with the masked model.
+other layers belong to it. Only that is taken from it; what is removed, and how, is decided and done here. What it says
+is never trusted: `surgery.check` compares every cut with the masked model.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Slot(NamedTuple):
         layer: name of the module in the model.
         axis: ``out`` for channels that it makes (norms and depthwise convolutions have only these), ``in`` for
             channels that it reads and sums over.
-        index: of the channel.
+        channel: its number.
     """
 
     layer: str
     axis: str
-    index: int
+    channel: int
 
 
 @dataclass
@@ -130,7 +130,7 @@ def couple(model: nn.Module, args: tuple[Any, ...], keep: Iterable[str] = ()) ->
             for index, root in zip(item.idxs, item.root_idxs, strict=True):
                 if complaint is not None:
                     blame.setdefault(root, (name, complaint))
-                elif name and not _one_slope(module):  # else nothing that has channels
+                if name and not _one_slope(module):  # else nothing that has channels
                     slot = Slot(name, "out" if is_depthwise(module) else axis, int(index))
                     _join(parents, first.setdefault(root, slot), slot)
         bad += [(first[root], *why) for root, why in blame.items() if root in first]
@@ -222,13 +222,14 @@ def _groups(
     for slot in parents:
         units[_root(parents, slot)].append(slot)
     complaints: dict[Slot, str] = {}
-    for slot, layer, why in bad:
-        complaints.setdefault(_root(parents, slot), f"{layer}: {why}" if layer else why)
+    for slot, layer, complaint in bad:
+        complaints.setdefault(_root(parents, slot), f"{layer}: {complaint}" if layer else complaint)
     gathered: dict[tuple[tuple[str, str], ...], list[tuple[Slot, ...]]] = defaultdict(list)
     left: dict[str, str] = {}
     for root, slots in units.items():
-        slots.sort(key=lambda slot: (order[slot.layer], slot.axis != "out", slot.index))
-        makers = [s.layer for s in slots if s.axis == "out" and not isinstance(_at(model, s), nn.modules.batchnorm._NormBase)]
+        slots.sort(key=lambda slot: (order[slot.layer], slot.axis != "out", slot.channel))
+        owners = list(dict.fromkeys(s.layer for s in slots if s.axis == "out" and not _passes(model, s)))
+        makers = [name for name in owners if not is_depthwise(model.get_submodule(name))]
         why = complaints.get(root)
         for slot in slots:
             found = reasons.get((slot.layer, slot.axis))
@@ -238,23 +239,31 @@ def _groups(
         if why is None and not any(slot.axis == "in" for slot in slots):
             why = "no layer with weights reads them: they are the model's answer"
         if why is not None:
-            for name in makers:
+            for name in owners:
                 left.setdefault(name, why)
             continue
         gathered[tuple(dict.fromkeys((slot.layer, slot.axis) for slot in slots))].append(tuple(slots))
-    groups = []
+    groups: list[Group] = []
+    taken: set[str] = set()
     for axes, members in gathered.items():
-        members.sort(key=lambda unit: unit[0].index)
-        name = next(layer for layer, axis in axes if axis == "out")
+        members.sort(key=lambda unit: unit[0].channel)
+        makers = [s.layer for s in members[0] if s.axis == "out" and not _passes(model, s)]
         if len(members) <= PANEL:
-            left.setdefault(name, f"it has {len(members)} channels, and kernels work on {PANEL} at a time")
+            for name in makers:
+                left.setdefault(name, f"{len(members)} channels of it, and kernels work on {PANEL} at a time")
             continue
+        names = [name for name in makers if name not in taken]
+        name = names[0] if names else f"{makers[0]}#{len(taken)}"  # a part of its channels: others are another group
+        taken.add(name)
         groups.append(Group(name, members, axes))
-    groups.sort(key=lambda group: order[group.name])
-    for group in groups:
-        left.pop(group.name, None)
+    groups.sort(key=lambda group: order[group.axes[0][0]])
+    for layer, axis in (pair for group in groups for pair in group.axes):
+        if axis == "out":
+            left.pop(layer, None)
     return Coupling(groups, dict(sorted(left.items(), key=lambda entry: order[entry[0]])))
 
 
-def _at(model: nn.Module, slot: Slot) -> nn.Module:
-    return model.get_submodule(slot.layer)
+def _passes(model: nn.Module, slot: Slot) -> bool:
+    """Whether the layer hands channels on and makes none: norms and PReLU."""
+    kinds = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
+    return isinstance(model.get_submodule(slot.layer), kinds)

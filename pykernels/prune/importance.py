@@ -5,16 +5,16 @@ weight times gradient over the weights that read it; of a dropped block, which h
 gradient times (input - output). The squares of these numbers are averaged (Molchanov et al., Importance Estimation
 for Neural Network Pruning, 2019), so channels and blocks are measured alike.
 
-The objective, where there are labels, is the loss. Without labels the model's own answers would be perfect ones, and the
-gradient of any distance to them is zero; what is wanted is its curvature. So random signs e are drawn and e . outputs
-is differentiated: the mean of its squared changes is the squared change of the outputs (Hutchinson's estimate), of
-classifiers the squared change of the logits.
+The objective, where there are labels, is the loss. Without labels the model's own answers would be perfect ones, and
+the gradient of any distance to them is zero; what is wanted is its curvature. So random signs e are drawn and
+e . outputs is differentiated: the mean of its squared changes is the squared change of the outputs (Hutchinson's
+estimate), of classifiers the squared change of the logits.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,9 +27,10 @@ from torch.utils import _pytree as pytree
 from pykernels.graph.export import mode
 
 from .coupling import Group
+from .entries import read_entry
 from .surgery import dimension
 
-__all__ = ["DRAWS", "Importance", "Loss", "magnitude", "read_entry", "taylor"]
+__all__ = ["DRAWS", "Importance", "Loss", "by_input", "magnitude", "taylor"]
 
 Loss = Callable[[Any, Any], torch.Tensor]
 Progress = Callable[[str, int, int], None]
@@ -55,22 +56,6 @@ class Importance:
     blocks: dict[str, float] = field(default_factory=dict)
     objective: str = ""
     batches: int = 0
-
-
-def read_entry(entry: Any, count: int, number: int) -> tuple[tuple[Any, ...], Any]:
-    """The inputs of one call, and the label or None, of an entry of a loader.
-
-    Raises:
-        TypeError: it is neither a tensor nor a sequence of at least `count` inputs.
-    """
-    if isinstance(entry, torch.Tensor):
-        entry = (entry,)
-    if not isinstance(entry, (list, tuple)) or len(entry) < count:
-        raise TypeError(
-            f"data: entry {number} is a {type(entry).__name__}; a tensor is needed, or a tuple of {count} inputs "
-            "that a label may follow"
-        )
-    return tuple(entry[:count]), entry[count] if len(entry) > count else None
 
 
 def magnitude(model: nn.Module, groups: Sequence[Group]) -> Importance:
@@ -106,12 +91,12 @@ def taylor(
         TypeError: an entry does not fit.
     """
     gather = _Gather(groups)
-    layers = {name: model.get_submodule(name) for name in gather.readers}
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in gather.readers}
     units = {group.name: torch.zeros(len(group.units), dtype=torch.float64) for group in groups}
     changes = dict.fromkeys(blocks, 0.0)
     generator = torch.Generator().manual_seed(0)
     passes, batches, objective = 0, 0, ""
-    entries = len(data) if hasattr(data, "__len__") else 0
+    entries = len(data) if isinstance(data, Sized) else 0
     model.requires_grad_(True)
     with mode(model, False), torch.enable_grad(), _watch(model, blocks) as seen:
         for number, entry in enumerate(data):
@@ -121,7 +106,7 @@ def taylor(
             for part, target in _parts(args, label):
                 seen.clear()
                 objective, scalars = _objectives(model(*part), target, loss, generator)
-                weights = [layer.weight for layer in layers.values()]
+                weights: list[torch.Tensor] = [layer.weight for layer in layers.values()]
                 sources = [*weights, *(output for _, output in seen.values())]
                 for place, scalar in enumerate(scalars):
                     last = place + 1 == len(scalars)
@@ -169,7 +154,7 @@ class _Gather:
             for number, unit in enumerate(group.units):
                 for slot in unit:
                     if slot.axis == "in":
-                        found[slot.layer].append((number, slot.index))
+                        found[slot.layer].append((number, slot.channel))
             pairs = {name: torch.tensor(places).t() for name, places in found.items()}
             self.places.append({name: (pair[0], pair[1]) for name, pair in pairs.items()})
         self.readers = list(dict.fromkeys(name for places in self.places for name in places))

@@ -1,9 +1,9 @@
 """How long a network takes at other widths: measured on our kernels, layer by layer.
 
-The model is lowered once, as `pykernels.optimize` would, and its plans are timed step by step. A layer at other widths is
-that very step with fewer channels, a plan of its own, timed at a grid of widths; between them times are interpolated. What
-it takes inside the network is its time there, scaled by the ratio of the two alone. Steps without weights scale with the
-bytes that they move; what is torch's, and calls, stay as they are.
+The model is lowered once, as `pykernels.optimize` would, and its plans are timed step by step. A layer at other widths
+is that very step with fewer channels, in a plan of its own, timed at a grid of widths; between them times are
+interpolated. What it takes inside the network is its time there, scaled by the ratio of the two alone. Steps without
+weights scale with the bytes that they move; what is torch's stays as it is.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .knapsack import State
 __all__ = ["Latency", "Lowered", "lower"]
 
 Progress = Callable[[str, int, int], None]
-_FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of a layer's width, beside one panel: where it is timed
+_FRACTIONS = (0.25, 0.5, 0.75)  # of a layer's width, beside one panel: where it is timed
 _ALONE_ROUNDS = 8  # of a layer at all of its widths
 _ROUNDS = 20  # of the whole network
 
@@ -188,9 +188,10 @@ class Latency:
             if isinstance(layer, Layer) and isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
                 for value in step.outputs:
                     flows[value] = {step.where: 1.0}
-                key = _kind(step)
+                changes = self.widths.changes(step.where)
+                key = (*_kind(step), changes)
                 if key not in self.alone:
-                    self.alone[key] = _Alone(step, module, network, self.widths.changes(step.where))
+                    self.alone[key] = _Alone(step, module, network, changes)
                 self.steps.append(_Timed(step.label, step.where, self.alone[key]))
                 continue
             made = _mixed([(flows.get(value, {}), _size(value)) for value in step.values], step.kind)
@@ -244,9 +245,7 @@ class _AxisWidths:
         if key not in self.full:
             self.full[key] = width(module, axis)
         slots = self.slots.get(key, {})
-        return self.full[key] - sum(
-            count * (self.sizes[group] - state.widths[group]) for group, count in slots.items()
-        )
+        return self.full[key] - sum(count * (self.sizes[group] - state.widths[group]) for group, count in slots.items())
 
     def part(self, layer: str, state: State) -> float:
         """Of the channels that a layer makes, what is left."""
@@ -264,21 +263,16 @@ class _Alone:
     def __init__(self, step: Step, module: nn.Module, network: Network, changes: tuple[bool, bool]) -> None:
         self.step, self.network = step, network
         self.depthwise = is_depthwise(module)
-        self.changes = changes
         self.full = (width(module, "out" if self.depthwise else "in"), width(module, "out"))
         self.times: dict[tuple[int, int], float] = {}
         self.cache: dict[tuple[int, int], float] = {}
-        self.axes = tuple(
-            sorted({PANEL, *(max(PANEL, round(f * full / PANEL) * PANEL) for f in _FRACTIONS), full} - set(range(full + 1, full + PANEL)))
-            if varies and full > PANEL else [full]
-            for full, varies in zip(self.full, changes, strict=True)
-        )  # fmt: skip
+        self.axes = [_grid(full) if varies else [full] for full, varies in zip(self.full, changes, strict=True)]
 
     def grid(self) -> list[tuple[int, int]]:
         """Pairs of widths to time: of a depthwise layer both are the same."""
         if self.depthwise:
             return [(count, count) for count in self.axes[1]]
-        return list(itertools.product(*self.axes))
+        return list(itertools.product(self.axes[0], self.axes[1]))
 
     def ratio(self, reads: int, makes: int) -> float:
         """Time at these widths over that at full ones."""
@@ -334,7 +328,9 @@ class _Alone:
         """The step with so many channels; `place` tells it from others in one network."""
         layer = self.step.details
         assert isinstance(layer, Layer)
-        out = max(1, round(layer.weight.shape[0] * makes / self.full[1]))  # phases of a transposed one are channels, too
+        out = max(
+            1, round(layer.weight.shape[0] * makes / self.full[1])
+        )  # phases of a transposed one are channels, too
         into = layer.weight.shape[1] if self.depthwise else max(1, round(layer.weight.shape[1] * reads / self.full[0]))
         groups = out if self.depthwise else layer.groups
         narrow = dataclasses.replace(
@@ -351,6 +347,11 @@ class _Alone:
         inputs += [_resized(value, f"r{place}", dim, out) for value in residual]
         result = _resized(self.step.outputs[0], f"y{place}", dim, out)
         return dataclasses.replace(self.step, details=narrow, inputs=inputs, outputs=[result], where=str(place))
+
+
+def _grid(full: int) -> list[int]:
+    near = {max(PANEL, round(part * full / PANEL) * PANEL) for part in _FRACTIONS}
+    return sorted({width for width in (PANEL, *near) if width < full} | {full})
 
 
 def _kind(step: Step) -> Any:

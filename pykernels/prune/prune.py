@@ -19,7 +19,8 @@ from pykernels.ops.errors import reason
 
 from .blocks import residual_blocks
 from .coupling import Coupling, Group, couple, width
-from .importance import Importance, Loss, magnitude, read_entry, taylor
+from .entries import read_entry
+from .importance import Importance, Loss, magnitude, taylor
 from .knapsack import Choice, State, Unreachable, solve
 from .latency import Latency, Lowered, lower
 from .recipe import Recipe, check_recipe, recipe_of
@@ -69,16 +70,16 @@ def prune(
     """Remove the channels and residual blocks that matter least, until a call takes `latency` of its time.
 
     Latencies are those of our kernels on this machine, with torch's number of threads and inputs of the example's
-    sizes. Widths become multiples of 16, as wide as the kernels' panels. The pruned model answers as the model does when
-    nobody reads the removed channels, to 1e-5 of the answer's norm on the example and on noise; that is checked before
-    batch norms are estimated anew over `data`. The model itself is not changed. (docs/compress.md)
+    sizes. Widths become multiples of 16, as wide as the kernels' panels. The pruned model answers as the model does
+    when nobody reads the removed channels, to 1e-5 of the answer's norm on the example and on noise; that is checked
+    before batch norms are estimated anew over `data`. The model itself is not changed. (docs/compress.md)
 
     Args:
         model: an fp32 network on the CPU, in any mode.
         example_inputs: positional inputs of one call; a lone tensor stands for a tuple of one.
         latency: what a call may take, of what it takes now: between 0 and 1.
-        data: an iterable that can be read twice (a loader, a list) of inputs, each a tensor or a tuple of inputs; a label
-            may follow. Channels are weighed and batch norms estimated on it.
+        data: an iterable that can be read twice (a loader, a list) of inputs, each a tensor or a tuple of inputs that a
+            label may follow. Channels are weighed and batch norms estimated on it.
         precision: what the network will run in: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
         importance: ``taylor`` (gradients over `data`: of the loss where there are labels, else of the outputs) or
             ``magnitude`` (of weights; needs no data, and drops no blocks).
@@ -227,7 +228,7 @@ def _search(
         predict.anchor(state, smaller)
     else:
         report.notes.append(
-            f"the budget of {latency:.3f} was missed: {report.measured:.3f} was measured, of the last of {_ROUNDS} networks"
+            f"the budget of {latency:.3f} was missed: the last of {_ROUNDS} networks takes {report.measured:.3f}"
         )
         warnings.warn(f"latency: {report.notes[-1]}", UserWarning, stacklevel=3)
     return recipe
@@ -307,7 +308,7 @@ def _estimate_batch_norms(model: nn.Module, data: Iterable[Any], inputs: int) ->
                 try:
                     model(*args)
                 except ValueError as error:  # a batch of one sample, at a norm behind a global pool
-                    raise ValueError(f"data: batch norms cannot be estimated on entry {number}: {reason(error)}") from error
+                    raise ValueError(f"data: entry {number} cannot serve batch norms: {reason(error)}") from error
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -1,12 +1,13 @@
-"""What was removed from a model, as plain data: it is written as JSON, and done again on the model that it was made for.
+"""What was removed from a model, as plain data: it can be JSON, and is done again on the model that it was made for.
 
-    {"version": 1,
-     "layers": {"layer1.0.conv1": {"out": {"of": 64, "kept": [0, 2, 5]}}, "layer1.0.conv2": {"in": {...}}},
-     "blocks": ["layer3.4"]}
+{"version": 1,
+ "layers": {"layer1.0.conv1": {"out": {"of": 64, "kept": [0, 2, 5]}}, "layer1.0.conv2": {"in": {...}}},
+ "blocks": ["layer3.4"]}
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -35,7 +36,7 @@ def recipe_of(
         for number, unit in enumerate(group.units):
             if number not in stays:
                 for slot in unit:
-                    removed[slot.layer, slot.axis].add(slot.index)
+                    removed[slot.layer, slot.axis].add(slot.channel)
     layers: dict[str, Any] = {}
     for (layer, axis), gone in sorted(removed.items()):
         if not any(layer.startswith(f"{block}.") for block in dropped):
@@ -81,5 +82,5 @@ def _check_channels(name: str, module: nn.Module, axis: str, channels: Any) -> N
     kept = channels.get("kept")
     if not isinstance(kept, list) or not kept or not all(type(i) is int and 0 <= i < of for i in kept):
         raise ValueError(f"recipe: layer {name!r}: kept must be numbers of channels ({axis}), from 0 to {of - 1}")
-    if any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(kept)):
         raise ValueError(f"recipe: layer {name!r}: the numbers of channels ({axis}) must rise")

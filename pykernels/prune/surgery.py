@@ -58,13 +58,17 @@ def refuse(model: nn.Module) -> None:
             )
         hooks = [hooks for hooks in _HOOKS if getattr(module, hooks, None)]
         if hooks:
-            raise ValueError(f"{where} has hooks ({hooks[0]}), which a pruned copy could not keep right: remove them first")
+            raise ValueError(
+                f"{where} has hooks ({hooks[0]}), which a pruned copy could not keep right: remove them first"
+            )
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point() and parameter.dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"{where} has weights of {parameter.dtype}: prune the fp32 model and cast the result")
     devices = {str(t.device) for t in (*model.parameters(), *model.buffers())} - {"cpu"}
     if devices:
-        raise ValueError(f"model: it is on {', '.join(sorted(devices))}; latencies are measured on the CPU: move it there")
+        raise ValueError(
+            f"model: it is on {', '.join(sorted(devices))}; latencies are measured on the CPU: move it there"
+        )
 
 
 def cut(model: nn.Module, recipe: Recipe) -> nn.Module:
@@ -84,7 +88,8 @@ def masked(model: nn.Module, recipe: Recipe) -> nn.Module:
     result = copy.deepcopy(model)
     with torch.no_grad():
         for name, axes in recipe["layers"].items():
-            channels, module = axes.get("in"), result.get_submodule(name)
+            channels = axes.get("in")
+            module: Any = result.get_submodule(name)
             if channels is not None:
                 kept = set(channels["kept"])
                 gone = torch.tensor([i for i in range(channels["of"]) if i not in kept], dtype=torch.long)
@@ -134,9 +139,9 @@ def _compare(expected: nn.Module, pruned: nn.Module, inputs: tuple[Any, ...]) ->
             continue
         if not a.isfinite().all():
             raise Mismatch("the masked model's answer is not finite")
-        error = float((a - b).double().norm() / a.double().norm().clamp_min(1e-30))
-        if not error <= TOLERANCE:
-            raise Mismatch(f"pruned and masked model differ by {error:.1e} of the answer's norm")
+        distance = float((a - b).double().norm() / a.double().norm().clamp_min(1e-30))
+        if not distance <= TOLERANCE:
+            raise Mismatch(f"pruned and masked model differ by {distance:.1e} of the answer's norm")
 
 
 @contextmanager
