@@ -91,7 +91,6 @@ class Features(nn.Module):
         if self._optimizer is None:
             self._optimizer = torch.optim.Adam(self.projections.parameters(), lr=1e-3)
         self._optimizer.step()
-        self._optimizer.zero_grad()
 
 
 def distill(
@@ -167,7 +166,7 @@ def distill(
         theirs = stack.enter_context(_outputs(teacher, features.pairs.values() if features else (), "teacher"))
         for number, entry in enumerate(_endless(loader, steps, losses)):
             buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
-            optimizer.zero_grad()
+            _clear(optimizer, student, features)
             try:
                 args, label = read_entry(entry, inputs, number, "loader")
                 total = _loss(student, teacher, args, label, objective, features, ours, theirs)
@@ -179,7 +178,7 @@ def distill(
                 with torch.no_grad():
                     for buffer, before in buffers:
                         buffer.copy_(before)
-                optimizer.zero_grad()
+                _clear(optimizer, student, features)
                 shapes = [list(x.shape) for x in pytree.tree_leaves(entry) if isinstance(x, torch.Tensor)]
                 raise Stopped(f"loader: entry {number}, of shapes {shapes}: {reason(error)}", losses) from error
             optimizer.step()
@@ -190,8 +189,16 @@ def distill(
             losses.append(float(total.detach()))
             if progress is not None:
                 progress("distilling", len(losses), steps)
-    optimizer.zero_grad()
+    _clear(optimizer, student, features)
     return losses
+
+
+def _clear(optimizer: torch.optim.Optimizer, student: nn.Module, features: Features | None) -> None:
+    """No gradients, of what the optimizer leaves alone neither."""
+    optimizer.zero_grad()
+    student.zero_grad()
+    if features is not None:
+        features.zero_grad()
 
 
 def _endless(loader: Iterable[Any], steps: int, losses: list[float]) -> Iterator[Any]:
@@ -235,7 +242,7 @@ def _loss(
     if not isinstance(total, torch.Tensor) or total.dim():
         raise ValueError("loss: it must give a scalar tensor")
     if not total.isfinite():
-        raise ValueError(f"the loss is {float(total)}")
+        raise ValueError(f"the loss is {float(total.detach())}")
     return total
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 import time
 import warnings
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,12 +35,14 @@ from pykernels.ops.plan import describe_plan, profile_plan
 from .coupling import PANEL, Group, is_depthwise, width
 from .knapsack import State
 
-__all__ = ["Latency", "Lowered", "lower"]
+__all__ = ["Latency", "Lowered", "compare", "lower"]
 
 Progress = Callable[[str, int, int], None]
 _FRACTIONS = (0.25, 0.5, 0.75)  # of a layer's width, beside one panel: where it is timed
 _ALONE_ROUNDS = 8  # of a layer at all of its widths
 _ROUNDS = 20  # of the whole network
+_COMPARISONS = 3  # times that something is timed, at most, while it is not as expected
+_DISTURBED = 1.15  # over what is expected: others are at work on the machine
 
 
 @dataclasses.dataclass
@@ -121,6 +124,23 @@ def lower(model: nn.Module, args: tuple[Any, ...], precision: str) -> Lowered:
     return Lowered(network, planned, pytree.tree_leaves(args))
 
 
+def compare(original: Lowered, smaller: Lowered, expected: float) -> tuple[float, float]:
+    """Seconds of a call of each, the quickest of some rounds in turn; more of them while they are not as expected:
+    others on the machine make a call slower and never quicker."""
+    from pykernels.bench.timing import interleave
+
+    calls = [original.call, smaller.call]
+    least = [math.inf, math.inf]
+    for call in calls:
+        call()
+    for _ in range(_COMPARISONS):
+        found = interleave(calls, rounds=_ROUNDS, seconds=20.0)
+        least = [min(a, b.best) for a, b in zip(least, found, strict=True)]
+        if abs(least[1] / least[0] - expected) <= 0.05 * expected:
+            break
+    return least[0], least[1]
+
+
 def _planned(network: Network) -> Planned | None:
     emitted = emit_fx(network)
     return emit_plan(network, emitted, consolidate(emitted.program))
@@ -143,20 +163,11 @@ class Latency:
         self.steps: list[_Timed] = []
         self._read(lowered.network)
         self.full = State({group.name: len(group.units) for group in groups})
-        self.anchor(self.full, lowered)
-
-    def anchor(self, state: State, lowered: Lowered) -> None:
-        """Take what steps take in a network, `lowered`, whose state is this one."""
         found = lowered.steps()
-        counts: dict[str, int] = defaultdict(int)
+        counts = Counter(step.label for step in self.steps)
         for step in self.steps:
-            counts[step.label] += 1
-        for step in self.steps:
-            scale = step.scale(self.widths, state)
-            if step.label in found and scale > 0:
-                step.seconds = found[step.label] / counts[step.label] / scale
-        known = sum(found[label] for label in counts if label in found)
-        self.rest = sum(found.values()) - known
+            step.seconds = found.get(step.label, 0.0) / counts[step.label]
+        self.rest = sum(found.values()) - sum(step.seconds for step in self.steps)
 
     def measure(self, progress: Progress | None = None) -> None:
         """Time each kind of layer at its grid of widths."""
@@ -166,10 +177,14 @@ class Latency:
                 progress("timing layers", number, len(self.alone))
 
     def refine(self, state: State) -> None:
-        """Time the layers at the widths of this state, and at the full ones once more."""
+        """Time the layers at the widths of this state, too; again, while one takes longer than those beside it say."""
         for alone in self.alone.values():
-            pairs = {step.pair(self.widths, state) for step in self.steps if step.alone is alone}
-            alone.measure([alone.full, *sorted(pairs)])
+            pairs = sorted({step.pair(self.widths, state) for step in self.steps if step.alone is alone})
+            expected = {pair: alone.between(*pair) for pair in pairs}
+            for _ in range(_COMPARISONS):
+                alone.measure([alone.full, *pairs])
+                if all(alone.times[pair] <= _DISTURBED * expected[pair] for pair in pairs):
+                    break
 
     def __call__(self, state: State) -> float:
         """Seconds of a call."""
@@ -279,10 +294,11 @@ class _Alone:
         pair = (reads, makes)
         found = self.cache.get(pair)
         if found is None:
-            found = self.cache[pair] = self._between(reads, makes) / self.times[self.full] if self.times else 1.0
+            found = self.cache[pair] = self.between(reads, makes) / self.times[self.full] if self.times else 1.0
         return found
 
-    def _between(self, reads: int, makes: int) -> float:
+    def between(self, reads: int, makes: int) -> float:
+        """Seconds at these widths, from those timed."""
         exact = self.times.get((reads, makes))
         if exact is not None:
             return exact

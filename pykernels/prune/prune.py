@@ -22,7 +22,7 @@ from .coupling import Coupling, Group, couple, width
 from .entries import read_entry
 from .importance import Importance, Loss, magnitude, taylor
 from .knapsack import Choice, State, Unreachable, solve
-from .latency import Latency, Lowered, lower
+from .latency import Latency, compare, lower
 from .recipe import Recipe, check_recipe, recipe_of
 from .report import Report, Row
 from .surgery import Mismatch, check, cut, refuse
@@ -206,39 +206,30 @@ def _search(
     progress: Progress | None,
 ) -> Recipe:
     """The recipe of least loss whose network, made and measured, is quick enough."""
-    from pykernels.bench.timing import interleave
-
     original = lower(model, args, report.precision or "fp32")
     predict = Latency(model, original, coupling.groups)
     predict.measure(progress)
     whole = predict(predict.full)
     choices = [_choice(group, weighed, tuple(weighed.blocks)) for group in coupling.groups]
     order = {name: importance.argsort(descending=True).tolist() for name, importance in weighed.units.items()}
+    target = latency
     for number in range(1, _ROUNDS + 1):
-        state = _solved(choices, weighed, predict, latency * whole, whole, coupling)
+        state = _solved(choices, weighed, predict, target * whole, whole, coupling)
         kept = {name: sorted(order[name][:count]) for name, count in state.widths.items()}
         recipe = recipe_of(model, coupling.groups, kept, sorted(state.dropped))
         smaller = lower(cut(model, recipe), args, report.precision or "fp32")
         report.predicted = predict(state) / whole
-        report.before, report.after = _compared(original, smaller, interleave)
+        report.before, report.after = compare(original, smaller, report.predicted)
         if progress is not None:
             progress("measuring networks", number, _ROUNDS)
-        if report.after <= _SLACK * latency * report.before:
+        part = report.after / report.before
+        if part <= _SLACK * latency:
             break
-        predict.anchor(state, smaller)
+        target *= max(latency / part, 0.8)
     else:
-        report.notes.append(
-            f"the budget of {latency:.3f} was missed: the last of {_ROUNDS} networks takes {report.measured:.3f}"
-        )
+        report.notes.append(f"the budget of {latency:.3f} was missed: the last of {_ROUNDS} networks takes {part:.3f}")
         warnings.warn(f"latency: {report.notes[-1]}", UserWarning, stacklevel=3)
     return recipe
-
-
-def _compared(original: Lowered, smaller: Lowered, interleave: Any) -> tuple[float, float]:
-    """Seconds of a call of each, the quickest of some rounds in turn."""
-    original.call(), smaller.call()
-    before, after = interleave([original.call, smaller.call], rounds=15, seconds=20.0)
-    return before.best, after.best
 
 
 def _choice(group: Group, weighed: Importance, blocks: Sequence[str]) -> Choice:
@@ -253,11 +244,13 @@ def _solved(
     choices: Sequence[Choice], weighed: Importance, predict: Latency, budget: float, whole: float, coupling: Coupling
 ) -> State:
     """The state of least loss within the budget, by times of its own layers."""
-    target = budget
+    state, target = None, budget
     for _ in range(3):
         try:
             state = solve(choices, weighed.blocks, predict, target)
         except Unreachable as error:
+            if state is not None:  # the one before is nearly quick enough
+                break
             raise ValueError(
                 f"latency: {budget / whole:.3f} cannot be reached: with all that can be removed a call takes "
                 f"{error.least / whole:.3f} of today's. Left as it is: {_listed(coupling.left) or 'nothing'}"
@@ -265,7 +258,8 @@ def _solved(
         predict.refine(state)
         if predict(state) <= 1.005 * budget:
             break
-        target *= budget / predict(state)
+        target *= max(budget / predict(state), 0.8)
+    assert state is not None
     return state
 
 
