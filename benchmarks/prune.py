@@ -1,8 +1,9 @@
-"""Pruning to a latency beside pruning to as many operations: what was predicted, what is measured, and torch-pruning's way.
+"""Networks pruned to a latency: what was predicted, what is measured, and torch-pruning's at as many operations.
 
-For each budget a network of torchvision's is pruned by `pk.prune`, with random weights: which channels go means nothing, what
-the network takes does. The rival is torch-pruning's magnitude pruner with one ratio for all layers, searched so that as
-many operations are left. All run in one process, in turn, on our kernels; the quickest of the rounds counts.
+For each budget a network of torchvision's is pruned by `pk.prune`, with random weights: which channels go means
+nothing, what the network takes does. The rival is torch-pruning's magnitude pruner with one ratio for all layers,
+searched so that as many operations are left. All run in one process, in turn, on our kernels; the quickest of the
+rounds counts.
 
     python -m benchmarks.prune [--network resnet50] [--precision int8] [--budgets 0.6 0.5] [--threads 1] [--size 224]
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,7 @@ def prune(
     if (latency is None) == (recipe is None):
         raise ValueError("latency: give a latency to reach, or a recipe to follow, not both")
     refuse(model)
-    if data is not None and iter(data) is data:
+    if isinstance(data, Iterator):
         raise ValueError("data: an iterator can be read once only; give a loader or a list")
     if recipe is not None:
         checked = check_recipe(model, recipe)
@@ -183,17 +183,21 @@ def _tried(model: nn.Module, args: tuple[Any, ...], coupling: Coupling, progress
 def _droppable(model: nn.Module, args: tuple[Any, ...], keep: Iterable[str]) -> list[str]:
     """Residual blocks without which the model runs."""
     kept = tuple(keep)
-    found = []
-    for block in residual_blocks(copy.deepcopy(model), args):
-        if any(block == k or block.startswith(f"{k}.") or k.startswith(f"{block}.") for k in kept):
-            continue
-        recipe = recipe_of(model, [], {}, [block])
+    found = [
+        block
+        for block in residual_blocks(copy.deepcopy(model), args)
+        if not any(block == k or block.startswith(f"{k}.") or k.startswith(f"{block}.") for k in kept)
+    ]
+
+    def runs(blocks: list[str]) -> bool:
+        recipe = recipe_of(model, [], {}, blocks)
         try:
             check(model, cut(model, recipe), recipe, args)
-        except Mismatch:  # the model looks into it
-            continue
-        found.append(block)
-    return found
+        except Mismatch:  # the model looks into them
+            return False
+        return True
+
+    return found if runs(found) else [block for block in found if runs([block])]
 
 
 def _search(

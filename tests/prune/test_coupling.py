@@ -127,3 +127,45 @@ def test_a_wrong_coupling_is_found() -> None:
         check(model, cut(model, recipe), recipe, (x,))
     with pytest.raises(Mismatch, match="differ by"):  # zeros tell nothing, noise does
         check(model, cut(model, recipe), recipe, (torch.zeros(2, *IMAGE),))
+
+
+def test_a_model_that_cannot_take_noise_is_checked_on_its_example() -> None:
+    class Logarithm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rest = prunable.residual()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rest(x.log())
+
+    model, x = Logarithm().eval(), torch.rand(2, *IMAGE) + 0.5
+    groups = couple(copy.deepcopy(model), (x,)).groups
+    recipe = recipe_of(model, groups, {group.name: range(16) for group in groups})
+    check(model, cut(model, recipe), recipe, (x,))
+    with pytest.raises(Mismatch, match="not finite"):
+        check(model, cut(model, recipe), recipe, (x - 2,))
+
+
+def test_answers_that_rounding_alone_tells_apart_are_alike() -> None:
+    """Where fp32 loses the answer in cancellation, fp64 decides."""
+
+    class Cancelling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.plus, self.minus = nn.Linear(8, 256), nn.Linear(256, 4), nn.Linear(256, 4)
+            with torch.no_grad():
+                self.minus.weight.copy_(self.plus.weight + 1e-5 * torch.randn(4, 256))
+                self.minus.bias.copy_(self.plus.bias)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.stem(x)
+            return self.plus(y) - self.minus(y)
+
+    model, x = Cancelling(), torch.randn(16, 8)
+    groups = couple(copy.deepcopy(model), (x,)).groups
+    recipe = recipe_of(model, groups, {"stem": range(0, 256, 3)})
+    pruned, whole = cut(model, recipe), masked(model, recipe)
+    with torch.no_grad():
+        expected, answer = whole(x), pruned(x)
+    assert (answer - expected).norm() > TOLERANCE * expected.norm()
+    check(model, pruned, recipe, (x,))

@@ -16,6 +16,7 @@ from clock import ticking
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader, TensorDataset
 
 import pykernels as pk
 from pykernels.prune.coupling import couple
@@ -198,6 +199,15 @@ def test_labels_a_loss_and_weights_alone_weigh_differently() -> None:
     ]
     for text, word in zip(said, ("cross entropy", "the loss that was given", "squared weights"), strict=True):
         assert word in text
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_data_loader_and_16_bit_floats() -> None:
+    model, x = network(), torch.randn(2, *IMAGE)
+    data = TensorDataset(torch.randn(20, *IMAGE), torch.randint(0, 5, (20,)))
+    found = pk.prune(model, (x,), latency=0.8, data=DataLoader(data, 8), precision="bf16", blocks=False)
+    assert found.report().precision == "bf16" and "3 batches" in found.report().importance
+    assert found.report().predicted == pytest.approx(found.report().measured, rel=0.05)
 
 
 def test_importance_is_the_change_of_the_answer() -> None:
