@@ -2,8 +2,9 @@
 
 For each budget a network of torchvision's is pruned by `pk.prune`, with random weights: which channels go means
 nothing, what the network takes does. The rival is torch-pruning's magnitude pruner with one ratio for all layers,
-searched so that as many operations are left. All run in one process, in turn, on our kernels; the quickest of the
-rounds counts.
+searched so that as many operations are left. All run in one process, on our kernels.
+"Steps" is the sum of a call's steps, each the quickest of many rounds; "call" the quickest of whole calls in turn, which
+others at work on the machine disturb.
 
     python -m benchmarks.prune [--network resnet50] [--precision int8] [--budgets 0.6 0.5] [--threads 1] [--size 224]
 """
@@ -20,7 +21,7 @@ from torch import nn
 import pykernels as pk
 from pykernels.bench import zoo
 from pykernels.bench.timing import interleave
-from pykernels.prune.latency import lower
+from pykernels.prune.latency import compare, lower
 
 
 def uniform(model: nn.Module, x: torch.Tensor, operations: float) -> tuple[nn.Module, float]:
@@ -59,20 +60,19 @@ def main() -> None:
     whole = zoo.count(model, x)[0]
     original = lower(model, (x,), options.precision)
     print(f"{options.network}, {options.precision}, {options.threads} threads, {torch.ops.pykernels._isa()}")
-    print(
-        "| budget | operations | predicted | measured | ms | torch-pruning: operations | measured | ours is faster by |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| budget | operations | predicted | steps | steps, ms | call | rival: operations | steps | call | gain |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for budget in options.budgets:
         found = pk.prune(model, (x,), latency=budget, precision=options.precision, importance="magnitude")
         operations = found.report().operations[1]
         rival, theirs = uniform(model, x, operations)
-        calls = [n.call for n in (original, *(lower(m, (x,), options.precision) for m in (found.model, rival)))]
-        before, ours, other = (timing.best for timing in interleave(calls, rounds=30, seconds=60.0))
+        networks = [original, *(lower(m, (x,), options.precision) for m in (found.model, rival))]
+        before, ours, other = compare(*networks)
+        calls = [timing.best for timing in interleave([n.call for n in networks], rounds=30, seconds=60.0)]
         print(
             f"| {budget} | {operations / whole:.3f} | {found.report().predicted:.3f} | {ours / before:.3f} "
-            f"| {1e3 * before:.2f} -> {1e3 * ours:.2f} | {theirs / whole:.3f} | {other / before:.3f} "
-            f"| {100 * (other / ours - 1):.1f} % |",
+            f"| {1e3 * before:.2f} -> {1e3 * ours:.2f} | {calls[1] / calls[0]:.3f} | {theirs / whole:.3f} "
+            f"| {other / before:.3f} | {calls[2] / calls[0]:.3f} | {100 * (other / ours - 1):.1f} % |",
             flush=True,
         )
 

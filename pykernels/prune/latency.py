@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import math
 import time
 import warnings
 from bisect import bisect_right
@@ -41,7 +40,7 @@ Progress = Callable[[str, int, int], None]
 _FRACTIONS = (0.25, 0.5, 0.75)  # of a layer's width, beside one panel: where it is timed
 _ALONE_ROUNDS = 8  # of a layer at all of its widths
 _ROUNDS = 20  # of the whole network
-_COMPARISONS = 3  # times that something is timed, at most, while it is not as expected
+_COMPARISONS = 3  # times that networks are timed in turn, and a layer while it is slower than expected
 _DISTURBED = 1.15  # over what is expected: others are at work on the machine
 
 
@@ -124,21 +123,18 @@ def lower(model: nn.Module, args: tuple[Any, ...], precision: str) -> Lowered:
     return Lowered(network, planned, pytree.tree_leaves(args))
 
 
-def compare(original: Lowered, smaller: Lowered, expected: float) -> tuple[float, float]:
-    """Seconds of a call of each, the quickest of some rounds in turn; more of them while they are not as expected:
-    others on the machine make a call slower and never quicker."""
-    from pykernels.bench.timing import interleave
+def compare(*networks: Lowered) -> list[float]:
+    """Seconds of a call of each on a quiet machine: of each step the quickest of many rounds, the networks in turn.
 
-    calls = [original.call, smaller.call]
-    least = [math.inf, math.inf]
-    for call in calls:
-        call()
+    Whole calls would not do: others at work on the machine disturb one of tens of milliseconds nearly always, and a
+    step rarely.
+    """
+    least: list[dict[str, float]] = [{} for _ in networks]
     for _ in range(_COMPARISONS):
-        found = interleave(calls, rounds=_ROUNDS, seconds=20.0)
-        least = [min(a, b.best) for a, b in zip(least, found, strict=True)]
-        if abs(least[1] / least[0] - expected) <= 0.05 * expected:
-            break
-    return least[0], least[1]
+        for network, known in zip(networks, least, strict=True):
+            for label, seconds in network.steps().items():
+                known[label] = min(seconds, known.get(label, seconds))
+    return [sum(known.values()) for known in least]
 
 
 def _planned(network: Network) -> Planned | None:

@@ -223,7 +223,7 @@ def _search(
         recipe = recipe_of(model, coupling.groups, kept, sorted(state.dropped))
         smaller = lower(cut(model, recipe), args, report.precision or "fp32")
         report.predicted = predict(state) / whole
-        report.before, report.after = compare(original, smaller, report.predicted)
+        report.before, report.after = compare(original, smaller)
         if progress is not None:
             progress("measuring networks", number, _ROUNDS)
         part = report.after / report.before

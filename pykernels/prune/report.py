@@ -29,7 +29,8 @@ class Report:
         precision: what latencies were measured in; None where none were.
         budget: the latency that was asked for, of the original's.
         predicted: what the search expected of the latency, of the original's.
-        before, after: seconds of a call on the example, on our kernels: the quickest of interleaved rounds.
+        before, after: seconds of a call on the example, on our kernels: the sum of its steps, each the quickest of many
+            rounds.
         operations: multiplications and additions of one call, before and after.
         weights: numbers of parameters, before and after.
         notes: what a user should know, a sentence each.
