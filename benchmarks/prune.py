@@ -3,8 +3,8 @@
 For each budget a network of torchvision's is pruned by `pk.prune`, with random weights: which channels go means
 nothing, what the network takes does. The rival is torch-pruning's magnitude pruner with one ratio for all layers,
 searched so that as many operations are left. All run in one process, on our kernels.
-"Steps" is the sum of a call's steps, each the quickest of many rounds; "call" the quickest of whole calls in turn, which
-others at work on the machine disturb.
+"Steps" is the sum of a call's steps, each the quickest of many rounds; "call" the quickest of whole calls in turn,
+which others at work on the machine disturb.
 
     python -m benchmarks.prune [--network resnet50] [--precision int8] [--budgets 0.6 0.5] [--threads 1] [--size 224]
 """

@@ -72,14 +72,14 @@ def prune(
     Latencies are those of our kernels on this machine, with torch's number of threads and inputs of the example's
     sizes. Widths become multiples of 16, as wide as the kernels' panels. The pruned model answers as the model does
     when nobody reads the removed channels, to 1e-5 of the answer's norm on the example and on noise; that is checked
-    before batch norms are estimated anew over `data`. The model itself is not changed. (docs/compress.md)
+    before the statistics of batch norms follow, by `data`. The model itself is not changed. (docs/compress.md)
 
     Args:
         model: an fp32 network on the CPU, in any mode.
         example_inputs: positional inputs of one call; a lone tensor stands for a tuple of one.
         latency: what a call may take, of what it takes now: between 0 and 1.
         data: an iterable that can be read twice (a loader, a list) of inputs, each a tensor or a tuple of inputs that a
-            label may follow. Channels are weighed and batch norms estimated on it.
+            label may follow. Channels are weighed and batch norms adjusted on it.
         precision: what the network will run in: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
         importance: ``taylor`` (gradients over `data`: of the loss where there are labels, else of the outputs) or
             ``magnitude`` (of weights; needs no data, and drops no blocks).
@@ -270,14 +270,14 @@ def _solved(
 def _finish(
     model: nn.Module, args: tuple[Any, ...], recipe: Recipe, data: Iterable[Any] | None, report: Report
 ) -> Pruned:
-    """The pruned copy, checked, its batch norms estimated anew."""
+    """The pruned copy, checked, its batch norms adjusted."""
     pruned = cut(model, recipe)
     try:
         check(model, pruned, recipe, args)
     except Mismatch as mismatch:
         raise ValueError(f"model: {mismatch}") from None
     if data is not None:
-        _estimate_batch_norms(pruned, data, len(args))
+        _estimate_batch_norms(model, pruned, recipe, data, len(args))
     for name, module in model.named_modules():
         axes = recipe["layers"].get(name, {})
         if axes and not isinstance(module, nn.modules.batchnorm._NormBase):
@@ -290,26 +290,47 @@ def _finish(
     return Pruned(pruned, recipe, report)
 
 
-def _estimate_batch_norms(model: nn.Module, data: Iterable[Any], inputs: int) -> None:
-    """Give batch norms the plain average of the statistics of what reaches them; all else is in evaluation."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms:
+def _estimate_batch_norms(
+    model: nn.Module, pruned: nn.Module, recipe: Recipe, data: Iterable[Any], inputs: int
+) -> None:
+    """Move the statistics of the pruned model's batch norms by what pruning has changed of them over `data`.
+
+    Both models are measured on the same data; the difference of means and the ratio of variances are applied. So few
+    data suffice, whose plain statistics would be far from those of training.
+    """
+    if not _norms(pruned):
         return
-    momenta = [norm.momentum for norm in norms]
-    try:
-        with mode(model, False), torch.no_grad():
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum, norm.training = None, True
-            for number, entry in enumerate(data):
-                args, _ = read_entry(entry, inputs, number)
-                try:
-                    model(*args)
-                except ValueError as error:  # a batch of one sample, at a norm behind a global pool
-                    raise ValueError(f"data: entry {number} cannot serve batch norms: {reason(error)}") from error
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+    before, after = _statistics(model, data, inputs), _statistics(pruned, data, inputs)
+    with torch.no_grad():
+        for name, norm in _norms(pruned).items():
+            mean, variance = before[name]
+            channels = recipe["layers"].get(name, {}).get("out")
+            if channels is not None:
+                mean, variance = mean[channels["kept"]], variance[channels["kept"]]
+            norm.running_mean += after[name][0] - mean
+            norm.running_var *= (after[name][1] + norm.eps) / (variance + norm.eps)
+
+
+def _norms(model: nn.Module) -> dict[str, Any]:
+    kind = nn.modules.batchnorm._BatchNorm
+    return {n: m for n, m in model.named_modules() if isinstance(m, kind) and m.track_running_stats}
+
+
+def _statistics(model: nn.Module, data: Iterable[Any], inputs: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Means and variances of what reaches each batch norm, each normalizing by its batch; all else is in evaluation."""
+    measured = copy.deepcopy(model)
+    norms = _norms(measured)
+    with mode(measured, False), torch.no_grad():
+        for norm in norms.values():
+            norm.reset_running_stats()
+            norm.momentum, norm.training = None, True  # the plain average
+        for number, entry in enumerate(data):
+            args, _ = read_entry(entry, inputs, number)
+            try:
+                measured(*args)
+            except ValueError as error:  # a batch of one sample, at a norm behind a global pool
+                raise ValueError(f"data: entry {number} cannot serve batch norms: {reason(error)}") from error
+    return {name: (norm.running_mean, norm.running_var) for name, norm in norms.items()}
 
 
 def _operations(model: nn.Module, args: tuple[Any, ...]) -> float:

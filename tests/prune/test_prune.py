@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
 import pykernels as pk
+from pykernels.bench import zoo
 from pykernels.prune.coupling import couple
 from pykernels.prune.importance import taylor
 from pykernels.prune.latency import Latency, lower
@@ -90,14 +91,37 @@ def test_widths_are_multiples_of_16(pruned: Any) -> None:
             assert left == whole or left % 16 == 0
 
 
-def test_batch_norms_have_the_statistics_of_the_data(pruned: Any) -> None:
-    _, _, found, _ = pruned
-    fresh = copy.deepcopy(found.model).eval()
-    x = torch.randn(256, *IMAGE)  # the data were like it
-    stem = fresh[0]
-    seen = stem[0](x)
-    assert torch.allclose(stem[1].running_mean, seen.mean((0, 2, 3)), atol=0.1)
-    assert torch.allclose(stem[1].running_var, seen.var((0, 2, 3)), rtol=0.2)
+def test_batch_norms_follow_what_was_removed() -> None:
+    """Where the statistics were those of the data, they are again; what is unpruned stays, whatever the data."""
+    model, x = network(), torch.randn(64, *IMAGE)
+    zoo.settle(model, x)
+    groups = couple(copy.deepcopy(model), (x[:2],)).groups
+    recipe = recipe_of(model, groups, {group.name: range(16) for group in groups})
+    found = pk.prune(model, (x[:2],), recipe=recipe, data=[x]).model
+    kept = pk.prune(model, (x[:2],), recipe=recipe).model
+    expected = zoo.settle(copy.deepcopy(kept), x)
+    for name, norm in found.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            other = expected.get_submodule(name)
+            assert torch.allclose(norm.running_mean, other.running_mean, atol=1e-4), name
+            assert torch.allclose(norm.running_var, other.running_var, rtol=1e-3), name
+    moved = found[1].first[1].running_mean - kept[1].first[1].running_mean
+    assert moved.norm() > 0.01 * kept[1].first[1].running_mean.norm()
+    whole = pk.prune(model, (x[:2],), recipe=recipe_of(model, [], {}), data=[torch.rand(3, *IMAGE)]).model
+    for a, b in zip(model.state_dict().values(), whole.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_a_batch_of_one_sample_is_no_statistic_behind_a_global_pool(size: int) -> None:
+    layers = (nn.AdaptiveAvgPool2d(1), nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32), nn.Flatten(), nn.Linear(32, 5))
+    model, x = nn.Sequential(prunable.conv(3, 32), *layers).eval(), torch.randn(size, *IMAGE)
+    recipe = recipe_of(model, [], {})
+    if size > 1:
+        pk.prune(model, (x,), recipe=recipe, data=[x])
+    else:
+        with pytest.raises(ValueError, match="data: entry 0 cannot serve batch norms"):
+            pk.prune(model, (x,), recipe=recipe, data=[x])
 
 
 def test_a_recipe_is_json_and_is_done_again(pruned: Any) -> None:
