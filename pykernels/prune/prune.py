@@ -224,6 +224,9 @@ def _search(
         smaller = lower(cut(model, recipe), args, report.precision or "fp32")
         report.predicted = predict(state) / whole
         report.before, report.after = compare(original, smaller)
+        if report.after > _SLACK * latency * report.before:  # was the machine disturbed?
+            again = compare(original, smaller)
+            report.before, report.after = min(report.before, again[0]), min(report.after, again[1])
         if progress is not None:
             progress("measuring networks", number, _ROUNDS)
         part = report.after / report.before
