@@ -7,7 +7,9 @@ __version__ = "0.1.0"
 # These two register what an op is besides its kernels.
 import pykernels.cuda.registry
 import pykernels.ops  # noqa: F401
+from pykernels.distil import distill
 from pykernels.nn.swap import swap
 from pykernels.optimize import Optimized, load, optimize
+from pykernels.prune import Pruned, prune
 
-__all__ = ["Optimized", "__version__", "load", "optimize", "swap"]
+__all__ = ["Optimized", "Pruned", "__version__", "distill", "load", "optimize", "prune", "swap"]

@@ -8,7 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "pykernels"
 # A room may import, at the top of a file, rooms that stand before it.
-ORDER = ("ops", "cuda", "graph", "network", "reference", "quantization", "nn", "optimize", "comm", "bench", "cli")
+ORDER = (
+    "ops", "cuda", "graph", "network", "reference", "quantization", "nn", "optimize", "comm", "bench", "prune",
+    "distil", "cli",
+)  # fmt: skip
 
 
 def modules() -> dict[str, ast.Module]:
@@ -74,4 +77,4 @@ def test_no_file_imports_what_imports_it() -> None:
 
 
 def test_the_root_of_the_package_holds_what_a_user_imports() -> None:
-    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py", "optimize.py"}
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py", "distil.py", "optimize.py"}

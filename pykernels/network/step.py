@@ -163,6 +163,11 @@ class Step:
         return self.nodes[-1]
 
     @property
+    def label(self) -> str:
+        """What it stands for, where: a plan names it so."""
+        return ": ".join(filter(None, (self.where, self.what or self.kind)))
+
+    @property
     def reads(self) -> list[fx.Node]:
         """The nodes of the graph whose values it reads."""
         return [value for value, _ in self.operands]

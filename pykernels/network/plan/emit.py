@@ -170,7 +170,7 @@ class Planner(Emitter):
     def _plan(self, step: Step) -> bool:
         """Take a step into the plan in hand, if it can be."""
         rule = RULES.get(step.kind)
-        self.label = ": ".join(filter(None, (step.where, step.what or step.kind)))
+        self.label = step.label
         records, inputs = len(self.segment.records), len(self.segment.inputs)
         try:
             if rule is None or step.has_effect or (step.kind == "move" and step.outputs[0] in self.kept):

@@ -1,0 +1,227 @@
+"""What removing a unit, or a block, does to the network's answer: estimated from gradients, or from weights alone.
+
+A removed channel is one that nobody reads any more, so to first order its removal changes an objective by the sum of
+weight times gradient over the weights that read it; of a dropped block, which hands on its input, by the sum of
+gradient times (input - output). The squares of these numbers are averaged (Molchanov et al., Importance Estimation
+for Neural Network Pruning, 2019), so channels and blocks are measured alike.
+
+The objective, where there are labels, is the loss. Without labels the model's own answers would be perfect ones, and
+the gradient of any distance to them is zero; what is wanted is its curvature. So random signs e are drawn and
+e . outputs is differentiated: the mean of its squared changes is the squared change of the outputs (Hutchinson's
+estimate), of classifiers the squared change of the logits.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from pykernels.graph.export import mode
+
+from .coupling import Group
+from .entries import read_entry
+from .surgery import dimension
+
+__all__ = ["DRAWS", "Importance", "Loss", "by_input", "magnitude", "taylor"]
+
+Loss = Callable[[Any, Any], torch.Tensor]
+Progress = Callable[[str, int, int], None]
+
+DRAWS = 4
+"""Random signs a batch, where there are no labels."""
+SAMPLES = 8
+"""Of a batch with labels so many samples at a time: over many, the gradients of a trained network cancel."""
+
+
+@dataclass
+class Importance:
+    """What is lost by removing something; numbers of one objective, comparable with one another.
+
+    Attributes:
+        units: of each group, by its name, fp64 [units].
+        blocks: of each block, by its name.
+        objective: what the numbers are of, in words.
+        batches: how many entries of the data were seen.
+    """
+
+    units: dict[str, torch.Tensor]
+    blocks: dict[str, float] = field(default_factory=dict)
+    objective: str = ""
+    batches: int = 0
+
+
+def magnitude(model: nn.Module, groups: Sequence[Group]) -> Importance:
+    """Of each unit the share that its weights have of the squared weights of each layer that reads it, added up."""
+    gather, shares = _Gather(groups), {}
+    for name in gather.readers:
+        squares = by_input(model.get_submodule(name)).detach().double().square().sum(1)
+        shares[name] = squares / squares.sum().clamp_min(1e-30)
+    return Importance(gather(shares), objective="the share of the squared weights that read it")
+
+
+def taylor(
+    model: nn.Module,
+    groups: Sequence[Group],
+    blocks: Sequence[str],
+    data: Iterable[Any],
+    inputs: int,
+    loss: Loss | None = None,
+    progress: Progress | None = None,
+) -> Importance:
+    """First-order estimates over `data`, see above.
+
+    Args:
+        model: a copy whose gradients may be used; it is run in evaluation.
+        blocks: names of modules of one input and one output of equal shapes.
+        data: entries as `read_entry` takes them. Integer labels [N] beside an answer [N, classes] are taken for
+            classes, and the objective is cross entropy; other labels are not read without a `loss`.
+        inputs: how many inputs a call has.
+        loss: called as ``loss(answer, label)``, gives a scalar.
+
+    Raises:
+        ValueError: there are no data, the gradients are not finite, or a `loss` is given and no labels.
+        TypeError: an entry does not fit.
+    """
+    gather = _Gather(groups)
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in gather.readers}
+    units = {group.name: torch.zeros(len(group.units), dtype=torch.float64) for group in groups}
+    changes = dict.fromkeys(blocks, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    passes, batches, objective = 0, 0, ""
+    entries = len(data) if isinstance(data, Sized) else 0
+    model.requires_grad_(True)
+    with mode(model, False), torch.enable_grad(), _watch(model, blocks) as seen:
+        for number, entry in enumerate(data):
+            args, label = read_entry(entry, inputs, number)
+            if loss is not None and label is None:
+                raise ValueError(f"loss: entry {number} of data has no label to give it")
+            for part, target in _parts(args, label):
+                seen.clear()
+                objective, scalars = _objectives(model(*part), target, loss, generator)
+                weights: list[torch.Tensor] = [layer.weight for layer in layers.values()]
+                sources = [*weights, *(output for _, output in seen.values())]
+                for place, scalar in enumerate(scalars):
+                    last = place + 1 == len(scalars)
+                    found = torch.autograd.grad(scalar, sources, retain_graph=not last, allow_unused=True)
+                    gradients = [torch.zeros_like(a) if g is None else g for a, g in zip(sources, found, strict=True)]
+                    columns = {
+                        name: (by_input(layer, layer.weight * g)).detach().double().sum(1)
+                        for (name, layer), g in zip(layers.items(), gradients, strict=False)
+                    }
+                    for name, change in gather(columns).items():
+                        units[name] += change.square()
+                    for (name, (x, y)), g in zip(seen.items(), gradients[len(weights) :], strict=True):
+                        changes[name] += float((g * (x - y)).detach().double().sum()) ** 2
+                    passes += 1
+            batches = number + 1
+            if progress is not None:
+                progress("weighing channels", batches, max(entries, batches))
+    if not passes:
+        raise ValueError("data: it is empty; give a loader that yields inputs, or importance='magnitude'")
+    for name, total in (*units.items(), *((name, torch.tensor(change)) for name, change in changes.items())):
+        if not total.isfinite().all():
+            raise ValueError(f"data: the gradients at {name!r} are not finite")
+    return Importance(
+        {name: total / passes for name, total in units.items()},
+        {name: change / passes for name, change in changes.items()},
+        objective,
+        batches,
+    )
+
+
+def by_input(layer: nn.Module, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """The weights of a layer, or as many numbers, by the channel that they read: [in, others]."""
+    tensor: torch.Tensor = layer.weight if weight is None else weight  # type: ignore[assignment]
+    return tensor.movedim(dimension(layer, "in"), 0).flatten(1)
+
+
+class _Gather:
+    """From numbers of the input channels of layers to numbers of units: the sum over their slots."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = groups
+        self.places: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
+        for group in groups:
+            found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+            for number, unit in enumerate(group.units):
+                for slot in unit:
+                    if slot.axis == "in":
+                        found[slot.layer].append((number, slot.channel))
+            pairs = {name: torch.tensor(places).t() for name, places in found.items()}
+            self.places.append({name: (pair[0], pair[1]) for name, pair in pairs.items()})
+        self.readers = list(dict.fromkeys(name for places in self.places for name in places))
+
+    def __call__(self, numbers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = {}
+        for group, places in zip(self.groups, self.places, strict=True):
+            total = torch.zeros(len(group.units), dtype=torch.float64)
+            for name, (units, channels) in places.items():
+                total.index_add_(0, units, numbers[name][channels])
+            found[group.name] = total
+        return found
+
+
+@contextmanager
+def _watch(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """What goes into the blocks and comes out of them, by their names, of the call before."""
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def remember(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda _, args: inputs.__setitem__(name, args[0].detach().clone())  # the block may write into it
+
+    def conclude(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        return lambda _, args, output: seen.__setitem__(name, (inputs.pop(name), output))
+
+    inputs: dict[str, torch.Tensor] = {}
+    handles = []
+    for name in blocks:
+        block = model.get_submodule(name)
+        handles += [block.register_forward_pre_hook(remember(name)), block.register_forward_hook(conclude(name))]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _parts(args: tuple[Any, ...], label: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """A batch as it is; with a label, `SAMPLES` at a time, where all tensors have the batch first."""
+    leaves = [leaf for leaf in pytree.tree_leaves((args, label)) if isinstance(leaf, torch.Tensor)]
+    sizes = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
+    size = next(iter(sizes), None)
+    if label is None or len(sizes) != 1 or size is None or size <= SAMPLES:
+        yield args, label
+        return
+    for begin in range(0, size, SAMPLES):
+        yield pytree.tree_map(
+            lambda leaf, at=slice(begin, begin + SAMPLES): leaf[at] if isinstance(leaf, torch.Tensor) else leaf,
+            (args, label),
+        )
+
+
+def _objectives(
+    answer: Any, label: Any, loss: Loss | None, generator: torch.Generator
+) -> tuple[str, list[torch.Tensor]]:
+    """What is differentiated, in words and as scalars."""
+    if loss is not None:
+        return "the loss that was given", [loss(answer, label)]
+    outputs = [leaf for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    if not outputs:
+        raise ValueError("model: no output of it depends on its weights in a way that can be differentiated")
+    if isinstance(label, torch.Tensor) and label.dtype is torch.int64 and len(outputs) == 1:
+        (output,) = outputs
+        if output.dim() == 2 and label.shape == output.shape[:1]:
+            return "cross entropy with the labels", [F.cross_entropy(output, label)]
+    scalars = []
+    for _ in range(DRAWS):
+        signs = [torch.randint(0, 2, y.shape, generator=generator).to(y) * 2 - 1 for y in outputs]
+        scalars.append(sum(((y * e).sum() for y, e in zip(outputs, signs, strict=True)), torch.zeros(())))
+    return "the squared change of the outputs", scalars
