@@ -16,6 +16,11 @@ constexpr int kVectors = 16 / kLanes;  // of a panel's columns
 // every step.
 enum class Path { clamp, add, hardswish, silu, any };
 
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
 template <Dtype kOut>
 constexpr bool is_byte_out = kOut == Dtype::u8 || kOut == Dtype::s8;
 
@@ -60,6 +65,10 @@ PK_INLINE void store_out(const Epilogue& e, const Requantize& q, int64_t at, con
   }
 }
 
+// Rows whose curves are computed side by side: one alone is a chain of dependent steps that leaves the units idle.
+template <Path kPath>
+constexpr int kRowsAtOnce = kPath == Path::hardswish || kPath == Path::silu ? 4 / kVectors : 1;
+
 // kCount vectors of columns from j on, n valid lanes in each, all rows. The parameters are copies: a store of bytes
 // might otherwise have changed them, and they would be loaded again in every row.
 template <bool kInteger, Dtype kOut, Path kPath, int kCount>
@@ -79,41 +88,51 @@ PK_INLINE void block(const Epilogue e, const EpilogueArgs t, int64_t j, int n) {
     }
   }
   int64_t at = t.row * e.out_stride + t.channel + j, from = j;
-  for (int64_t r = 0; r < t.rows; ++r, at += e.out_stride, from += t.ldc) {
-    f32 f[kCount];
-    PK_FOR (v, kCount) {
-      const int64_t place = at + v * kLanes;
-      if constexpr (kInteger) {
-        i32 acc = load_i32(static_cast<const int32_t*>(t.c) + from + v * kLanes);
-        if constexpr (kOut == Dtype::s32) {
-          store_i32(static_cast<int32_t*>(e.out) + place, acc, n);
-          continue;
-        }
-        f32 factor = multiplier[v];
-        if constexpr (kPath == Path::any)
-          if (e.row_scale) {
-            acc = sub(acc, mul(set1_i32(e.row_zero_point[t.row + r]), sum[v]));
-            factor = mul(set1(e.row_scale[t.row + r]), factor);
+  const auto rows = [&](int64_t r, auto count) PK_LAMBDA {
+    constexpr int kRows = decltype(count)::value;
+    f32 f[kRows * kCount];
+    PK_FOR (k, kRows) {
+      PK_FOR (v, kCount) {
+        const int64_t place = at + k * e.out_stride + v * kLanes, source = from + k * t.ldc + v * kLanes;
+        f32& x = f[k * kCount + v];
+        if constexpr (kInteger) {
+          i32 acc = load_i32(static_cast<const int32_t*>(t.c) + source);
+          if constexpr (kOut == Dtype::s32) {
+            store_i32(static_cast<int32_t*>(e.out) + place, acc, n);
+            continue;
           }
-        f[v] = fma(to_f32(acc), factor, addend[v]);
-      } else {
-        f[v] = add(load(static_cast<const float*>(t.c) + from + v * kLanes, kLanes), addend[v]);
-      }
-      if constexpr (kPath == Path::add) f[v] = add(f[v], load_residual(e, kOut, place, n));
-      if constexpr (kPath == Path::any) {
-        if (e.residual && !e.residual_after) f[v] = add(f[v], load_residual(e, e.residual_dtype, place, n));
-        f[v] = activate(e.activation, f[v]);
-        if (e.residual && e.residual_after) f[v] = add(f[v], load_residual(e, e.residual_dtype, place, n));
-      } else if constexpr (kPath == Path::hardswish) {
-        f[v] = activate(Activation::hardswish, f[v]);
-      } else if constexpr (kPath == Path::silu) {
-        f[v] = activate(Activation::silu, f[v]);
-      } else {
-        f[v] = min(high, max(low, f[v]));
+          f32 factor = multiplier[v];
+          if constexpr (kPath == Path::any)
+            if (e.row_scale) {
+              acc = sub(acc, mul(set1_i32(e.row_zero_point[t.row + r + k]), sum[v]));
+              factor = mul(set1(e.row_scale[t.row + r + k]), factor);
+            }
+          x = fma(to_f32(acc), factor, addend[v]);
+        } else {
+          x = add(load(static_cast<const float*>(t.c) + source, kLanes), addend[v]);
+        }
+        if constexpr (kPath == Path::add) x = add(x, load_residual(e, kOut, place, n));
+        if constexpr (kPath == Path::any) {
+          if (e.residual && !e.residual_after) x = add(x, load_residual(e, e.residual_dtype, place, n));
+          x = activate(e.activation, x);
+          if (e.residual && e.residual_after) x = add(x, load_residual(e, e.residual_dtype, place, n));
+        } else if constexpr (kPath == Path::clamp || kPath == Path::add) {
+          x = min(high, max(low, x));
+        }
       }
     }
-    if constexpr (kOut != Dtype::s32) store_out<kOut, kCount>(e, q, at, f, n);
-  }
+    if constexpr (kPath == Path::hardswish)
+      PK_FOR (i, kRows * kCount) f[i] = activate(Activation::hardswish, f[i]);
+    if constexpr (kPath == Path::silu)
+      PK_FOR (i, kRows * kCount) f[i] = activate(Activation::silu, f[i]);
+    if constexpr (kOut != Dtype::s32)
+      PK_FOR (k, kRows) store_out<kOut, kCount>(e, q, at + k * e.out_stride, f + k * kCount, n);
+    at += kRows * e.out_stride, from += kRows * t.ldc;
+  };
+  int64_t r = 0;
+  constexpr int kAtOnce = kRowsAtOnce<kPath>;
+  for (; r + kAtOnce <= t.rows; r += kAtOnce) rows(r, Count<kAtOnce>{});
+  for (; r < t.rows; ++r) rows(r, Count<1>{});
 }
 
 // An 8-bit residual that the scaled epilogue adds.
