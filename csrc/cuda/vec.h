@@ -44,6 +44,5 @@ PK_INLINE i32 shift_left(i32 a) {
   return int32_t(uint32_t(a) << k);
 }
 PK_INLINE f32 cast_f32(i32 a) { return __int_as_float(a); }
-PK_INLINE i32 cast_i32(f32 a) { return __float_as_int(a); }
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

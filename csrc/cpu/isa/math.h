@@ -7,12 +7,25 @@
 
 namespace pykernels::PYKERNELS_ISA_NS {
 
-// exp(x), relative error < 1e-7: x = n ln2 + r, a minimax polynomial in r, scaled by 2^n. n is rounded by adding
-// 1.5 * 2^23, whose last bits it then is.
+// x, up to 2^22, rounded half to even, and the same as an integer of which the last 9 bits count. Adding 1.5 * 2^23
+// rounds, and leaves the integer in the last bits; ptxas has no registers for that where CUTLASS takes nearly all.
+PK_INLINE f32 round_to(f32 x, i32* whole) {
+#ifdef PYKERNELS_ISA_CUDA
+  const f32 n = round(x);
+  *whole = to_i32(n);
+  return n;
+#else
+  const f32 shifted = add(x, set1(12582912.0f));
+  *whole = cast_i32(shifted);
+  return sub(shifted, set1(12582912.0f));
+#endif
+}
+
+// exp(x), relative error < 1e-7: x = n ln2 + r, a minimax polynomial in r, scaled by 2^n.
 PK_INLINE f32 exp(f32 x) {
   x = min(set1(88.0f), max(set1(-87.0f), x));
-  const f32 shifted = fma(x, set1(1.44269504088896341f), set1(12582912.0f));
-  const f32 n = sub(shifted, set1(12582912.0f));
+  i32 whole;
+  const f32 n = round_to(mul(x, set1(1.44269504088896341f)), &whole);
   f32 r = fma(n, set1(-0.693147182464599609f), x);
   r = fma(n, set1(1.90465429995776e-9f), r);
   f32 y = fma(set1(1.381459064e-3f), r, set1(8.368725888e-3f));
@@ -21,7 +34,7 @@ PK_INLINE f32 exp(f32 x) {
   y = fma(y, r, set1(4.999999404e-1f));
   y = fma(y, r, set1(1.0f));
   y = fma(y, r, set1(1.0f));
-  return mul(y, cast_f32(add(shift_left<23>(cast_i32(shifted)), set1_i32(127 << 23))));
+  return mul(y, cast_f32(add(shift_left<23>(whole), set1_i32(127 << 23))));
 }
 
 PK_INLINE f32 sigmoid(f32 x) { return div(set1(1.0f), add(set1(1.0f), exp(sub(set1(0.0f), x)))); }

@@ -67,7 +67,7 @@ PK_INLINE void store_out(const Epilogue& e, const Requantize& q, int64_t at, con
 
 // Rows whose curves are computed side by side: one alone is a chain of dependent steps that leaves the units idle.
 template <Path kPath>
-constexpr int kRowsAtOnce = kPath == Path::hardswish || kPath == Path::silu ? 4 / kVectors : 1;
+constexpr int kRowsAtOnce = kPath == Path::hardswish || kPath == Path::silu ? (kVectors < 4 ? 4 / kVectors : 1) : 1;
 
 // kCount vectors of columns from j on, n valid lanes in each, all rows. The parameters are copies: a store of bytes
 // might otherwise have changed them, and they would be loaded again in every row.

@@ -60,7 +60,7 @@ def _exp(x):
     """x = n ln2 + r, a minimax polynomial in r, scaled by 2^n."""
     x = tl.where(x < -87.0, -87.0, x)
     x = tl.where(x > 88.0, 88.0, x)
-    shifted = tl.fma(x, _full(x, 1.44269504088896341), _full(x, ROUNDER))
+    shifted = x * 1.44269504088896341 + ROUNDER
     n = shifted - ROUNDER
     r = tl.fma(n, _full(x, -0.693147182464599609), x)
     r = tl.fma(n, _full(x, 1.90465429995776e-9), r)
