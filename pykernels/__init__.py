@@ -9,5 +9,6 @@ import pykernels.cuda.registry
 import pykernels.ops  # noqa: F401
 from pykernels.nn.swap import swap
 from pykernels.optimize import Optimized, load, optimize
+from pykernels.tune import Instances, Setup, tune
 
-__all__ = ["Optimized", "__version__", "load", "optimize", "swap"]
+__all__ = ["Instances", "Optimized", "Setup", "__version__", "load", "optimize", "swap", "tune"]

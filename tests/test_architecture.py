@@ -8,7 +8,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "pykernels"
 # A room may import, at the top of a file, rooms that stand before it.
-ORDER = ("ops", "cuda", "graph", "network", "reference", "quantization", "nn", "optimize", "comm", "bench", "cli")
+ORDER = (
+    "ops",
+    "cuda",
+    "graph",
+    "network",
+    "reference",
+    "quantization",
+    "nn",
+    "optimize",
+    "comm",
+    "bench",
+    "tune",
+    "cli",
+)
 
 
 def modules() -> dict[str, ast.Module]:

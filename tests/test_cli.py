@@ -70,7 +70,7 @@ def nets(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pat
 
 def test_help_names_every_command() -> None:
     text = pykernels("--help")
-    for command in ("doctor", "optimize", "plan", "bench", "comm"):
+    for command in ("doctor", "optimize", "plan", "tune", "bench", "comm"):
         assert re.search(rf"\b{command}\b", text)
         assert "Usage" in pykernels(command, "--help")
 
