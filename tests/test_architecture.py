@@ -17,9 +17,9 @@ ORDER = (
     "quantization",
     "nn",
     "optimize",
+    "tune",
     "comm",
     "bench",
-    "tune",
     "cli",
 )
 

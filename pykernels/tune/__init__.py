@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pykernels.tune.choose import tune
 from pykernels.tune.instances import Instances
+from pykernels.tune.search import NoSetup
 from pykernels.tune.setup import Setup, Trial
 
-__all__ = ["Instances", "Setup", "Trial", "tune"]
+__all__ = ["Instances", "NoSetup", "Setup", "Trial", "tune"]

@@ -13,9 +13,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 import pykernels
-from pykernels.bench.machine import machine
 from pykernels.optimize import Optimized, inputs_of_call
-from pykernels.tune.cores import usable
+from pykernels.tune.cores import cpu_name, usable
 from pykernels.tune.instances import Instances, check
 from pykernels.tune.search import Candidate, Measure, Sample, candidates, search
 from pykernels.tune.setup import Setup
@@ -76,7 +75,7 @@ def tune(
     there = usable()
     wanted = candidates(there.count, sizes, several=latency_ms is not None)
     trials = search(wanted, _measure(network, calls), latency_ms, seconds, progress=progress)
-    best, facts = trials[0], machine()
+    best = trials[0]
     return Setup(
         threads=best.threads,
         instances=best.instances,
@@ -86,9 +85,9 @@ def tune(
         p99_ms=best.p99_ms,
         items_per_second=best.items_per_second,
         calls=best.calls,
-        cpu=facts.cpu,
+        cpu=cpu_name(),
         cores=there.count,
-        isa=facts.isa,
+        isa=torch.ops.pykernels._isa(),
         version=pykernels.__version__,
         tried=tuple(trials),
         untried=len(wanted) - len(trials),
@@ -137,10 +136,14 @@ def _measure(network: Optimized, calls: Mapping[int, Call]) -> Measure:
 
             def client() -> tuple[float, float, list[float]]:
                 """When it began and ended, and what each call took."""
-                together.wait()
-                instances(*args, **kwargs)  # threads start, plans are made ready, weights come into the caches
-                instances(*args, **kwargs)
-                together.wait()
+                try:
+                    together.wait()
+                    instances(*args, **kwargs)  # threads start, plans are made ready, weights come into the caches
+                    instances(*args, **kwargs)
+                    together.wait()
+                except BaseException:
+                    together.abort()  # or the others would wait for this one
+                    raise
                 begin = now = time.perf_counter()
                 taken: list[float] = []
                 while not taken or now - begin < seconds:
@@ -150,7 +153,11 @@ def _measure(network: Optimized, calls: Mapping[int, Call]) -> Measure:
                     taken.append(now - before)
                 return begin, now, taken
 
-            answers = [future.result() for future in [clients.submit(client) for _ in range(candidate.instances)]]
+            futures = [clients.submit(client) for _ in range(candidate.instances)]
+            errors = [error for future in futures if (error := future.exception()) is not None]
+            if errors:  # the first that is not the others' waiting in vain
+                raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+            answers = [future.result() for future in futures]
         # Each client's own rate: they do not end at the same moment.
         rate = sum(len(taken) * candidate.batch / (end - begin) for begin, end, taken in answers)
         return Sample(tuple(t for _, _, taken in answers for t in taken), rate)

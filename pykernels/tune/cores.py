@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Usable", "cpu_quota", "spread", "usable"]
+__all__ = ["Usable", "cpu_name", "cpu_quota", "spread", "usable"]
 
-PROC, CPUS = Path("/proc/self"), Path("/sys/devices/system/cpu")
+PROC, CPUS, CPUINFO = Path("/proc/self"), Path("/sys/devices/system/cpu"), Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _quota(folder: Path) -> float | None:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        return path.read_text(errors="replace").splitlines()
     except OSError:  # another system, or a file that we may not read
         return []
 
@@ -119,3 +120,11 @@ def _physical(core: int, cpus: Path) -> tuple[int, int]:
     folder = cpus / f"cpu{core}" / "topology"
     package, place = _words(folder / "physical_package_id"), _words(folder / "core_id")
     return (int(package[0]), int(place[0])) if package and place else (-1, core)
+
+
+def cpu_name() -> str:
+    """The processor's name, as the system tells it."""
+    for line in _lines(CPUINFO):
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

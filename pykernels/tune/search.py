@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pykernels.bench.timing import PAUSE_SECONDS
 from pykernels.tune.setup import Trial
 
 __all__ = ["Candidate", "Measure", "NoSetup", "Sample", "candidates", "counts", "search"]
 
 ROUNDS = 9  # at most, before half of the candidates go
 SLICE = 0.1  # seconds of one measurement, or more
+PAUSE = 0.03  # seconds between two: the threads of OpenMP spin for some milliseconds after a call
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def search(
     measure: Measure,
     bound_ms: float | None = None,
     seconds: float = 30.0,
-    pause: float = PAUSE_SECONDS,
+    pause: float = PAUSE,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
     progress: Callable[[str, int, int], None] | None = None,

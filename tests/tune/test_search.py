@@ -11,6 +11,7 @@ import torch
 
 import pykernels as pk
 from pykernels.tune import choose
+from pykernels.tune.cores import usable
 from pykernels.tune.search import Candidate, NoSetup, Sample, candidates, counts, search
 from tests.networks import Mixed, lively
 
@@ -200,6 +201,22 @@ def test_tune_tries_batches_under_a_bound(network: pk.Optimized, monkeypatch: py
     assert setup.cores == 2 and {trial.batch for trial in setup.tried} == {1, 2, 4, 8, 16}
     one = pk.tune(network, (torch.randn(3, 3, 16, 16),), latency_ms=9.0, seconds=2.0, batches=[4])
     assert one.batch == 4
+
+
+def test_an_error_in_one_client_ends_the_measurement(network: pk.Optimized, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(100))
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if next(calls) == 1:
+            raise MemoryError("too much")
+        return x
+
+    if usable().count < 2:
+        pytest.skip("needs two cores")
+    measure = choose._measure(network, {1: ((torch.zeros(1),), {})})
+    monkeypatch.setattr(network, "forward", forward)
+    with pytest.raises(MemoryError, match="too much"):
+        measure(Candidate(1, 2, 1), 0.1)
 
 
 class _Two:
