@@ -62,7 +62,7 @@ SLICES = [
     emulate("codecs, quantization", 30, *CODECS, *QUANTIZE),
     Slice("slow tests", ["test-slow"], 11),
     sanitize("convolutions, products, pools", 30, *CONV),
-    emulate("networks and modules", 30, "tests/network", "tests/nn", "tests/quantization", "tests/bench"),
+    emulate("networks and modules", 30, "tests/network", "tests/nn", "tests/quantization", "tests/bench", "tests/tune"),
     emulate("ranks, command line, contracts", 30, "tests/comm", "tests/test_*.py"),
 ]
 

@@ -11,5 +11,18 @@ from pykernels.distil import distill
 from pykernels.nn.swap import swap
 from pykernels.optimize import Optimized, load, optimize
 from pykernels.prune import Pruned, prune
+from pykernels.tune import Instances, Setup, tune
 
-__all__ = ["Optimized", "Pruned", "__version__", "distill", "load", "optimize", "prune", "swap"]
+__all__ = [
+    "Instances",
+    "Optimized",
+    "Pruned",
+    "Setup",
+    "__version__",
+    "distill",
+    "load",
+    "optimize",
+    "prune",
+    "swap",
+    "tune",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +94,11 @@ class Optimized(nn.Module):
                 raise ValueError(f"inputs are nested as {spec}, the model was optimized for {self._in_spec}")
             outputs = self._run(*leaves)
         return outputs[0] if self._single else pytree.tree_unflatten(outputs, self._out_spec)
+
+    def nested(self, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Flat inputs as the positional and the keyword ones of a call."""
+        args, kwargs = pytree.tree_unflatten(list(inputs), self._in_spec)
+        return args, kwargs
 
     @property
     def program(self) -> fx.GraphModule:
@@ -303,7 +308,7 @@ def optimize(
         raise ValueError(f"model: an nn.Module is needed, not {type(model).__name__}")
     if calibration is not None and precision != "int8":
         raise ValueError(f"calibration: only int8 is calibrated, precision is {precision!r}")
-    args, kwargs = _inputs(example_inputs, example_kwargs)
+    args, kwargs = inputs_of_call(example_inputs, example_kwargs)
     device = device_of(model, (args, kwargs))
     args, kwargs = to_device((args, kwargs), device)
     sizes: dict[str, Any] = {"dynamic_batch": dynamic_batch, "dynamic_shapes": dynamic_shapes}
@@ -333,8 +338,8 @@ def optimize(
     return result
 
 
-def _inputs(example: Any, named: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword inputs of the example call."""
+def inputs_of_call(example: Any, named: Mapping[str, Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword inputs of a call that is given as `optimize` takes one."""
     if isinstance(example, Mapping):
         return (), {**example, **(named or {})}
     return (example,) if isinstance(example, torch.Tensor) else tuple(example), dict(named or {})

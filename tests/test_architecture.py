@@ -9,9 +9,21 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent / "pykernels"
 # A room may import, at the top of a file, rooms that stand before it.
 ORDER = (
-    "ops", "cuda", "graph", "network", "reference", "quantization", "nn", "optimize", "comm", "bench", "prune",
-    "distil", "cli",
-)  # fmt: skip
+    "ops",
+    "cuda",
+    "graph",
+    "network",
+    "reference",
+    "quantization",
+    "nn",
+    "optimize",
+    "tune",
+    "comm",
+    "bench",
+    "prune",
+    "distil",
+    "cli",
+)
 
 
 def modules() -> dict[str, ast.Module]:

@@ -70,7 +70,7 @@ def nets(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pat
 
 def test_help_names_every_command() -> None:
     text = pykernels("--help")
-    for command in ("doctor", "optimize", "plan", "bench", "comm"):
+    for command in ("doctor", "optimize", "plan", "tune", "bench", "comm"):
         assert re.search(rf"\b{command}\b", text)
         assert "Usage" in pykernels(command, "--help")
 
@@ -332,3 +332,46 @@ def test_plan_profile_refuses_charts_that_it_cannot_write() -> None:
     assert "--chart: plan.txt must end in .png or .svg" in text
     text = pykernels("plan", "profile", path, "--chart", "absent/plan.png", status=1)
     assert "--chart: the folder absent does not exist" in text
+
+
+# ---- tune ------------------------------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("folder")
+def test_tune_prints_what_was_tried_and_saves_the_setup() -> None:
+    text = pykernels("tune", saved(), "--seconds", 0.6, "-o", "setup.json")
+    setup = pk.Setup.load("setup.json")
+    assert setup.report() in text and "saved setup.json" in text
+    assert re.search(rf"^ +{setup.threads} +1 +1 .* chosen$", text, re.MULTILINE)
+    assert setup.instances == 1 and setup.bound_ms is None
+    assert "most items/s with p99 up to 1e+06 ms" in pykernels(
+        "tune", saved("words", 2, 6), "--latency-ms", 1e6, "--seconds", 1
+    )
+
+
+@pytest.mark.usefixtures("folder")
+def test_tune_takes_networks_of_keyword_inputs() -> None:
+    class Scaled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor, *, scale: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * scale
+
+    x, scale = torch.randn(2, 6), torch.randn(2, 1)
+    pk.optimize(Scaled(6, 4).eval(), (x,), example_kwargs={"scale": scale}).save("scaled.pk")
+    assert "chosen" in pykernels("tune", "scaled.pk", "--seconds", 0.3)
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.pk"], "NETWORK: absent.pk does not exist"),
+        (["{net}", "--latency-ms", -1], "--latency-ms: must be a finite number above 0, not -1.0"),
+        (["{net}", "--seconds", 0], "--seconds: must be a finite number above 0, not 0.0"),
+        (["{net}", "-o", "absent/setup.json"], "--output: the folder absent does not exist"),
+        (
+            ["{net}", "--latency-ms", 1e-6, "--seconds", 0.5],
+            "--latency-ms: no setup keeps a p99 of 1e-06 ms; the best p99",
+        ),
+    ],
+)
+def test_tune_names_the_argument_that_is_wrong(arguments: list[object], message: str) -> None:
+    net = saved("words", 2, 6) if "{net}" in arguments else None
+    assert message in pykernels("tune", *[net if a == "{net}" else a for a in arguments], status=1)

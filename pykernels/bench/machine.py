@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
-import platform
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +12,7 @@ import pykernels
 from pykernels.cuda import registry
 from pykernels.ops import _load
 from pykernels.ops.names import ISAS
+from pykernels.tune.cores import cpu_name
 
 __all__ = ["Machine", "OpSupport", "machine", "op_support"]
 
@@ -84,7 +83,7 @@ def machine() -> Machine:
         else:
             reason = "the best of this CPU"
     return Machine(
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=len(os.sched_getaffinity(0)),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
@@ -116,12 +115,3 @@ def op_support() -> list[OpSupport]:
         for name in sorted(names)
         if not name.startswith("pykernels::_")
     ]
-
-
-def _cpu_name() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

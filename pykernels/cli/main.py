@@ -1,4 +1,4 @@
-"""The command `pykernels`: doctor, optimize, plan, bench, comm."""
+"""The command `pykernels`: doctor, optimize, plan, tune, bench, comm."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from pykernels.bench import machine as machines
 from pykernels.bench.command import bench
 from pykernels.cli.errors import fail
 from pykernels.cli.plan import app as plan_app
+from pykernels.cli.tune import tune as tune_command
 from pykernels.comm.command import app as comm_app
 from pykernels.cuda import registry
 
@@ -179,6 +180,7 @@ def optimize(
 
 
 app.command()(bench)
+app.command(name="tune")(tune_command)
 app.add_typer(plan_app, name="plan")
 app.add_typer(comm_app, name="comm")
 

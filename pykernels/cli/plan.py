@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import pathlib
-import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated
 
@@ -22,6 +21,7 @@ from pykernels.bench.machine import machine
 from pykernels.bench.peaks import Peaks
 from pykernels.bench.report import LIMITS
 from pykernels.cli.errors import fail
+from pykernels.cli.network import Network, inputs_like, load
 from pykernels.network.plan.planned import PlanReport, PlanRow
 
 app = typer.Typer(help="What a saved network does on the CPU.", no_args_is_help=True)
@@ -31,9 +31,6 @@ CHARTS = (".png", ".svg")
 WIDTH = 160  # of tables that go to a file or a pipe
 BUSY = 1e-3  # seconds: a call longer than that is mostly kernels
 
-Network = Annotated[
-    pathlib.Path, typer.Argument(metavar="NETWORK", help="A file that `pykernels optimize` or `save` wrote.")
-]
 Threads = Annotated[int | None, typer.Option(min=1, help="torch's number without.")]
 Batch = Annotated[int | None, typer.Option(min=1, help="Dimension 0 of every input; the example's without.")]
 Size = Annotated[
@@ -56,8 +53,8 @@ def show(network: Network, threads: Threads = None, batch: Batch = None, size: S
 
     [cyan]pykernels plan show net.pk --batch 8 --threads 4[/]
     """
-    fast = _load(network)
-    inputs = _inputs(fast, batch, size)
+    fast = load(network)
+    inputs = inputs_like(fast, batch, size)
     with _threads(threads):
         report = _report(fast, inputs, batch, size)
     console = _console()
@@ -88,8 +85,8 @@ def profile(
         fail(f"--chart: {chart} must end in {' or '.join(CHARTS)}")
     if chart is not None and not chart.parent.is_dir():
         fail(f"--chart: the folder {chart.parent} does not exist")
-    fast = _load(network)
-    inputs = _inputs(fast, batch, size)
+    fast = load(network)
+    inputs = inputs_like(fast, batch, size)
     columns = SpinnerColumn(), TextColumn("{task.description}")
     with _threads(threads), Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("reading the plans", total=None)
@@ -116,34 +113,6 @@ def profile(
 def _console() -> Console:
     console = Console()
     return console if console.is_terminal else Console(width=max(WIDTH, console.width))
-
-
-def _load(path: pathlib.Path) -> pykernels.Optimized:
-    try:
-        return pykernels.load(path)
-    except (OSError, ValueError) as error:
-        fail(f"NETWORK: {str(error).removeprefix('path: ')}")
-
-
-def _inputs(fast: pykernels.Optimized, batch: int | None, size: str | None) -> tuple[torch.Tensor, ...]:
-    """Flat inputs like the example's, of another batch size, or another height and width, on request."""
-    match = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", size or "1x1")
-    if match is None:
-        fail(f"--size: {size!r} is not a height and a width: 224x224 is")
-    if None in fast.example:
-        fail("NETWORK: some of its inputs are no tensors; call plan(inputs) of the loaded network from Python")
-    example = [(dtype, list(shape)) for dtype, shape in filter(None, fast.example)]
-    if size is not None and all(len(shape) != 4 for _, shape in example):
-        fail("--size: the network has no input of four dimensions")
-    inputs = []
-    for dtype, shape in example:
-        if batch is not None and shape:
-            shape[0] = batch
-        if size is not None and len(shape) == 4:
-            shape[2:] = [int(match[1]), int(match[2])]
-        # Numbers that are no floats may be places in something: 0 is one.
-        inputs.append(torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype))
-    return tuple(inputs)
 
 
 @contextlib.contextmanager
