@@ -278,9 +278,9 @@ def optimize(
         precision: ``fp32`` (the dtypes that the model has); ``bf16`` or ``fp16`` (weights and activations between
             inputs and outputs of the model's dtype); ``int8`` (8-bit weights and activations, see docs/optimize.md); or
             ``auto``: the quickest on this machine's CPU that holds `budget`, int8 and fp32 chosen step by step.
-        calibration: for int8 and auto: inputs to observe the ranges of activations with, each a tensor, a tuple of positional
-            inputs, a dictionary of keyword inputs, or ``(args, kwargs)``. For int8, without it ranges come from synthetic
-            inputs; the report says so, and accuracy suffers. auto needs it.
+        calibration: for int8 and auto: inputs to observe the ranges of activations with, each a tensor, a tuple of
+            positional inputs, a dictionary of keyword inputs, or ``(args, kwargs)``. Without it int8 takes ranges from
+            synthetic inputs; the report says so, and accuracy suffers. auto needs it.
         dynamic_batch: accept any batch size (dimension 0). When export cannot, the report says why and the size is
             fixed.
         example_kwargs: keyword inputs of one call.
@@ -450,7 +450,7 @@ def _choose(
     search = Search(
         calibrated,
         lower=lambda graph, precision: _lower(model, graph, precision, edges, given),
-        uniform={name: lambda: capture(model, *given, **sizes) for name in ("fp32", *STORED)},
+        plain=capture(model, *given, **sizes),
         inputs=pytree.tree_leaves(given),
         edges=edges,
         budget=wanted,

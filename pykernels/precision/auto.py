@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.fx import GraphModule
 from pykernels.graph.capture import Captured
 from pykernels.network.plan.timing import call_seconds
 from pykernels.network.report import Chosen
+from pykernels.ops.dtypes import STORED
 from pykernels.quantization.recipes import Calibrated
 
 from . import sensitivity, timing
@@ -30,7 +32,7 @@ from .budget import Budget, Kept, Reference
 from .choose import StepCost, Table, ValueCost
 from .mixture import Fitted, Mixture
 
-__all__ = ["Search"]
+__all__ = ["Search", "costs"]
 
 _ROUNDS = 30  # calls of each network in the last comparison
 _HALVINGS = 12  # of the error, where the budget is not about it
@@ -43,7 +45,7 @@ class Search:
     Args:
         calibrated: the model with quantizers.
         lower: from a graph and a precision to a network on our kernels; the graph is changed.
-        uniform: of the precisions without quantizers, fp32 first, what captures the model.
+        plain: the model without quantizers.
         inputs: flat inputs of the call that is timed.
         edges: as `assemble` takes it.
         progress: as for `pykernels.optimize`.
@@ -53,29 +55,29 @@ class Search:
         self,
         calibrated: Calibrated,
         lower: Callable[[Captured, str], Any],
-        uniform: Mapping[str, Callable[[], Captured]],
+        plain: Captured,
         inputs: Sequence[Any],
         edges: torch.dtype | None,
         budget: Budget,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self.calibrated, self.mixture = calibrated, Mixture(calibrated)
-        self.lower, self.uniform, self.inputs, self.edges, self.budget = lower, uniform, inputs, edges, budget
+        self.lower, self.plain, self.inputs, self.edges, self.budget = lower, plain, inputs, edges, budget
         self.progress = progress
         self.samples = [tuple(self._cast(x) for x in sample) for sample in calibrated.samples]
 
     def run(self) -> Any:
         """The quickest network that holds the budget."""
-        networks = {name: self.lower(captured(), name) for name, captured in self.uniform.items()}
+        networks = {name: self._lowered(self.plain, self.plain.module, name) for name in ("fp32", *STORED)}
         self.reference = Reference(networks["fp32"], self.samples, self.calibrated.captured.in_spec, self.budget)
         everything = [True] * len(self.mixture.steps)
         refined = self._refined(everything)
         fitted = self.mixture.fitted(refined)
-        networks["int8"] = self._lowered(refined)
+        networks["int8"] = self._eight_bits(refined)
         kept = {name: self.reference.keeps(network) for name, network in networks.items()}
         times = timing.measure(self.mixture, self.inputs, self.edges)
         weighed = sensitivity.measure(self.mixture, fitted, self.progress)
-        self.table = _table(self.mixture, times, weighed)
+        self.table = costs(self.mixture, times, weighed)
         scale = self._scale(everything, kept["int8"])
         own = {name: (weight, weighed.biases[name]) for name, (weight, _) in fitted.items()}
         chosen = everything if self.reference.holds(kept["int8"]) else self._first(scale, own)
@@ -100,11 +102,14 @@ class Search:
         record.refined, record.in_parts, record.unrefined = done.refined, done.in_parts, done.unrefined
         return graph
 
-    def _lowered(self, graph: GraphModule) -> Any:
-        captured = dataclasses.replace(self.calibrated.captured, module=copy.deepcopy(graph))
-        captured.notes = self.calibrated.record.all_notes
-        captured.example = [self._cast(x) for x in captured.example]
-        return self.lower(captured, "int8")
+    def _eight_bits(self, graph: GraphModule) -> Any:
+        """The network of a graph with quantizers."""
+        found = self.calibrated.captured
+        notes, example = self.calibrated.record.all_notes, [self._cast(x) for x in found.example]
+        return self._lowered(dataclasses.replace(found, notes=notes, example=example), graph, "int8")
+
+    def _lowered(self, captured: Captured, graph: GraphModule, precision: str) -> Any:
+        return self.lower(dataclasses.replace(captured, module=copy.deepcopy(graph)), precision)
 
     # --- choices ---
 
@@ -128,7 +133,7 @@ class Search:
             middle = (low + high) // 2
             found = self._solve(limit / 2**middle)
             graph = self.mixture.graph({place for place, chosen in enumerate(found) if chosen}, own)
-            if self.reference.holds(self.reference.keeps(self._lowered(graph))):
+            if self.reference.holds(self.reference.keeps(self._eight_bits(graph))):
                 best, high = found, middle
             else:
                 low = middle + 1
@@ -137,7 +142,7 @@ class Search:
     def _mended(self, chosen: list[bool]) -> tuple[Any, Kept, list[bool]]:
         """The network of an assignment, or of what is left of it when it holds the budget."""
         while True:
-            network = self._lowered(self._refined(chosen))
+            network = self._eight_bits(self._refined(chosen))
             kept = self.reference.keeps(network)
             if self.reference.holds(kept) or not any(chosen):
                 return network, kept, chosen
@@ -155,12 +160,9 @@ class Search:
 
         return max((self.table.without(chosen, i) for i in range(len(chosen)) if chosen[i]), key=worth)
 
-    def _quickest(
-        self, networks: dict[str, Any], kept: dict[str, Kept], assignments: dict[str, list[bool]]
-    ) -> Any:
+    def _quickest(self, networks: dict[str, Any], kept: dict[str, Kept], assignments: dict[str, list[bool]]) -> Any:
         holding = [name for name in networks if self.reference.holds(kept[name])]
-        calls = [self._call(networks[name]) for name in holding]
-        taken = dict(zip(holding, call_seconds(calls, _ROUNDS), strict=True))
+        taken = dict(zip(holding, self._seconds([networks[name] for name in holding]), strict=True))
         name = min(taken, key=taken.__getitem__)
         network, report = networks[name], networks[name].report()
         report.precision = name
@@ -168,12 +170,10 @@ class Search:
         self._tell(report, name, int8, kept, taken)
         return network
 
-    def _call(self, network: Any) -> Callable[[], Any]:
-        def call() -> Any:
-            with torch.no_grad():
-                return network._run(*self.inputs)
-
-        return call
+    def _seconds(self, networks: Sequence[Any]) -> list[float]:
+        """Of whole calls, in turn."""
+        with torch.no_grad():
+            return call_seconds([partial(network._run, *self.inputs) for network in networks], _ROUNDS)
 
     # --- the report ---
 
@@ -183,19 +183,19 @@ class Search:
         table, count = self.table, sum(int8)
         report.notes.append(f"precision auto, {self.budget}: {name}, {count} of {len(int8)} steps in int8")
         if count:
-            report.notes.append(
-                f"expected: error {table.error(int8) ** 0.5:.4f}, steps and conversions {1e3 * table.seconds(int8):.3f} ms"
-            )
+            error, seconds = table.error(int8) ** 0.5, table.seconds(int8)
+            report.notes.append(f"expected: error {error:.4f}, steps and conversions {1e3 * seconds:.3f} ms")
         for other in sorted(kept, key=lambda entry: taken.get(entry, float("inf"))):
-            seconds = f"{1e3 * taken[other]:.3f} ms a call" if other in taken else "over the budget"
-            report.notes.append(f"measured, {other}: {kept[other]}, {seconds}")
+            result = f"{1e3 * taken[other]:.3f} ms a call" if other in taken else "over the budget"
+            report.notes.append(f"measured, {other}: {kept[other]}, {result}")
         for place, (step, cost) in enumerate(zip(self.mixture.steps, table.steps, strict=True)):
             error = cost.error + sum(table.values[value].error for value in step.reads)
             precision = "int8" if int8[place] else "fp32" if name == "mixed" else name
             report.chosen.append(Chosen(step.what, step.where, precision, error, *cost.seconds))
 
 
-def _table(mixture: Mixture, times: timing.Times, weighed: sensitivity.Sensitivity) -> Table:
+def costs(mixture: Mixture, times: timing.Times, weighed: sensitivity.Sensitivity) -> Table:
+    """What was timed and weighed, as the table that is chosen from."""
     steps = [
         StepCost(seconds, error, tuple(step.reads), step.writes, step.follows, step.only_bytes)
         for step, seconds, error in zip(mixture.steps, times.steps, weighed.steps, strict=True)

@@ -98,7 +98,9 @@ class Reference:
         self.answers = [self._answers(network, sample) for sample in samples]
         self.square = sum(float(a.double().square().sum()) for answer in self.answers for a in answer)
         if not self.square > 0 or not math.isfinite(self.square):
-            raise ValueError("budget: the float network's answers are all zero, or not finite: no error is relative to them")
+            raise ValueError(
+                "budget: the float network's answers are all zero, or not finite: no error is relative to them"
+            )
         if budget.agreement is not None and any(not answer or answer[0].dim() < 2 for answer in self.answers):
             raise ValueError("budget: 'agreement' needs a first output of classes, [N, C, ...]")
         self.accuracy = None if budget.validate is None else self._accuracy(network)

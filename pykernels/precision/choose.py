@@ -128,15 +128,15 @@ class Table:
         """
         try:
             import highspy
-        except ImportError as error:
+        except ImportError:
             raise ImportError(
                 "precision: 'auto' solves an integer program with highspy: pip install 'pykernels[compress]'"
-            ) from error
+            ) from None
 
         model = highspy.Highs()
         model.silent()
-        for option, value in (("mip_rel_gap", 0.0), ("mip_abs_gap", 0.0), ("threads", 1), ("random_seed", 0)):
-            model.setOptionValue(option, value)
+        for option, setting in {"mip_rel_gap": 0.0, "mip_abs_gap": 0.0, "threads": 1, "random_seed": 0}.items():
+            model.setOptionValue(option, setting)
         x = [model.addBinary() for _ in self.steps]
         wanted = [model.addBinary() for _ in self.values]
         latency = [1e6 * (step.seconds[1] - step.seconds[0]) * x[i] for i, step in enumerate(self.steps)]
@@ -166,9 +166,9 @@ class Table:
             if limit and value.error:
                 error.append(value.error / limit * (to_bytes if value.keeps else q))
         for i, step in enumerate(self.steps):
-            for value in step.reads if step.follows else ():
-                if self.producers[value] is not None:
-                    model.addConstr(x[i] <= x[self.producers[value]])
+            for producer in [self.producers[read] for read in step.reads] if step.follows else []:
+                if producer is not None:
+                    model.addConstr(x[i] <= x[producer])
             if step.only_bytes and step.writes is not None:
                 model.addConstr(x[i] <= wanted[step.writes])
         if error:

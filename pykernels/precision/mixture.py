@@ -117,7 +117,9 @@ class Mixture:
                     self.values[place].float_reader = True
                 elif place not in self.steps[reader].reads:
                     self.steps[reader].reads.append(place)
-            if source in places and any(self._owner.get(u.name) is None for u in source.users if not is_call(u, QUANTIZE)):
+            if source in places and any(
+                self._owner.get(u.name) is None for u in source.users if not is_call(u, QUANTIZE)
+            ):
                 self.values[places[source]].float_reader = True
         self._find_keepers(module)
 

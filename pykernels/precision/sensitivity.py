@@ -1,9 +1,9 @@
 """What quantizing each step, and each value, adds to the error of the network's answer.
 
 To first order an answer y moves by J d when a value inside moves by d, J being the derivative of y by that value. For
-v of random signs, E[(v' J d)^2] = |J d|^2 (Hutchinson's estimator of a squared norm), and v' J is what one backward pass
-gives for all values at once. d is no model: it is what the layer's int8 weights and the value's rounding really do to
-the calibration samples. Samples are independent, so each of them counts as a draw of its own.
+v of random signs, E[(v' J d)^2] = |J d|^2 (Hutchinson's estimator of a squared norm), and one backward pass gives v' J
+for all values at once. d is no model: it is what the layer's int8 weights and the value's rounding really do to the
+calibration samples. Samples are independent, so each of them counts as a draw of its own.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ class Sensitivity:
     biases: dict[str, torch.Tensor]
 
 
-def measure(
-    mixture: Mixture, fitted: Fitted, progress: Callable[[str, int, int], None] | None = None
-) -> Sensitivity:
+def measure(mixture: Mixture, fitted: Fitted, progress: Callable[[str, int, int], None] | None = None) -> Sensitivity:
     """Estimate all errors from the calibration samples, spread over all of them.
 
     Args:

@@ -132,7 +132,8 @@ def _alone(mixture: Mixture, int8: Network, inputs: Sequence[Any]) -> Network:
             place = mixture.steps[int(step.what.removeprefix("step "))].writes
             if place is not None:
                 layers[place] = step
-    sources, steps = [], []
+    sources: list[Value] = []
+    steps: list[Step] = []
 
     def add(step: Step, what: str, reads: list[Value], out: QParams | None, result: Value) -> None:
         made = known(result, f"y{len(steps)}", out)
