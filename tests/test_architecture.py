@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent / "pykernels"
 # A room may import, at the top of a file, rooms that stand before it.
 ORDER = (
-    "ops", "cuda", "graph", "network", "reference", "quantization", "precision", "nn", "optimize", "comm", "bench", "prune",
-    "distil", "cli",
+    "ops", "cuda", "graph", "network", "reference", "quantization", "precision", "nn", "optimize", "comm", "bench",
+    "prune", "distil", "cli",
 )  # fmt: skip
 
 
