@@ -117,9 +117,7 @@ def optimize(
     precision: Annotated[Precision, typer.Option(help="What the network computes in.")] = Precision.fp32,
     calibration: Annotated[
         pathlib.Path | None,
-        typer.Option(
-            help="int8, auto: a folder of images, or of .pt/.npy batches, that show the network its usual inputs."
-        ),
+        typer.Option(help="int8, auto: a folder of images, or of .pt/.npy batches, like the usual inputs."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many files of the calibration folder to use.")] = 200,
     mean: Annotated[str, typer.Option(help="Per channel, of images scaled to 0..1.")] = IMAGENET_MEAN,

@@ -15,14 +15,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from pykernels.graph.capture import Captured
-from pykernels.network.plan.timing import call_seconds
+from pykernels.network.plan.timing import quiet_seconds
 from pykernels.network.report import Chosen
 from pykernels.ops.dtypes import STORED
 from pykernels.quantization.recipes import Calibrated
@@ -34,7 +33,7 @@ from .mixture import Fitted, Mixture
 
 __all__ = ["Search", "costs"]
 
-_ROUNDS = 30  # calls of each network in the last comparison
+_ROUNDS, _TURNS = 20, 3  # of the last comparison
 _HALVINGS = 12  # of the error, where the budget is not about it
 _LINEAR = 0.5  # relative errors above this do not add up
 
@@ -171,9 +170,8 @@ class Search:
         return network
 
     def _seconds(self, networks: Sequence[Any]) -> list[float]:
-        """Of whole calls, in turn."""
-        with torch.no_grad():
-            return call_seconds([partial(network._run, *self.inputs) for network in networks], _ROUNDS)
+        """Of calls, the networks in turn."""
+        return quiet_seconds([network.planned for network in networks], self.inputs, _ROUNDS, _TURNS)
 
     # --- the report ---
 

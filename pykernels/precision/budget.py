@@ -99,7 +99,7 @@ class Reference:
         self.square = sum(float(a.double().square().sum()) for answer in self.answers for a in answer)
         if not self.square > 0 or not math.isfinite(self.square):
             raise ValueError(
-                "budget: the float network's answers are all zero, or not finite: no error is relative to them"
+                "budget: no error is relative to the float network's answers: they are zero, or not finite"
             )
         if budget.agreement is not None and any(not answer or answer[0].dim() < 2 for answer in self.answers):
             raise ValueError("budget: 'agreement' needs a first output of classes, [N, C, ...]")

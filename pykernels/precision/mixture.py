@@ -117,9 +117,8 @@ class Mixture:
                     self.values[place].float_reader = True
                 elif place not in self.steps[reader].reads:
                     self.steps[reader].reads.append(place)
-            if source in places and any(
-                self._owner.get(u.name) is None for u in source.users if not is_call(u, QUANTIZE)
-            ):
+            direct = [user for user in source.users if not is_call(user, QUANTIZE)]
+            if source in places and any(user.name not in self._owner for user in direct):
                 self.values[places[source]].float_reader = True
         self._find_keepers(module)
 

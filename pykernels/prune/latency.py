@@ -27,7 +27,7 @@ from pykernels.network.buffers import consolidate
 from pykernels.network.emit_fx import emit_fx
 from pykernels.network.plan.emit import emit_plan
 from pykernels.network.plan.planned import Planned, calls_of_plans
-from pykernels.network.plan.timing import between_seconds, step_seconds
+from pykernels.network.plan.timing import quiet_seconds, step_seconds
 from pykernels.network.step import Layer, Network, Step, Value
 from pykernels.ops.plan import describe_plan, profile_plan
 
@@ -63,9 +63,7 @@ class Lowered:
 
     def steps(self) -> dict[str, float]:
         """The seconds of each step, by its label: the quickest of some rounds; what lies between steps under ''."""
-        found = step_seconds(self.planned, self.inputs, _ROUNDS)
-        found[""] = found.get("", 0.0) + between_seconds(self.planned, self.inputs, _ROUNDS)
-        return found
+        return step_seconds(self.planned, self.inputs, _ROUNDS)
 
 
 def lower(model: nn.Module, args: tuple[Any, ...], precision: str) -> Lowered:
@@ -98,17 +96,8 @@ def lower(model: nn.Module, args: tuple[Any, ...], precision: str) -> Lowered:
 
 
 def compare(*networks: Lowered) -> list[float]:
-    """Seconds of a call of each on a quiet machine: of each step the quickest of many rounds, the networks in turn.
-
-    Whole calls would not do: others at work on the machine disturb one of tens of milliseconds nearly always, and a
-    step rarely.
-    """
-    least: list[dict[str, float]] = [{} for _ in networks]
-    for _ in range(_COMPARISONS):
-        for network, known in zip(networks, least, strict=True):
-            for label, seconds in network.steps().items():
-                known[label] = min(seconds, known.get(label, seconds))
-    return [sum(known.values()) for known in least]
+    """Seconds of a call of each, all with the first one's inputs, on a quiet machine."""
+    return quiet_seconds([network.planned for network in networks], networks[0].inputs, _ROUNDS, _COMPARISONS)
 
 
 def _planned(network: Network) -> Planned | None:

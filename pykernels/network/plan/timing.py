@@ -1,10 +1,10 @@
-"""How long a network with plans takes: its steps, what is torch's between the plans, and whole calls."""
+"""How long a network with plans takes: its steps, and what is torch's between the plans."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from torch import fx
 from pykernels.network.plan.planned import Planned, calls_of_plans
 from pykernels.ops.plan import describe_plan, profile_plan
 
-__all__ = ["between_seconds", "call_seconds", "step_seconds"]
+__all__ = ["between_seconds", "quiet_seconds", "step_seconds"]
 
 
 def step_seconds(planned: Planned, inputs: Sequence[Any], rounds: int) -> dict[str, float]:
     """The seconds of each step of the plans, by its label: the quickest of `rounds`; what brings outputs into their
-    layout under ''.
+    layout, and what is torch's between the plans, under ''.
 
     Args:
         inputs: flat inputs of one call.
@@ -31,6 +31,7 @@ def step_seconds(planned: Planned, inputs: Sequence[Any], rounds: int) -> dict[s
         for driver, nanoseconds in zip(drivers, times, strict=True):
             step = driver["step"]
             found[labels[step] if step < len(labels) else ""] += 1e-9 * nanoseconds
+    found[""] += between_seconds(planned, inputs, rounds)
     return dict(found)
 
 
@@ -54,14 +55,15 @@ def between_seconds(planned: Planned, inputs: Sequence[Any], rounds: int) -> flo
     return sum(least.values())
 
 
-def call_seconds(calls: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
-    """The seconds of each call: the quickest of `rounds`, in which they are called in turn."""
-    least = [float("inf")] * len(calls)
-    for number in range(rounds):
-        for place in range(len(calls)):
-            i = (place + number) % len(calls)  # nobody always runs behind the same neighbour
-            calls[i]()  # not counted: it brings code and weights back into the caches
-            start = time.perf_counter()
-            calls[i]()
-            least[i] = min(least[i], time.perf_counter() - start)
-    return least
+def quiet_seconds(networks: Sequence[Planned], inputs: Sequence[Any], rounds: int, turns: int) -> list[float]:
+    """Seconds of a call of each on a quiet machine: of each step the quickest of many rounds, the networks in turn.
+
+    Whole calls would not do: others at work on the machine disturb one of tens of milliseconds nearly always, and a
+    step rarely.
+    """
+    least: list[dict[str, float]] = [{} for _ in networks]
+    for _ in range(turns):
+        for planned, known in zip(networks, least, strict=True):
+            for label, seconds in step_seconds(planned, inputs, rounds).items():
+                known[label] = min(seconds, known.get(label, seconds))
+    return [sum(known.values()) for known in least]
