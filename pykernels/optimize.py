@@ -30,7 +30,7 @@ from pykernels.ops.dtypes import STORED
 
 __all__ = ["Optimized", "load", "optimize"]
 
-_PRECISIONS = ("fp32", *STORED, "int8")
+_PRECISIONS = ("fp32", *STORED, "int8", "auto")
 
 
 class Optimized(nn.Module):
@@ -267,6 +267,8 @@ def optimize(
     dynamic_shapes: Any = None,
     progress: Callable[[str, int, int], None] | None = None,
     tune: bool = False,
+    budget: Mapping[str, float] | None = None,
+    validate: Callable[[Optimized], float] | None = None,
 ) -> Optimized:
     """Rewrite a model onto our kernels: batch norm folded, activations and residual adds fused, weights packed.
 
@@ -279,10 +281,11 @@ def optimize(
         example_inputs: positional inputs of one call (a lone tensor stands for a tuple of one), or a dictionary of
             keyword inputs; sizes other than those left free are those the result will accept.
         precision: ``fp32`` (the dtypes that the model has); ``bf16`` or ``fp16`` (weights and activations between
-            inputs and outputs of the model's dtype); or ``int8`` (8-bit weights and activations, see docs/optimize.md).
-        calibration: for int8: inputs to observe the ranges of activations with, each a tensor, a tuple of positional
-            inputs, a dictionary of keyword inputs, or ``(args, kwargs)``. Without it ranges come from synthetic inputs;
-            the report says so, and accuracy suffers.
+            inputs and outputs of the model's dtype); ``int8`` (8-bit weights and activations, see docs/optimize.md); or
+            ``auto``: the quickest on this machine's CPU that holds `budget`, int8 and fp32 chosen step by step.
+        calibration: for int8 and auto: inputs to observe the ranges of activations with, each a tensor, a tuple of
+            positional inputs, a dictionary of keyword inputs, or ``(args, kwargs)``. Without it int8 takes ranges from
+            synthetic inputs; the report says so, and accuracy suffers. auto needs it.
         dynamic_batch: accept any batch size (dimension 0). When export cannot, the report says why and the size is
             fixed.
         example_kwargs: keyword inputs of one call.
@@ -292,13 +295,20 @@ def optimize(
         progress: called as ``progress(stage, done, total)`` in the long parts: calibrating and refining int8,
             tuning.
         tune: on the CPU, time ways to cut each layer into tiles and tasks on the example (`Optimized.tune`).
+        budget: for auto: what may be lost of the float network's answers to the calibration inputs. ``error``: the
+            relative error ``|y - y0| / |y0|`` of all float outputs; ``agreement``: the share of answers with the same
+            largest class (of the first output, dimension 1); both may be given; or ``drop``: how much lower `validate`
+            may be. By default ``{"error": 0.1}``.
+        validate: for a budget of ``drop``: from a network, called as the model is, to its accuracy, higher is better.
 
     Returns:
         An `Optimized` module that is called like `model`.
 
     Raises:
-        ValueError: unknown `precision`, `calibration` given for a precision that has no use for it, or a model on
-            several devices or on one that our ops do not run on.
+        ValueError: unknown `precision`, `calibration`, `budget` or `validate` given for a precision that has no use for
+            it, a malformed `budget`, ``auto`` without `calibration` or for a model that is quantized or not on the CPU,
+            or a model on several devices or on one that our ops do not run on.
+        ImportError: ``auto`` without highspy, which the extra ``compress`` installs.
         TypeError: an entry of `calibration` does not fit the inputs.
         NotExportable: torch.export cannot capture the model; `pykernels.swap` works on any module.
     """
@@ -306,36 +316,53 @@ def optimize(
         raise ValueError(f"precision: {precision!r} is none of {', '.join(_PRECISIONS)}")
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: an nn.Module is needed, not {type(model).__name__}")
-    if calibration is not None and precision != "int8":
-        raise ValueError(f"calibration: only int8 is calibrated, precision is {precision!r}")
+    if calibration is not None and precision not in ("int8", "auto"):
+        raise ValueError(f"calibration: only int8 and auto are calibrated, precision is {precision!r}")
+    if precision != "auto" and (budget is not None or validate is not None):
+        name = "budget" if budget is not None else "validate"
+        raise ValueError(f"{name}: only precision 'auto' has a use for it, precision is {precision!r}")
     args, kwargs = inputs_of_call(example_inputs, example_kwargs)
     device = device_of(model, (args, kwargs))
     args, kwargs = to_device((args, kwargs), device)
     sizes: dict[str, Any] = {"dynamic_batch": dynamic_batch, "dynamic_shapes": dynamic_shapes}
-    edges = None
-    if precision == "int8" and not has_quantizers(model):
-        edges = _sixteen_bits(model)
-        captured = _quantize(model, args, kwargs, calibration, edges, {**sizes, "progress": progress})
+    edges = _sixteen_bits(model) if precision in ("int8", "auto") and not has_quantizers(model) else None
+    if precision == "auto":
+        result = _choose(model, args, kwargs, calibration, edges, sizes, budget, validate, progress)
     else:
-        captured = capture(model, args, kwargs, **sizes)
+        if precision == "int8" and not has_quantizers(model):
+            captured = _quantize(model, args, kwargs, calibration, edges, {**sizes, "progress": progress})
+        else:
+            captured = capture(model, args, kwargs, **sizes)
+        result = _lower(model, captured, precision, edges, (args, kwargs))
+    result.cuda_graph = cuda_graph
+    if tune and result.planned is not None:
+        result.tune(tuple(pytree.tree_leaves((args, kwargs))), progress=progress)
+    return result
+
+
+def _lower(
+    model: nn.Module, captured: Captured, precision: str, edges: torch.dtype | None, inputs: tuple[Any, Any]
+) -> Optimized:
+    """A captured graph on our kernels; the graph is changed.
+
+    Args:
+        model: what it was captured from.
+        edges: as `assemble` takes it.
+        inputs: of the example call, positional and keyword ones.
+    """
     before = bytes_of((*captured.module.parameters(), *captured.module.buffers()))
     canonicalize(captured.module, captured.example)
     network = assemble(captured.module, precision, edges)
     emitted, report = emit_fx(network), Report.of(network)
     program, planned = emitted.program, None
-    if device.type == "cpu":
+    if network.device.type == "cpu":
         planned = emit_plan(network, emitted, consolidate(program))
     report.bytes_before = before if has_quantizers(model) else bytes_of((*model.parameters(), *model.buffers()))
     report.bytes_after = bytes_of(program.buffers())
     report.notes = list(captured.notes)
-    free = _free(captured.module)
-    leaves = pytree.tree_leaves((args, kwargs))
+    free, leaves = _free(captured.module), pytree.tree_leaves(inputs)
     example = [(leaf.dtype, list(leaf.shape)) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
-    result = Optimized(program, report, captured.in_spec, captured.out_spec, free, example, planned)
-    result.cuda_graph = cuda_graph
-    if tune and planned is not None:
-        result.tune(tuple(leaves), progress=progress)
-    return result
+    return Optimized(program, report, captured.in_spec, captured.out_spec, free, example, planned)
 
 
 def inputs_of_call(example: Any, named: Mapping[str, Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -376,13 +403,65 @@ def _quantize(
     """Quantize with our recipe: a graph with quantizers. A model of 16-bit floats is quantized as an fp32 one."""
     from pykernels.quantization import recipes
 
-    if edges is not None:
-        model, (args, kwargs) = copy.deepcopy(model).float(), _cast((args, kwargs), torch.float32)
-        calibration = None if calibration is None else (_cast(sample, torch.float32) for sample in calibration)
+    model, args, kwargs, calibration = _in_fp32(model, args, kwargs, calibration, edges)
     captured, record = recipes.quantize_captured(model, args, kwargs, calibration, **options)
-    captured.notes = [*record.notes, *(f"{name}: {why}" for name, why in record.unrefined.items())]
+    captured.notes = record.all_notes
     captured.example = captured.example if edges is None else _cast(captured.example, edges)
     return captured
+
+
+def _in_fp32(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    calibration: Iterable[Any] | None,
+    edges: torch.dtype | None,
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Iterable[Any] | None]:
+    """A model of 16-bit floats, `edges`, in fp32, with its inputs; any other as it is."""
+    if edges is None:
+        return model, args, kwargs, calibration
+    args, kwargs = _cast((args, kwargs), torch.float32)
+    samples = None if calibration is None else (_cast(sample, torch.float32) for sample in calibration)
+    return copy.deepcopy(model).float(), args, kwargs, samples
+
+
+def _choose(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    calibration: Iterable[Any] | None,
+    edges: torch.dtype | None,
+    sizes: dict[str, Any],
+    budget: Mapping[str, float] | None,
+    validate: Callable[[Optimized], float] | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> Optimized:
+    """The quickest network within a budget, each step in a precision of its own."""
+    from pykernels.precision.budget import Budget
+
+    wanted = Budget.read(budget, validate)
+    if calibration is None:
+        raise ValueError("calibration: precision 'auto' needs inputs like those of production")
+    if has_quantizers(model):
+        raise ValueError("model: it is quantized already, so there is nothing to choose; lower it with 'int8'")
+    if device_of(model, (args, kwargs)).type != "cpu":
+        raise ValueError("model: precision 'auto' times plans, which run on the CPU; move the model there")
+    from pykernels.precision.auto import Search
+    from pykernels.quantization import recipes
+
+    given = (args, kwargs)
+    plain, args, kwargs, calibration = _in_fp32(model, args, kwargs, calibration, edges)
+    calibrated = recipes.calibrate_captured(plain, args, kwargs, calibration, **sizes, progress=progress)
+    search = Search(
+        calibrated,
+        lower=lambda graph, precision: _lower(model, graph, precision, edges, given),
+        plain=capture(model, *given, **sizes),
+        inputs=pytree.tree_leaves(given),
+        edges=edges,
+        budget=wanted,
+        progress=progress,
+    )
+    return search.run()
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Optimized:

@@ -15,6 +15,7 @@ ORDER = (
     "network",
     "reference",
     "quantization",
+    "precision",
     "nn",
     "optimize",
     "tune",

@@ -167,6 +167,11 @@ def test_optimize_calibrates_int8_on_photographs_and_tensors(nets: pathlib.Path)
     x = torch.rand(1, 3, 16, 16)
     reference = model(x)
     assert (pk.load("net.pk")(x) - reference).norm() < 0.1 * reference.norm()
+    pytest.importorskip("highspy")
+    arguments[1] = "auto"
+    assert "precision auto, error at most 1e-07: fp32" in pykernels(
+        "optimize", f"{nets}:build", *arguments, "--error", "1e-7"
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,6 +186,8 @@ def test_optimize_calibrates_int8_on_photographs_and_tensors(nets: pathlib.Path)
         (["no_such_module_here:build", "--input-shape", "1"], "No module named 'no_such_module_here'"),
         (["{nets}:build", "--input-shape", "1,3,8,8", "-o", "absent/net.pk"], "the folder absent does not exist"),
         (["{nets}:build", "--input-shape", "1,3,8,8", "--calibration", "."], "only for --precision int8"),
+        (["{nets}:build", "--input-shape", "1,3,8,8", "--error", "0.1"], "only for --precision auto"),
+        (["{nets}:build", "--input-shape", "1,3,8,8", "--precision", "auto"], "auto needs --calibration"),
         (["{nets}:build", "--input-shape", "1,3,8,8", "--device", "tpu9"], "--device: 'tpu9' is no device"),
         (
             ["{nets}:build", "--input-shape", "1,3,8,8", "--device", "meta"],

@@ -44,6 +44,7 @@ class Precision(str, enum.Enum):
     bf16 = "bf16"
     fp16 = "fp16"
     int8 = "int8"
+    auto = "auto"
 
 
 def hush() -> None:
@@ -117,7 +118,7 @@ def optimize(
     precision: Annotated[Precision, typer.Option(help="What the network computes in.")] = Precision.fp32,
     calibration: Annotated[
         pathlib.Path | None,
-        typer.Option(help="int8: a folder of images, or of .pt/.npy batches, that show the network its usual inputs."),
+        typer.Option(help="int8, auto: a folder of images, or of .pt/.npy batches, like the usual inputs."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many files of the calibration folder to use.")] = 200,
     mean: Annotated[str, typer.Option(help="Per channel, of images scaled to 0..1.")] = IMAGENET_MEAN,
@@ -129,15 +130,24 @@ def optimize(
         bool,
         typer.Option("--tune", help="On the CPU, time ways to cut each layer into tasks, and keep the best."),
     ] = False,
+    error: Annotated[
+        float | None,
+        typer.Option(help="auto: the relative error that int8 may make of the answers to the calibration inputs; 0.1."),
+    ] = None,
 ) -> None:
-    """Fuse a network onto our kernels, in fp32, bf16, fp16 or int8, and save it.
+    """Fuse a network onto our kernels, in fp32, bf16, fp16 or int8, or auto: each step in the quicker one within an
+    error, and save it.
 
     Prints each fused group, and each part left to torch with the reason.
 
     [cyan]pykernels optimize nets:resnet18 --input-shape 1,3,224,224 --precision int8 --calibration photos/ -o net.pk[/]
     """
-    if calibration is not None and precision is not Precision.int8:
-        fail("--calibration is only for --precision int8")
+    if calibration is not None and precision not in (Precision.int8, Precision.auto):
+        fail("--calibration is only for --precision int8 and auto")
+    if error is not None and precision is not Precision.auto:
+        fail("--error is only for --precision auto")
+    if calibration is None and precision is Precision.auto:
+        fail("--precision auto needs --calibration")
     if not output.parent.is_dir():
         fail(f"--output: the folder {output.parent} does not exist")
     shapes = [_numbers("--input-shape", part, int) for part in input_shape.split(";")]
@@ -167,12 +177,13 @@ def optimize(
                 calibration=inputs,
                 progress=_bar(progress, task, what),
                 tune=tune,
+                budget=None if error is None else {"error": error},
             )
             progress.update(task, description=f"saving {output}", total=None)
             fast.save(output)
-        except (RuntimeError, ValueError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError, ImportError) as failure:
             progress.stop()
-            fail(str(error))
+            fail(str(failure))
     print(fast.report())
     console.print(
         f"saved [bold]{output}[/] ({output.stat().st_size / 1e6:.1f} MB): net = pykernels.load({str(output)!r})"

@@ -34,7 +34,7 @@ from pykernels.network.step import KEEPING, Call, Concatenation, Layer, Lookup, 
 from pykernels.ops._sizes import spread
 from pykernels.ops.dtypes import REALS, STORED
 
-__all__ = ["assemble"]
+__all__ = ["assemble", "words"]
 
 
 def assemble(module: fx.GraphModule, precision: str = "fp32", edges: torch.dtype | None = None) -> Network:
@@ -159,7 +159,7 @@ class _Assembler:
 
     def _step(self, step: Step) -> None:
         step.where = module_path(self._named_after(step))
-        step.what = _words(step)
+        step.what = words(step)
         node = step.output
         make = _MAKERS.get(step.kind)
         if make is not None:
@@ -437,7 +437,7 @@ _MAKERS: dict[str, Callable[[_Assembler, Step], None]] = {
 }
 
 
-def _words(step: Step) -> str:
+def words(step: Step) -> str:
     """What a step stands for: ``conv2d + relu + quantize``."""
     parts = [
         node.meta.get("spelled", name_of(node).rpartition(".")[2]) for node in step.nodes if not is_call(node, QUANTIZE)

@@ -11,7 +11,7 @@ import torch
 from pykernels.cuda import registry
 from pykernels.network.step import Network
 
-__all__ = ["Fused", "Left", "Report", "bytes_of"]
+__all__ = ["Chosen", "Fused", "Left", "Report", "bytes_of"]
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
@@ -39,12 +39,32 @@ class Left:
     reason: str
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The precision of one step, where each had its own.
+
+    Attributes:
+        what: what the step stands for.
+        where: where that was in the model.
+        precision: ``fp32`` or ``int8``.
+        error: the relative squared error of the network's answer that int8 here is expected to make.
+        fp32, int8: measured seconds of the step, conversions apart.
+    """
+
+    what: str
+    where: str
+    precision: str
+    error: float
+    fp32: float
+    int8: float
+
+
 @dataclass
 class Report:
     """The account of one optimized model. ``str(report)`` is a table for people, `to_json` one for machines.
 
     Attributes:
-        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
+        precision: ``fp32``, ``bf16``, ``fp16``, ``int8``, or ``mixed``: some steps in int8, some in fp32.
         fused: every call of ours in the order of execution.
         left: every call that computes and stayed with torch.
         moves: how many calls only move or rename elements (reshape, chunk ...).
@@ -53,6 +73,7 @@ class Report:
         bytes_after: bytes of the constants of the optimized graph, packed weights with their padding included.
         notes: remarks, such as why the batch size is fixed.
         device: where the weights are.
+        chosen: of ``precision="auto"``, what was weighed for each step that can run in int8.
     """
 
     precision: str = "fp32"
@@ -64,6 +85,7 @@ class Report:
     bytes_after: int = 0
     notes: list[str] = field(default_factory=list)
     device: str = "cpu"
+    chosen: list[Chosen] = field(default_factory=list)
 
     @classmethod
     def of(cls, network: Network) -> Report:
@@ -96,14 +118,17 @@ class Report:
             values = json.loads(text)
             fused = [Fused(**entry) for entry in values.pop("fused")]
             left = [Left(**entry) for entry in values.pop("left")]
-            report = cls(fused=fused, left=left, **values)
+            chosen = [Chosen(**entry) for entry in values.pop("chosen", [])]
+            report = cls(fused=fused, left=left, chosen=chosen, **values)
         except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"not a report of pykernels: {error}") from error
         texts = [report.precision, report.device, *(text for e in (*fused, *left) for text in asdict(e).values())]
+        texts += [text for entry in chosen for text in (entry.what, entry.where, entry.precision)]
         counts = [report.moves, report.conversions, report.bytes_before, report.bytes_after]
         if not isinstance(report.notes, list) or not all(isinstance(text, str) for text in (*texts, *report.notes)):
             raise ValueError("not a report of pykernels: something in it is no text")
-        if not all(type(count) is int for count in counts):
+        numbers = [number for entry in chosen for number in (entry.error, entry.fp32, entry.int8)]
+        if not all(type(count) is int for count in counts) or not all(type(n) in (int, float) for n in numbers):
             raise ValueError("not a report of pykernels: something in it is no number")
         return report
 
@@ -122,6 +147,13 @@ class Report:
         if self.left:
             lines += ["", "left to torch"]
             lines += _table(("op", "in the model", "why"), _runs((e.op, e.where, e.reason) for e in self.left))
+        if self.chosen:
+            lines += ["", "precisions: microseconds in either, and the squared error that int8 is expected to make"]
+            rows = [
+                (c.precision, f"{1e6 * c.fp32:.1f}", f"{1e6 * c.int8:.1f}", f"{c.error:.1e}", c.what, c.where)
+                for c in self.chosen
+            ]
+            lines += _table(("runs in", "fp32", "int8", "error", "stands for", "in the model"), list(map(list, rows)))
         lines += ["", f"{self.moves} calls only move elements; {self.conversions} conversions between int8 and float"]
         return "\n".join(lines)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import time
 import warnings
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -28,6 +27,7 @@ from pykernels.network.buffers import consolidate
 from pykernels.network.emit_fx import emit_fx
 from pykernels.network.plan.emit import emit_plan
 from pykernels.network.plan.planned import Planned, calls_of_plans
+from pykernels.network.plan.timing import quiet_seconds, step_seconds
 from pykernels.network.step import Layer, Network, Step, Value
 from pykernels.ops.plan import describe_plan, profile_plan
 
@@ -63,35 +63,7 @@ class Lowered:
 
     def steps(self) -> dict[str, float]:
         """The seconds of each step, by its label: the quickest of some rounds; what lies between steps under ''."""
-        found: dict[str, float] = defaultdict(float)
-        for name, (plan, given) in calls_of_plans(self.planned, self.inputs).items():
-            labels = self.planned.labels[name]
-            drivers = describe_plan(plan, self.planned.weights, given)["drivers"]
-            times = profile_plan(plan, self.planned.weights, given, _ROUNDS).min(0).values.tolist()
-            for driver, nanoseconds in zip(drivers, times, strict=True):
-                step = driver["step"]
-                found[labels[step] if step < len(labels) else ""] += 1e-9 * nanoseconds
-        found[""] += self._between()
-        return dict(found)
-
-    def _between(self) -> float:
-        """The seconds of what is torch's, between the plans."""
-        least: dict[torch.fx.Node, float] = {}
-
-        class Watch(torch.fx.Interpreter):
-            def run_node(self, node: torch.fx.Node) -> Any:
-                start = time.perf_counter()
-                result = super().run_node(node)
-                taken = time.perf_counter() - start
-                if node.op == "call_function" and node.target is not torch.ops.pykernels.run_plan.default:
-                    least[node] = min(taken, least.get(node, taken))
-                return result
-
-        watch = Watch(self.planned.program)
-        with torch.no_grad():
-            for _ in range(_ROUNDS if self.planned.describe(self.inputs).left else 0):
-                watch.run(*self.inputs)
-        return sum(least.values())
+        return step_seconds(self.planned, self.inputs, _ROUNDS)
 
 
 def lower(model: nn.Module, args: tuple[Any, ...], precision: str) -> Lowered:
@@ -124,17 +96,8 @@ def lower(model: nn.Module, args: tuple[Any, ...], precision: str) -> Lowered:
 
 
 def compare(*networks: Lowered) -> list[float]:
-    """Seconds of a call of each on a quiet machine: of each step the quickest of many rounds, the networks in turn.
-
-    Whole calls would not do: others at work on the machine disturb one of tens of milliseconds nearly always, and a
-    step rarely.
-    """
-    least: list[dict[str, float]] = [{} for _ in networks]
-    for _ in range(_COMPARISONS):
-        for network, known in zip(networks, least, strict=True):
-            for label, seconds in network.steps().items():
-                known[label] = min(seconds, known.get(label, seconds))
-    return [sum(known.values()) for known in least]
+    """Seconds of a call of each, all with the first one's inputs, on a quiet machine."""
+    return quiet_seconds([network.planned for network in networks], networks[0].inputs, _ROUNDS, _COMPARISONS)
 
 
 def _planned(network: Network) -> Planned | None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pykernels.graph.export import mode
 from pykernels.ops.dtypes import STORED
@@ -338,6 +337,8 @@ def _statistics(model: nn.Module, data: Iterable[Any], inputs: int) -> dict[str,
 
 def _operations(model: nn.Module, args: tuple[Any, ...]) -> float:
     """Multiplications and additions of the products of one call."""
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton
+
     counted = copy.deepcopy(model)
     with mode(counted, False), torch.no_grad(), FlopCounterMode(display=False) as counter:
         counted(*args)

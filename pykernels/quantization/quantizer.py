@@ -81,7 +81,8 @@ class Int8Quantizer(Quantizer):
         keep_float: names of graph nodes (convolutions or linears, or values) to leave in fp32.
 
     After ``annotate``, ``layers`` lists the convolutions and linears that will run in int8, each with what is fused to
-    it, and ``left_float`` the calls on floating point data that stay outside, by node name, with the reason.
+    it, ``steps`` these and what else will, and ``left_float`` the calls on floating point data that stay outside, by
+    node name, with the reason.
     """
 
     def __init__(self, *, qat: bool = False, keep_float: Iterable[str] = ()) -> None:
@@ -91,6 +92,7 @@ class Int8Quantizer(Quantizer):
         self.activation_spec = QAT_ACTIVATION_SPEC if qat else ACTIVATION_SPEC
         self.weight_spec = QAT_WEIGHT_SPEC if qat else WEIGHT_SPEC
         self.layers: list[Step] = []
+        self.steps: list[Step] = []
         self.left_float: dict[str, str] = {}
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
@@ -108,6 +110,7 @@ class Int8Quantizer(Quantizer):
         for step in steps:
             if step.kind not in LAYERS and step.output in capable:
                 self._annotate_light(step, wanted)
+        self.steps = [step for step in steps if ANNOTATION in step.output.meta]
         self._record_left_float(steps)
         return model
 

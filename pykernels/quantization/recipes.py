@@ -24,10 +24,11 @@ from pykernels.graph.alias import writes
 from pykernels.graph.capture import Captured, capture, with_pytree
 from pykernels.graph.fold import fold_batch_norms, separate_batch_norms
 from pykernels.graph.nodes import attribute
+from pykernels.network.step import Step
 
 from .equalize import equalize
 from .quantizer import Int8Quantizer
-from .refine import Progress, float_weights
+from .refine import Progress, Refinement, float_weights
 from .refine import refine as refine_weights
 
 RECORD = "pykernels_quantization"
@@ -62,6 +63,11 @@ class QuantizationRecord:
     in_parts: dict[str, int] = field(default_factory=dict)
     unrefined: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def all_notes(self) -> list[str]:
+        """The notes, and why layers were not refined."""
+        return [*self.notes, *(f"{name}: {why}" for name, why in self.unrefined.items())]
 
 
 def export_graph(
@@ -184,6 +190,69 @@ def quantize_captured(
     progress: Progress | None = None,
 ) -> tuple[Captured, QuantizationRecord]:
     """`quantize`, as a plain graph with what is needed to call it like the model."""
+    found = calibrate_captured(
+        model,
+        example_inputs,
+        example_kwargs,
+        calibration,
+        dynamic_batch=dynamic_batch,
+        dynamic_shapes=dynamic_shapes,
+        keep_float=keep_float,
+        refine=refine,
+        progress=progress,
+    )
+    record = found.record
+    if refine and not record.data_free:
+        done = found.refine(found.captured.module, progress)
+        record.refined, record.in_parts, record.unrefined = done.refined, done.in_parts, done.unrefined
+    found.captured.module.meta[RECORD] = record
+    return found.captured, record
+
+
+@dataclass
+class Calibrated:
+    """A model with quantizers, every weight of it at the nearest 8-bit value.
+
+    Attributes:
+        captured: the graph, and how it is called.
+        steps: what runs in int8; their nodes are those of the graph before the conversion, which kept the names.
+        weights: the fp32 weight of each layer, by node name.
+        samples: flat inputs of calls.
+        state: the buffers that the graph writes, as the model had them.
+    """
+
+    captured: Captured
+    record: QuantizationRecord
+    steps: list[Step]
+    weights: dict[str, torch.Tensor]
+    samples: list[tuple[Any, ...]]
+    state: dict[str, torch.Tensor]
+
+    def refine(self, graph: GraphModule, progress: Progress | None = None) -> Refinement:
+        """Fit weights and biases of a graph, this one or one made of it, in place."""
+        done = refine_weights(graph, self.weights, self.samples, progress)
+        self.restore(graph)
+        return done
+
+    def restore(self, graph: GraphModule) -> None:
+        """Put state back: calibration is no call of the user's."""
+        for name, tensor in self.state.items():
+            graph.get_buffer(name).copy_(tensor)
+
+
+def calibrate_captured(
+    model: torch.nn.Module | ExportedProgram,
+    example_inputs: Sequence[Any] | torch.Tensor,
+    example_kwargs: Mapping[str, Any],
+    calibration: Iterable[Any] | None,
+    *,
+    dynamic_batch: bool,
+    dynamic_shapes: Any = None,
+    keep_float: Iterable[str] = (),
+    refine: bool = True,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """The first half of `quantize_captured`: ranges are observed, weights not fitted yet, if they will be."""
     inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     record = QuantizationRecord("post-training")
     found = capture_noting(model, inputs, example_kwargs, record, dynamic_batch, dynamic_shapes)
@@ -208,16 +277,11 @@ def quantize_captured(
             if progress is not None:
                 progress("calibrating", number, len(samples))
     weights = float_weights(prepared)
-    converted = convert_pt2e(prepared)
-    if refine and not record.data_free:
-        done = refine_weights(converted, weights, samples, progress)
-        record.refined, record.in_parts, record.unrefined = done.refined, done.in_parts, done.unrefined
-    for name, tensor in state.items():  # calibration is no call of the user's
-        converted.get_buffer(name).copy_(tensor)
+    found.module = convert_pt2e(prepared)
     record.groups, record.left_float = len(quantizer.layers), dict(quantizer.left_float)
-    converted.meta[RECORD] = record
-    found.module = converted
-    return found, record
+    calibrated = Calibrated(found, record, quantizer.steps, weights, samples, state)
+    calibrated.restore(found.module)
+    return calibrated
 
 
 def _state(graph: GraphModule) -> dict[str, torch.Tensor]:

@@ -193,7 +193,7 @@ class _Reconstruction:
 
         exact = apply(self.exact[node.args[0]], weight)
         inexact = apply(self.inexact[node.args[0]], in_effect)
-        shift = _shift(exact, inexact, channel, self._curve(node))
+        shift = bias_shift(exact, inexact, channel, self._curve(node))
         self._add_to_bias(node, shift)
         shape = [1] * exact[0].ndim
         shape[channel] = -1
@@ -507,7 +507,7 @@ def _call(function: Callable[..., Any], node: Node, values: dict[Node, list[Any]
     return function(*arguments[0], **arguments[1])
 
 
-def _shift(
+def bias_shift(
     exact: list[torch.Tensor], inexact: list[torch.Tensor], channel: int, curve: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """What must be added to each channel of `inexact` for `curve` of it to be nearest to that of `exact`.

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from pykernels.network.plan import timing
 from pykernels.ops.plan import describe_plan
 from pykernels.prune import latency
-from pykernels.prune.latency import Lowered
 
 
 def counted(plan: torch.Tensor, weights: torch.Tensor, inputs: Sequence[torch.Tensor], rounds: int = 1) -> torch.Tensor:
@@ -24,5 +24,6 @@ def ticking() -> Iterator[None]:
     """Latencies are counted, not measured."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "profile_plan", counted)
-        patch.setattr(Lowered, "_between", lambda lowered: 1e-6 * len(lowered.planned.describe(lowered.inputs).left))
+        patch.setattr(timing, "profile_plan", counted)
+        patch.setattr(timing, "between_seconds", lambda planned, given, _: 1e-6 * len(planned.describe(given).left))
         yield

@@ -1,0 +1,69 @@
+"""How long a network with plans takes: its steps, and what is torch's between the plans."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from pykernels.network.plan.planned import Planned, calls_of_plans
+from pykernels.ops.plan import describe_plan, profile_plan
+
+__all__ = ["between_seconds", "quiet_seconds", "step_seconds"]
+
+
+def step_seconds(planned: Planned, inputs: Sequence[Any], rounds: int) -> dict[str, float]:
+    """The seconds of each step of the plans, by its label: the quickest of `rounds`; what brings outputs into their
+    layout, and what is torch's between the plans, under ''.
+
+    Args:
+        inputs: flat inputs of one call.
+    """
+    found: dict[str, float] = defaultdict(float)
+    for name, (plan, given) in calls_of_plans(planned, inputs).items():
+        labels = planned.labels[name]
+        drivers = describe_plan(plan, planned.weights, given)["drivers"]
+        times = profile_plan(plan, planned.weights, given, rounds).min(0).values.tolist()
+        for driver, nanoseconds in zip(drivers, times, strict=True):
+            step = driver["step"]
+            found[labels[step] if step < len(labels) else ""] += 1e-9 * nanoseconds
+    found[""] += between_seconds(planned, inputs, rounds)
+    return dict(found)
+
+
+def between_seconds(planned: Planned, inputs: Sequence[Any], rounds: int) -> float:
+    """The seconds of what is torch's, between the plans: the quickest of `rounds`, call by call."""
+    least: dict[fx.Node, float] = {}
+
+    class Watch(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            start = time.perf_counter()
+            result = super().run_node(node)
+            taken = time.perf_counter() - start
+            if node.op == "call_function" and node.target is not torch.ops.pykernels.run_plan.default:
+                least[node] = min(taken, least.get(node, taken))
+            return result
+
+    watch = Watch(planned.program)
+    with torch.no_grad():
+        for _ in range(rounds if planned.describe(inputs).left else 0):
+            watch.run(*inputs)
+    return sum(least.values())
+
+
+def quiet_seconds(networks: Sequence[Planned], inputs: Sequence[Any], rounds: int, turns: int) -> list[float]:
+    """Seconds of a call of each on a quiet machine: of each step the quickest of many rounds, the networks in turn.
+
+    Whole calls would not do: others at work on the machine disturb one of tens of milliseconds nearly always, and a
+    step rarely.
+    """
+    least: list[dict[str, float]] = [{} for _ in networks]
+    for _ in range(turns):
+        for planned, known in zip(networks, least, strict=True):
+            for label, seconds in step_seconds(planned, inputs, rounds).items():
+                known[label] = min(seconds, known.get(label, seconds))
+    return [sum(known.values()) for known in least]
