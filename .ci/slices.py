@@ -55,15 +55,16 @@ QUANTIZE = (
     "tests/ops/test_quantize.py",
     "tests/ops/test_quantize_contract.py",
 )
+COMPRESSION = ("tests/precision", "tests/prune", "tests/tune")
 SLICES = [
     Slice("the emulated device", ["test-emulated"], 30, tool="nvcc"),
     emulate("convolutions, products, pools", 30, *CONV),
     sanitize("codecs, quantization", 30, *CODECS, *QUANTIZE),
     emulate("codecs, quantization", 30, *CODECS, *QUANTIZE),
-    Slice("slow tests", ["test-slow"], 11),
+    Slice("slow tests", ["test-slow"], 16),
     sanitize("convolutions, products, pools", 30, *CONV),
-    emulate("networks and modules", 30, "tests/network", "tests/nn", "tests/quantization", "tests/bench", "tests/tune"),
-    emulate("ranks, command line, contracts", 30, "tests/comm", "tests/test_*.py"),
+    emulate("networks and modules", 30, "tests/network", "tests/nn", "tests/quantization", "tests/bench"),
+    emulate("ranks, compression, command line, contracts", 30, *COMPRESSION, "tests/comm", "tests/test_*.py"),
 ]
 
 
