@@ -21,9 +21,6 @@ struct Count {
   static constexpr int value = n;
 };
 
-template <Dtype kOut>
-constexpr bool is_byte_out = kOut == Dtype::u8 || kOut == Dtype::s8;
-
 PK_INLINE f32 load_residual(const Epilogue& e, Dtype dtype, int64_t at, int n) {
   const f32 scale = set1(e.residual_scale);
   const i32 zero_point = set1_i32(e.residual_zero_point);
