@@ -14,7 +14,7 @@ import torch
 
 from pykernels.graph.alias import is_view
 from pykernels.network.plan.format import DTYPES, UNTUNED
-from pykernels.network.step import Call, Concatenation, Layer, Lookup, Pool, QParams, Step, Value
+from pykernels.network.step import Attention, Call, Concatenation, Layer, Lookup, Pool, QParams, Step, Value
 from pykernels.ops import names
 from pykernels.ops.dtypes import REALS
 
@@ -110,6 +110,14 @@ def unary(planner: Planner, step: Step) -> None:
         numbers, reals, last = [int(value is not None) for value in parameters], [eps], False
         operands += [planner.read(value) for value in parameters if value is not None]
     planner.result(step, planner.add(step.kind, operands, numbers, reals), last)
+
+
+def attention(planner: Planner, step: Step) -> None:
+    """Scaled dot product attention."""
+    assert isinstance(step.details, Attention)
+    operands = [planner.read(value) for value in step.inputs]
+    numbers = [int(step.details.causal), int(len(operands) > 3)]
+    planner.result(step, planner.add("attention", operands, numbers, [step.details.scale]))
 
 
 def conversion(planner: Planner, step: Step) -> None:
@@ -352,6 +360,7 @@ RULES: dict[str, Callable[[Planner, Step], None]] = {
     "leaky_relu": unary,
     "softmax": unary,
     "layer_norm": unary,
+    "attention": attention,
     "quantize": conversion,
     "dequantize": conversion,
     "add": binary,
