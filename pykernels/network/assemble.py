@@ -491,7 +491,8 @@ def _of_region(node: fx.Node) -> bool:
 def _chooses_its_dtype(node: fx.Node) -> bool:
     """Whether a call makes a tensor of numbers, in torch's default dtype."""
     told = any(isinstance(leaf, torch.dtype) for leaf in pytree.tree_leaves((node.args, node.kwargs)))
-    return facts(node) is not None and not told and all(facts(value) is None for value in node.all_input_nodes)
+    made = facts(node) is not None and name_of(node) != "getitem"
+    return made and not told and all(facts(value) is None for value in node.all_input_nodes)
 
 
 def _pair(value: Any, one_d: bool) -> tuple[int, int]:

@@ -96,7 +96,7 @@ def test_attention_is_part_of_one_plan(name: str) -> None:
 
 def test_tokens_and_images_may_vary() -> None:
     model = Block().eval()
-    shapes = {"x": {0: Dim("n", max=8), 1: Dim("t", max=64)}, "mask": None}
+    shapes = {"x": {0: Dim("n", max=8), 1: Dim("t", max=64)}}
     fast = pk.optimize(model, (tokens(),), dynamic_shapes=shapes)
     for n, count in ((1, 1), (3, 40), (8, 64)):
         x = tokens(n, count)

@@ -259,7 +259,7 @@ def select(planner: Planner, step: Step, x: Any, dim: int, index: Any) -> None:
     dim %= rank
     end = torch.iinfo(torch.int64).max if index == -1 else index + 1
     piece = planner.add("slice", [source], [dim, index, end, 1])
-    planner.result(step, planner.add("reshape", [piece], [-2 - d for d in range(rank) if d != dim]))
+    planner.result(step, planner.add("reshape", [piece], _without(rank, dim)))
 
 
 def pieces(planner: Planner, step: Step, x: Any, _: Any, dim: int = 0) -> None:
@@ -270,17 +270,28 @@ def pieces(planner: Planner, step: Step, x: Any, _: Any, dim: int = 0) -> None:
     for shape in shapes:
         if not isinstance(shape[dim], int):
             raise Unplanned
-        pieces.append((x, [dim % rank, start, start + shape[dim], 1]))
+        pieces.append((x, [dim % rank, start, start + shape[dim], 1], False))
         start += shape[dim]
     planner.pieces[step.outputs[0]] = pieces
+
+
+def unbound(planner: Planner, step: Step, x: Any, dim: int = 0) -> None:
+    """What `unbind` yields: as above, without the dimension."""
+    planner.read(x)
+    dim %= len(x.shape)
+    count = len(step.output.meta["val"])
+    planner.pieces[step.outputs[0]] = [(x, [dim, place, place + 1, 1], True) for place in range(count)]
 
 
 def piece(planner: Planner, step: Step, pieces: Any, place: int) -> None:
     """One of them."""
     if pieces not in planner.pieces:
         raise Unplanned
-    x, numbers = planner.pieces[pieces][place]
-    planner.result(step, planner.add("slice", [planner.read(x)], numbers), planner.last(x))
+    x, numbers, vanishes = planner.pieces[pieces][place]
+    number = planner.add("slice", [planner.read(x)], numbers)
+    if vanishes:
+        number = planner.add("reshape", [number], _without(len(x.shape), numbers[0]))
+    planner.result(step, number, planner.last(x) and not vanishes)
 
 
 def expand(planner: Planner, step: Step, x: Any, *_: Any) -> None:
@@ -318,6 +329,11 @@ def cast(planner: Planner, step: Step, x: Any, dtype: Any, *rest: Any) -> None:
     if x.dtype not in REALS or dtype not in REALS or any(rest):  # non_blocking, copy, memory_format
         raise Unplanned
     planner.result(step, planner.add("cast", [source], [DTYPES[dtype]]), planner.last(x))
+
+
+def _without(rank: int, dim: int) -> list[int]:
+    """The sizes of a reshape that drops a dimension of size 1."""
+    return [-2 - d for d in range(rank) if d != dim]
 
 
 def _quantization(value: Value) -> QParams:
@@ -392,6 +408,7 @@ CALLS: dict[Any, Callable[..., None]] = {
     aten.chunk.default: pieces,
     aten.split.Tensor: pieces,
     aten.split_with_sizes.default: pieces,
+    aten.unbind.int: unbound,
     operator.getitem: piece,
     aten.expand.default: expand,
     aten.constant_pad_nd.default: pad,
