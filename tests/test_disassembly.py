@@ -69,8 +69,6 @@ def tiles(isa: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
     for name, instructions in functions(kernel_object(isa, "tile/dot.cpp")):
         if tile := re.search(r"\btile<.*?(Dot\w+, \d+, \d+)>", name):
             yield tile[1], instructions
-        elif tile := re.search(r"\bsparse_tile<.*?(Dot\w+, \d+)>", name):
-            yield f"{tile[1]}, 1", instructions
 
 
 def products_of(name: str) -> re.Pattern[str]:

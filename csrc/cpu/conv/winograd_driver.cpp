@@ -297,7 +297,6 @@ ConvProducts conv_products(const ConvShape& s, const PackedView& weights, const 
   }
   TileProblem problem = conv_problem(s, weights, e, fill, flip);
   problem.tiling = tiling;
-  problem.kept = are == Weights::held;
   return {std::make_unique<TileDriver>(problem, threads), "convolution",
           operations_of(s.n * s.o * s.oh * s.ow, weights.taps() * weights.h.k), weights.h.bytes};
 }

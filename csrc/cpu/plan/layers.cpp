@@ -144,7 +144,6 @@ void Builder::linear() {
   const uint8_t flip = x.dtype == Dtype::s8 ? 0x80 : 0;
   TileProblem problem = linear_problem(rows, weights, e, flip);
   problem.tiling = cut;
-  problem.kept = true;
   add(std::make_unique<TileDriver>(problem, threads_), "product", {&source, operands() > 1 ? &residual : nullptr}, out,
       operations_of(out.numel(), k), weights.h.bytes);
 }

@@ -68,21 +68,6 @@ PK_INLINE void finish(const Finish f, const i32 (&acc)[kRows][kPanels][kPanelReg
 }
 #endif
 
-// Sums become output, or are written as they are.
-template <class Dot, int kRows, int kPanels>
-PK_INLINE void end(const DotArgs& g, const typename Dot::Acc (&acc)[kRows][kPanels][Dot::kRegisters]) {
-#if !defined(PYKERNELS_ISA_SCALAR)
-  if constexpr (kFinishes<Dot>)
-    if (g.finish) {
-      if (g.finish->residual) return finish<typename Dot::Out, true, kRows, kPanels>(*g.finish, acc);
-      return finish<typename Dot::Out, false, kRows, kPanels>(*g.finish, acc);
-    }
-#endif
-  auto* c = static_cast<uint8_t*>(g.c);
-  PK_FOR (r, kRows)
-    PK_FOR (p, kPanels) Dot::finish(acc[r][p], c + (r * kPanels + p) * kBlockBytes);
-}
-
 template <class Dot, int kRows, int kPanels>
 __attribute__((noinline)) void tile(const DotArgs& g) {
   typename Dot::Acc acc[kRows][kPanels][Dot::kRegisters];
@@ -126,35 +111,16 @@ __attribute__((noinline)) void tile(const DotArgs& g) {
       PK_FOR (i, kBases) b[i] += kBlockBytes;
     }
   }
-  end<Dot, kRows, kPanels>(g, acc);
-}
-
-// The same of one panel, over the blocks that are not zero.
-template <class Dot, int kRows>
-__attribute__((noinline)) void sparse_tile(const DotArgs& g) {
-  typename Dot::Acc acc[kRows][1][Dot::kRegisters];
-  PK_FOR (q, Dot::kRegisters) {
-    const typename Dot::Acc start = Dot::start(g.start, q);
-    PK_FOR (r, kRows) acc[r][0][q] = start;
-  }
-  const int64_t tap_words = g.nonzero.tap_words;
-  for (int64_t t = 0; t < g.taps; ++t) {
-    const int64_t begin = g.tap[t].b / kBlockBytes;  // the panel's word that the tap begins with
-    const int32_t* word = g.nonzero.word + g.nonzero.first[begin / tap_words];
-    const int32_t* const end = g.nonzero.word + g.nonzero.first[(begin + g.words) / tap_words];
-    const uint8_t* a[kRows];
-    PK_FOR (r, kRows) a[r] = g.a[t * g.a_step + r] + (g.a_offset + g.tap[t].a - begin * Dot::kWordBytes);
-    for (; word != end; ++word) {
-      const int64_t w = *word;
-      typename Dot::Weight y[Dot::kRegisters];
-      PK_FOR (q, Dot::kRegisters) y[q] = Dot::weight(g.panels + w * kBlockBytes, q);
-      PK_FOR (r, kRows) {
-        const typename Dot::Word x = Dot::word(a[r] + w * Dot::kWordBytes);
-        PK_FOR (q, Dot::kRegisters) Dot::mac(acc[r][0][q], x, y[q]);
-      }
+#if !defined(PYKERNELS_ISA_SCALAR)
+  if constexpr (kFinishes<Dot>)
+    if (g.finish) {
+      if (g.finish->residual) return finish<typename Dot::Out, true, kRows, kPanels>(*g.finish, acc);
+      return finish<typename Dot::Out, false, kRows, kPanels>(*g.finish, acc);
     }
-  }
-  end<Dot, kRows, 1>(g, acc);
+#endif
+  auto* c = static_cast<uint8_t*>(g.c);
+  PK_FOR (r, kRows)
+    PK_FOR (p, kPanels) Dot::finish(acc[r][p], c + (r * kPanels + p) * kBlockBytes);
 }
 
 template <class Dot>
@@ -215,12 +181,6 @@ constexpr void fill(DotKernel& kernel) {
   }
 }
 
-template <class Dot, int kRows>
-constexpr void fill_sparse(DotKernel& kernel) {
-  kernel.sparse[kRows] = &sparse_tile<Dot, kRows>;
-  if constexpr (kRows < Dot::kRows) fill_sparse<Dot, kRows + 1>(kernel);
-}
-
 template <class Dot>
 constexpr DotKernel kernel() {
   DotKernel k{};
@@ -233,7 +193,6 @@ constexpr DotKernel kernel() {
   k.stage = &stage<Dot>;
   for (int r = 1; r <= Dot::kRows; ++r) k.max_panels[r] = panels_for<Dot>(r);
   fill<Dot, 1, 1>(k);
-  if constexpr (kStarts<Dot>) fill_sparse<Dot, 1>(k);
   return k;
 }
 

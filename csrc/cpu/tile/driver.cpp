@@ -445,7 +445,6 @@ TileDriver::TileDriver(const TileProblem& problem, int64_t threads) : problem_(p
   if (problem.images * problem.rows * problem.columns == 0 || problem.weights.h.n == 0) return;
   folded_.fold(problem_.e, problem.weights);
   plan_ = plan_tiles(problem_, threads);
-  if (problem.kept && problem.dot->sparse[1]) nonzero_ = NonzeroBlocks::find(problem.weights);
   tasks = plan_.tasks;
   scratch = plan_.scratch;
 }
@@ -468,8 +467,7 @@ void TileDriver::run(int64_t task, uint8_t* memory) const {
   const int64_t last_panel = part(plan.panels, plan.panel_splits, panel_part + 1);
   const PackedView& w = p.weights;
   const int64_t per_group = w.panels_per_group(), panel_bytes = w.panel_bytes();
-  const bool sparse = nonzero_.any();
-  const int64_t most_panels = sparse ? 1 : p.dot->max_panels[plan.most_rows];
+  const int64_t most_panels = p.dot->max_panels[plan.most_rows];
   const int64_t out_bytes = dtype_bytes(p.e.out_dtype);
   std::fill(memory, memory + plan.fill_bytes, p.fill);
 
@@ -502,12 +500,7 @@ void TileDriver::run(int64_t task, uint8_t* memory) const {
         t.dot.c = held.next();
         t.dot.finish = finish ? &f : nullptr;
         f.place = t.place;
-        if (sparse) {
-          t.dot.nonzero = nonzero_.of(panel);
-          p.dot->sparse[t.rows](t.dot);
-        } else {
-          p.dot->tile[t.rows][panels](t.dot);
-        }
+        p.dot->tile[t.rows][panels](t.dot);
         if (!finish) held.add(t);
       }
       held.flush();

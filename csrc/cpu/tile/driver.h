@@ -6,7 +6,6 @@
 
 #include "cpu/driver.h"
 #include "cpu/tile/kernels.h"
-#include "cpu/tile/sparse.h"
 
 namespace pykernels {
 
@@ -35,7 +34,6 @@ struct TileProblem {
   PackedView weights;
   Epilogue e;
   Tiling tiling;
-  bool kept = false;  // for many calls, so that zeros among the weights are worth looking for
 
   int64_t max_rows() const { return tiling.rows > 0 ? std::min<int64_t>(tiling.rows, dot->max_rows) : dot->max_rows; }
 };
@@ -123,7 +121,6 @@ class TileDriver final : public Driver {
   TileProblem problem_;
   Folded folded_;
   TilePlan plan_;
-  NonzeroBlocks nonzero_;
 };
 
 }  // namespace pykernels

@@ -25,13 +25,6 @@ struct Finish {
   float low, high;
 };
 
-// The blocks of a panel that are not zero: word[first[t]] to word[first[t + n]] are their words, counted from the panel's
-// first one, where it has the words of taps t to t + n, `tap_words` each.
-struct Nonzero {
-  const int32_t *word, *first;
-  int64_t tap_words;
-};
-
 // One tile:  sum[r][p * 16 + j] = sum over t < taps, w < words of dot(word w at a[t * a_step + r] + a_offset +
 // tap[t].a, word w of the blocks at panels + p * panel_bytes + tap[t].b, column j) where a word is 4 bytes: 4 u8
 // against 4 s8 (s32 sums, which begin at start[p * 16 + j]), 2 bf16 or fp16, or 1 fp32 (fp32 sums). On an isa whose
@@ -46,7 +39,6 @@ struct DotArgs {
   int64_t panel_bytes = 0;
   const int32_t* start = nullptr;  // of bytes
   void* c = nullptr;               // [rows][panels * 16], s32 or fp32, 64-byte aligned: the sums
-  Nonzero nonzero{};               // of the one panel of a sparse tile
   const Finish* finish = nullptr;  // instead of c where the kernel finishes, or null
 };
 
@@ -69,7 +61,6 @@ struct DotKernel {
   void (*stage)(const uint8_t* from, int64_t words, uint8_t flip, uint8_t* to);
   int max_panels[kMaxRows + 1];  // by rows
   void (*tile[kMaxRows + 1][kMaxPanels + 1])(const DotArgs&);
-  void (*sparse[kMaxRows + 1])(const DotArgs&);  // one panel, of which zero blocks are left out; or null
 };
 
 struct DotKernels {
