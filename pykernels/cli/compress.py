@@ -168,4 +168,7 @@ def _option(message: str) -> str:
     for name in ("data", "train", "validate", "recipe", "checkpoint", "steps"):
         if message.startswith(f"{name}:"):
             return f"--{message}"
+    for name in ("latency", "drop"):
+        if message.startswith(f"budget: '{name}' is"):
+            return message.replace(f"budget: '{name}' is", f"--{name}:", 1)
     return message

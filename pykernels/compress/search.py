@@ -186,7 +186,7 @@ class Search:
             self.report.notes.append(f"the recipe distils for {steps} steps; without train that was left out")
         elif steps and student is not original:
             self._distil(student, steps)
-            student.name += f", distilled {steps} steps"
+            student.steps, student.name = steps, f"{student.name}, distilled {steps} steps"
         row = (
             self._row(student, recipe["precision"])
             if student is not original or recipe["precision"] != "fp32"
