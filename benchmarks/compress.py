@@ -165,6 +165,11 @@ class Cropped:
             yield (x.flip(3) if torch.rand(()) < 0.5 else x).contiguous()
 
 
+def slowly(parameters: Any) -> torch.optim.Optimizer:
+    """Few photographs are soon learned by heart."""
+    return torch.optim.AdamW(parameters, lr=1e-4)
+
+
 def without_labels(options: argparse.Namespace) -> None:
     """The curve of latency against agreement on unseen photographs, of networks made with unlabelled ones alone."""
     model = photographs.NETWORKS[options.recipe]()
@@ -173,8 +178,8 @@ def without_labels(options: argparse.Namespace) -> None:
         known, unseen = known.normalized(), unseen.normalized()
     exact = photographs.logits(model, unseen)
     print(f"{len(known)} unlabelled photographs, agreement on {len(unseen)} others, {options.steps} steps")
-    given: dict[str, Any] = {"train": Cropped(known.images), "data": known.batches(FEW), "steps": options.steps}
-    found, _ = compressed(model, (known.images[:1],), data=known.batches(FEW), rounds=0, budget={"drop": 1.0})
+    x, data = known.images[:1], known.batches(FEW)
+    found, _ = compressed(model, (x,), data=data, rounds=0, budget={"drop": 1.0})
     rows = found.report().rows
 
     def line(row: Row, network: Any) -> None:
@@ -191,11 +196,16 @@ def without_labels(options: argparse.Namespace) -> None:
     line(rows[0], model)
     line(rows[1], found.network)
     for part in options.parts:
-        small, _ = compressed(
-            model, (known.images[:1],), **given, budget={"latency": part * rows[1].latency}, rounds=1,
-            checkpoint=options.keep and options.keep / f"{part}",
-        )  # fmt: skip
-        line(small.report().rows[-1], small.network)
+        small, error = compressed(model, (x,), data=data, budget={"latency": part * rows[1].latency}, rounds=2)
+        if error:
+            print(error)
+        line(small.report().rows[small.report().chosen], small.network)
+        if small.recipe["prune"] is not None:
+            recipe = {**small.recipe, "distil": {"steps": options.steps}}
+            taught, _ = compressed(
+                model, (x,), train=Cropped(known.images), data=data, recipe=recipe, freeze_norms=True, optimizer=slowly
+            )
+            line(taught.report().rows[-1], taught.network)
 
 
 # --- CREPE ---

@@ -117,7 +117,7 @@ class Checkpoint:
     # --- a student that is being distilled ---
 
     def training(self, key: str) -> Mapping[str, Any] | None:
-        """Step, recipe, weights and optimizer of a student that was being distilled."""
+        """Step, weights and optimizer of a student that was being distilled."""
         if self.folder is None or not (self.folder / "training.pt").exists():
             return None
         found = self._read("training.pt")

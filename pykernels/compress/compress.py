@@ -82,6 +82,7 @@ def compress(
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
     loss: Callable[..., torch.Tensor] | None = None,
     labels: float = 0.0,
+    freeze_norms: bool = False,
     keep: Iterable[str] = (),
     rounds: int = 4,
     recipe: Mapping[str, Any] | None = None,
@@ -111,7 +112,7 @@ def compress(
         steps: of distillation, for each student; 1000.
         optimizer: from parameters to what trains them; AdamW with a learning rate of 1e-3. The rate rises for a
             twentieth of the steps, and falls to 0 by half a cosine.
-        loss, labels: as for `pykernels.distill`.
+        loss, labels, freeze_norms: as for `pykernels.distill`.
         keep: names of modules that go on making all their channels.
         rounds: how many students are made at most.
         recipe: do what an earlier call did, in place of a search, with the `train` and `data` that it needs. Precisions
@@ -136,7 +137,7 @@ def compress(
     if known is not None and budget is not None:
         raise ValueError("budget: a recipe leaves nothing to search for; give one of them")
     wanted = Wanted() if known is not None and known["precision"] != "auto" else Wanted.read(budget)
-    options = _options(train, steps, optimizer, loss, labels, keep, rounds)
+    options = _options(train, steps, optimizer, loss, labels, freeze_norms, keep, rounds)
     if validate is not None and not callable(validate):
         raise ValueError(f"validate: expected a function of a network, not {type(validate).__name__}")
     _installed()
@@ -176,7 +177,14 @@ def compress(
 
 
 def _options(
-    train: Any, steps: Any, optimizer: Any, loss: Any, labels: float, keep: Iterable[str], rounds: Any
+    train: Any,
+    steps: Any,
+    optimizer: Any,
+    loss: Any,
+    labels: float,
+    freeze_norms: bool,
+    keep: Iterable[str],
+    rounds: Any,
 ) -> Options:
     if steps is not None and (type(steps) is not int or steps < 1):
         raise ValueError(f"steps: a whole number above 0 is needed, not {steps!r}")
@@ -190,7 +198,8 @@ def _options(
         raise ValueError(f"labels: a weight from 0 to 1 is needed, not {labels}")
     elif loss is not None and labels:
         raise ValueError("labels: a loss of your own gets the labels and weighs them itself")
-    return Options(0 if train is None else steps or _STEPS, optimizer, loss, labels, tuple(keep), rounds)
+    steps = 0 if train is None else steps or _STEPS
+    return Options(steps, optimizer, loss, labels, freeze_norms, tuple(keep), rounds)
 
 
 def _samples(train: Loader | None, data: Loader | None, judged: bool) -> tuple[list[Any], list[Any], list[str]]:
@@ -223,6 +232,7 @@ def _identity(
         "budget": [wanted.latency, wanted.drop],
         "steps": options.steps,
         "labels": options.labels,
+        "freeze_norms": options.freeze_norms,
         "keep": list(options.keep),
         "recipe": recipe,
         "machine": [facts.cpu, facts.isa, facts.threads],

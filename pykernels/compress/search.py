@@ -15,7 +15,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,8 @@ __all__ = ["Found", "Options", "Search", "Wanted"]
 Progress = Callable[[str, int, int], None]
 SLACK = 1.02
 """Of the latency: what a measurement may lie above it."""
-_ROUNDS, _TURNS = 20, 3  # of timing networks in turn
+_ROUNDS, _MOST_ROUNDS, _TURNS = 20, 500, 3  # of timing networks in turn
+_TIMED = 0.05  # seconds a turn at least, as far as rounds go
 _FIRST = 0.7  # of the time, where nothing says how much is to go
 _CLOSE = 0.05  # parts that differ by less are not told apart
 _CHUNK = 50  # steps of distillation between which it can be written down
@@ -91,6 +92,7 @@ class Options:
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None
     loss: Callable[..., torch.Tensor] | None = None
     labels: float = 0.0
+    freeze_norms: bool = False
     keep: tuple[str, ...] = ()
     rounds: int = 4
 
@@ -151,6 +153,7 @@ class Search:
         self.found: Found | None = None
         self._made: Found | None = None
         self._hopeless = False
+        self._rounds = _ROUNDS
         self._since = time.monotonic()
         self._judge_of = judge
 
@@ -185,7 +188,7 @@ class Search:
         if steps and self.train is None:
             self.report.notes.append(f"the recipe distils for {steps} steps; without train that was left out")
         elif steps and student is not original:
-            self._distil(student, steps)
+            self._distil(student, steps, student.name)
             student.steps, student.name = steps, f"{student.name}, distilled {steps} steps"
         row = (
             self._row(student, recipe["precision"])
@@ -196,7 +199,7 @@ class Search:
             assert self._made is not None
             self.found = self._made  # it is what was asked for, whatever it loses
 
-    def _of_original(self, original: Student) -> Iterable[str]:
+    def _of_original(self, original: Student) -> Iterator[str]:
         """Precisions in which the original is tried."""
         if not self.fit:
             self.report.notes.append("int8 and auto were not tried, and channels are weighed by magnitude: no data")
@@ -218,60 +221,61 @@ class Search:
         low, high = 0.0, 1.0  # parts that lose too much, or cannot be; and that do not
         target = _FIRST if latency is None else min(1.0 - _CLOSE, latency / whole.latency)
         for _ in range(self.options.rounds):
-            student = self._student(target, made_in)
-            if student is None and self._hopeless:
+            rows = list(self._tried(target, made_in, precision))
+            if any(map(self._met, rows)) or (not rows and self._hopeless):
                 return
-            row = None if student is None else self._best_row(student, precision)
-            if row is not None and self._met(row):
-                return
-            if row is None or not self._holds(row):
-                low = max(low, target)
-            else:
+            if any(map(self._holds, rows)):
                 high = min(high, target)
+            else:
+                low = max(low, target)
             if low > 0.0:
                 target = (low + high) / 2
-            elif latency is not None and row is not None:  # good, but not quick enough
-                target *= 0.98 * latency / row.latency
+            elif latency is not None:  # good, but not quick enough
+                target *= 0.98 * latency / rows[-1].latency
             else:
                 target *= _FIRST
             if high - low < _CLOSE:
                 return
 
+    def _tried(self, target: float, made_in: str, precision: str) -> Iterator[Row]:
+        """Networks of the model pruned to this part of the original's latency in `made_in`; none if it cannot be.
+
+        With training data, what is lost without training is measured in fp32; where that is little enough, nothing is
+        trained unless the network is too slow.
+        """
+        pruned = self._pruned(target, made_in)
+        if pruned is None:
+            return
+        if not self.options.steps:
+            yield self._best_row(pruned, precision)
+            return
+        plain = self._row(pruned, "fp32")
+        if self.wanted.drop is not None and self._holds(plain):
+            row = plain if self._met(plain) else self._best_row(pruned, precision)
+            yield row
+            if self._met(row):
+                return
+        distilled = self._best_row(self._distilled(pruned), precision)
+        yield distilled
+        if self.wanted.drop is None and distilled.quality < plain.quality:
+            yield self._best_row(pruned, precision)
+
     # --- students ---
 
-    def _student(self, target: float, precision: str) -> Student | None:
-        """The model pruned to this part of the original's latency in `precision`, and distilled."""
+    def _pruned(self, target: float, precision: str) -> Student | None:
         key, name = f"{target:.4f}", f"pruned to {target:.2f}"
-        steps = self.options.steps if self.train is not None else 0
         self._hopeless = False
-        stored = self.store.student(key)
+        stored, why = self.store.student(key), self.store.refused(key)
         if stored is not None:
             recipe, weights = stored
             student = Student(key, name, prune(self.model, self.args, recipe=recipe).model, recipe)
             student.model.load_state_dict(weights)
-        else:
-            made = self._pruned(key, name, target, precision)
-            if made is None:
-                return None
-            student = made
-            if steps:
-                self._distil(student, steps)
-            assert student.recipe is not None
-            self.store.keep_student(key, student.recipe, student.model)
-        if steps:
-            student.steps, student.name = steps, f"{name}, distilled {steps} steps"
-        return student
-
-    def _pruned(self, key: str, name: str, target: float, precision: str) -> Student | None:
-        halfway = self.store.training(key)
-        if halfway is not None:
-            return Student(key, name, prune(self.model, self.args, recipe=halfway["recipe"]).model, halfway["recipe"])
-        why = self.store.refused(key)
+            return student
         if why is None:
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message="latency:")  # what it takes stands in the report
-                    pruned = prune(
+                    found = prune(
                         self.model,
                         self.args,
                         latency=target,
@@ -281,7 +285,8 @@ class Search:
                         keep=self.options.keep,
                         progress=self._shown(name),
                     )
-                return Student(key, name, pruned.model, pruned.recipe)
+                self.store.keep_student(key, found.recipe, found.model)
+                return Student(key, name, found.model, found.recipe)
             except ValueError as error:
                 why = str(error)
                 self.store.refuse(key, why)
@@ -289,7 +294,20 @@ class Search:
         self.report.refused.append(f"{name}: {why}")
         return None
 
-    def _distil(self, student: Student, steps: int) -> None:
+    def _distilled(self, pruned: Student) -> Student:
+        """A copy of a pruned student, trained on the original's answers."""
+        steps = self.options.steps
+        key, name = f"{pruned.key}-distilled", f"{pruned.name}, distilled {steps} steps"
+        student = Student(key, name, copy.deepcopy(pruned.model), pruned.recipe, steps)
+        stored = self.store.student(key)
+        if stored is not None:
+            student.model.load_state_dict(stored[1])
+            return student
+        self._distil(student, steps, pruned.name)
+        self.store.keep_student(key, pruned.recipe or {}, student.model)
+        return student
+
+    def _distil(self, student: Student, steps: int, stage: str) -> None:
         """Train a student on the original's answers; interrupted, it goes on where it was last written down."""
         assert self.train is not None
         parameters = [p for p in student.model.parameters() if p.requires_grad]
@@ -314,8 +332,9 @@ class Search:
                     scheduler=scheduler,
                     loss=self.options.loss,
                     labels=self.options.labels,
+                    freeze_norms=self.options.freeze_norms,
                     inputs=len(self.args),
-                    progress=self._shown(student.name, done, steps),
+                    progress=self._shown(stage, done, steps),
                 )
             except Halted as error:
                 raise ValueError(f"{str(error).replace('loader:', 'train:', 1)} since step {done}") from error
@@ -324,7 +343,6 @@ class Search:
                 saved = time.monotonic()
                 content = {
                     "step": done,
-                    "recipe": student.recipe,
                     "weights": student.model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "scheduler": scheduler.state_dict(),
@@ -369,9 +387,15 @@ class Search:
         self._since = time.monotonic()
         self.report.rows.append(row)
         self._made = Found(student, network, precision, len(self.report.rows) - 1)
-        if self.found is None or (self._holds(row) and row.latency < self.report.rows[self.found.place].latency):
+        if self.found is None or (self._holds(row) and self._better(row, self.report.rows[self.found.place])):
             self.found = self._made
         return row
+
+    def _better(self, row: Row, other: Row) -> bool:
+        """Whether it is quicker; where both are quick enough and any drop will do, whether it loses less."""
+        if self.wanted.drop is None and self._quick(row) and self._quick(other):
+            return (row.quality, -row.latency) > (other.quality, -other.latency)
+        return row.latency < other.latency
 
     def _lowered(self, student: Student, precision: str, quality: float | None = None) -> Optimized:
         """A student on our kernels; for auto, what `quality` in fp32 leaves of the drop may be lost."""
@@ -390,11 +414,13 @@ class Search:
         """Seconds of a call, and as a part of the original's in fp32, both timed in turn; a near miss once more."""
         if network is self.base:
             assert self.base.planned is not None
-            return quiet_seconds([self.base.planned], self._leaves(), _ROUNDS, _TURNS)[0], 1.0
+            once = quiet_seconds([self.base.planned], self._leaves(), _ROUNDS, 1)[0]
+            self._rounds = min(_MOST_ROUNDS, max(_ROUNDS, int(_TIMED / max(once, 1e-9))))
+            return quiet_seconds([self.base.planned], self._leaves(), self._rounds, _TURNS)[0], 1.0
         least = [math.inf, math.inf]
         for _ in range(2):
             planned = [n.planned for n in (self.base, network) if n.planned is not None]
-            found = quiet_seconds(planned, self._leaves(), _ROUNDS, _TURNS)
+            found = quiet_seconds(planned, self._leaves(), self._rounds, _TURNS)
             least = [min(pair) for pair in zip(least, found, strict=True)]
             part = least[1] / least[0]
             if self.wanted.latency is None or not 1.0 < part / (SLACK * self.wanted.latency) < 1.1:

@@ -80,9 +80,10 @@ def lower(model: nn.Module, args: tuple[Any, ...], precision: str) -> Lowered:
         logger.setLevel(logging.ERROR)
         try:
             if precision == "int8":
-                from pykernels.quantization.recipes import quantize_captured
+                from pykernels.quantization.recipes import calibrate_captured
 
-                captured, _ = quantize_captured(model, args, {}, [args], dynamic_batch=False, refine=False)
+                found = calibrate_captured(model, args, {}, [args], dynamic_batch=False, refine=False)
+                captured, _ = found.finished()
             else:
                 captured = capture(model, args, {}, dynamic_batch=False)
         finally:

@@ -18,7 +18,7 @@ from tests.prune.clock import ticking
 from tests.prune.prunable import conv, head, lively
 
 IMAGE = (3, 8, 8)
-BUDGET = {"latency": 0.7, "drop": 1.0}
+BUDGET = {"latency": 0.7}
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -73,10 +73,11 @@ def test_it_was_trained(found: Any) -> None:
 def test_the_report_tells_every_stage(found: Any, tmp_path: pathlib.Path) -> None:
     report = found[2].report()
     names = [row.name for row in report.rows]
-    assert names[:2] == ["original, fp32", "original, int8"] and "distilled 6 steps, int8" in names[2]
+    assert names[:2] == ["original, fp32", "original, int8"] and names[2].startswith("pruned to 0.")
+    assert names[2].endswith(", fp32") and names[3].endswith(", distilled 6 steps, int8") and len(names) == 4
     assert report.measure == "agreement" and report.rows[0].quality == 1.0 and report.rows[0].latency == 1.0
-    assert report.rows[2].latency <= 1.02 * 0.7 and report.rows[2].bytes < report.rows[1].bytes < report.rows[0].bytes
-    assert report.chosen == 2 and "[3]" in str(report) and "agreement" in str(report)
+    assert report.rows[3].latency <= 1.02 * 0.7 and report.rows[3].bytes < report.rows[1].bytes < report.rows[0].bytes
+    assert report.chosen == 3 and "[4]" in str(report) and "agreement" in str(report)
     assert report.draw(tmp_path / "chart.png").stat().st_size > 1000
 
 
