@@ -88,8 +88,8 @@ def _list(
     x, residual, velocity, table, count, bins, state, spans, listing, rank, room, threshold, momentum,
     REAL: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """What reaches the `rank`-th greatest magnitude of the sample: `listing` [2, room] has the values v and their places
-    in their tile, a tile's own one after another, the tiles in any order.
+    """What reaches the `rank`-th greatest magnitude of the sample: `listing` [2, room] has the values v and their
+    places in their tile, a tile's own one after another, the tiles in any order.
 
     spans[tile] = where its own begin, how many they are; state[10] = how many all are, state[11] = what they reach.
     """
@@ -180,7 +180,7 @@ def _count_tile(
         tl.store(state + 8, cut)
         tl.store(state + 9, ties)
     t = tl.program_id(0).to(tl.int64)
-    use_list, in_list = _listed(state, k, room, threshold)
+    use_list, _many = _listed(state, k, room, threshold)
     if use_list:
         begin = tl.load(spans + t * 2)
         many = tl.load(spans + t * 2 + 1).to(tl.int32)
@@ -241,7 +241,7 @@ def _send(
     first, place, exists = tile_at(table, t, VECTOR, TILE)
     v, moved = _read(x, residual, velocity, first, place, exists, momentum, REAL)
     above, equal = _select(bits_of(v) & MAGNITUDE, exists, threshold, tl.load(state + 8).to(tl.int32))
-    use_list, in_list = _listed(state, k, room, threshold)
+    use_list, _many = _listed(state, k, room, threshold)
     allowed = tl.load(totals + t * 2 + 1)
     if use_list & ((allowed == 0) | (allowed == EVERY)):
         sent = above | (equal & (allowed > 0))
@@ -267,7 +267,7 @@ def _send(
 def _send_listed(payload, table, state, totals, spans, listing, k, room, threshold, CHUNK: tl.constexpr):
     """Write the entries of a tile from the list, where it sends all or none of its elements at the cut."""
     t = tl.program_id(0).to(tl.int64)
-    use_list, in_list = _listed(state, k, room, threshold)
+    use_list, _many = _listed(state, k, room, threshold)
     allowed = tl.load(totals + t * 2 + 1)
     if use_list & ((allowed == 0) | (allowed == EVERY)):
         cut = tl.load(state + 8).to(tl.int32)
@@ -342,7 +342,7 @@ def sparse_encode(
     how = {"REAL": kind, "VECTOR": found.vector, "TILE": TILE}
     size, rank, room = plan_of(found.numel, k)
     with tiles.on(x.device):
-        # Histograms, 4 of 256 bins, and the sample's; state, of two int64 a level and six more; two int64 a tile, twice.
+        # Histograms, 4 of 256 bins, and the sample's; state, two int64 a level and six more; two int64 a tile, twice.
         parts = [512, BINS.value // 2, 12, 2 * found.count, 2 * found.count]
         scratch = torch.zeros(sum(parts), dtype=torch.int64, device=x.device)
         histograms, bins, state, totals, spans = scratch.split(parts)
