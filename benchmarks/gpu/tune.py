@@ -34,7 +34,7 @@ from benchmarks.gpu.timing import FOLDER, compare, facts, require_gpu
 from benchmarks.gpu.warm import kernels_only, warm
 from pykernels import bench
 from pykernels.cuda import tables
-from pykernels.cuda.triton import gemm
+from pykernels.cuda.triton import gemm, short_k
 from pykernels.cuda.triton.conv import conv_by_formula
 from pykernels.cuda.triton.conv_shape import ConvShape, conv_shape
 
@@ -47,6 +47,7 @@ WIDTHS = ((64, 256), (256, 64), (256, 1024), (512, 2048), (1024, 256), (2048, 51
 NETWORKS = ("resnet50", "mobilenet_v2")
 BATCHES = (1, 32)
 PRODUCTS = 2**39  # shapes with more, which would take long, do as the largest that is measured
+SHORT = "triton short K"  # which a launcher takes wherever it is made for: see short_k.fits
 Calls = dict[str, Callable[[], Any]]
 Tile = tuple[int, ...]
 ops = torch.ops.pykernels
@@ -67,6 +68,17 @@ def tiles(formula: gemm.Config, candidates: Iterable[list[int]], processors: int
 def forced(tile: Tile, call: Callable[[], Any]) -> Any:
     with tables.forced(tile):
         return call()
+
+
+def without_library(call: Callable[[], Any]) -> Any:
+    with tables.disabled():
+        return call()
+
+
+def short_calls(kind: str, on: Machine, sizes: tuple[int, int, int], call: Callable[[], Any]) -> Calls:
+    """The kernel of a short K, where a launcher would take it."""
+    fits = kind == "gemm" and short_k.fits(on.arch, on.processors, *sizes)
+    return {SHORT: functools.partial(without_library, call)} if fits else {}
 
 
 def by_tile(found: list[Tile], call: Callable[[], Any]) -> Calls:
@@ -227,11 +239,14 @@ def fastest(times: Mapping[str, float | str]) -> str | None:
     return min(ran, key=ran.__getitem__, default=None)
 
 
-def compile_tile(kind: str, title: str, tile: Tile, on: Machine) -> None:
-    """In a process of `warm`."""
+def compile_tile(kind: str, title: str, name: str, on: Machine) -> None:
+    """In a process of `warm`: a tile, or the kernel of a short K."""
     shape = next(shape for shape in LAYERS[kind](on) if shape.title == title)
     with kernels_only():
-        forced(tile, shape.triton())
+        if name == SHORT:
+            without_library(shape.triton())
+        else:
+            forced(tuple(json.loads(name)), shape.triton())
 
 
 def as_text(value: Any, margin: str = "") -> str:
@@ -242,6 +257,11 @@ def as_text(value: Any, margin: str = "") -> str:
     if isinstance(value, list) and value and isinstance(value[0], list):
         return "[\n" + ",\n".join(f"{margin}  {json.dumps(item)}" for item in value) + f"\n{margin}]"
     return json.dumps(value)
+
+
+def of_triton(name: str) -> bool:
+    """Whether it is the name of a tile, or of the kernel of a short K."""
+    return name.startswith("[") or name == SHORT
 
 
 class Times:
@@ -290,9 +310,9 @@ def table_of(before: dict[str, Any], shapes: Iterable[Shape], times: Times) -> d
     for shape in shapes:
         taken, m = times.found.get(shape.title, {}), shape.sizes[0]
         winner, ours = fastest(taken), fastest({name: t for name, t in taken.items() if name.startswith("[")})
-        if winner is not None and len(taken) > sum(name.startswith("[") for name in taken):  # with the library
+        if winner is not None and not all(of_triton(name) for name in taken):  # with the library
             winners = names.setdefault(shape.kind, {}).setdefault(shape.width, {})
-            winners[m] = tables.TRITON if winner.startswith("[") else winner
+            winners[m] = tables.TRITON if of_triton(winner) else winner
         if ours is not None:
             tiles_of.setdefault(shape.kind, {}).setdefault(shape.width, {})[m] = tuple(json.loads(ours))
     table = {**before, "triton": dict(before["triton"])}
@@ -326,9 +346,9 @@ class Tuner:
     def tasks(self, shapes: Iterable[Shape]) -> list[Callable[[], None]]:
         """What `warm` is to do before they are measured."""
         return [
-            functools.partial(compile_tile, shape.kind, shape.title, tile, self.on)
+            functools.partial(compile_tile, shape.kind, shape.title, name, self.on)
             for shape in shapes
-            for tile in self.tiles(shape)
+            for name in [*map(json.dumps, self.tiles(shape)), *short_calls(shape.kind, self.on, shape.sizes, len)]
         ]
 
     def measure(self, shapes: Iterable[Shape], write: bool = True) -> int:
@@ -338,7 +358,9 @@ class Tuner:
             if time.monotonic() > self.end:
                 left += 1
                 continue
-            taken = compare({**shape.library(), **by_tile(self.tiles(shape), shape.triton())}, self.rounds, 5)
+            call = shape.triton()
+            tried = {**by_tile(self.tiles(shape), call), **short_calls(shape.kind, self.on, shape.sizes, call)}
+            taken = compare({**shape.library(), **tried}, self.rounds, 5)
             winner = fastest(taken)
             if winner is None:
                 print(f"{shape.title}: nothing ran: {taken}", flush=True)
