@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -98,28 +99,40 @@ def test_a_report_grows_row_by_row_and_says_what_did_not_run(
     assert "memory: qadd: pykernels 10.0" in capsys.readouterr().out
 
 
+def test_the_command_compiles_first_and_measures_every_case(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks: list[Any] = []
+    monkeypatch.setattr("sys.argv", ["bench", "--only", "memory", "codecs"])
+    monkeypatch.setattr(bench, "require_gpu", lambda command: None)
+    monkeypatch.setattr(bench, "facts", lambda: {"device": "a device"})
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda: 4240.0)
+    monkeypatch.setattr(bench, "warm", tasks.extend)
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    monkeypatch.setattr(bench, "save", lambda name, report: timing.save(name, report, tmp_path))
+    cases = {"memory": lambda: bench.memory(1, "cpu"), "codecs": lambda: check_codecs.cases(5000, "cpu")}
+    monkeypatch.setattr(bench, "CASES", cases)
+    bench.main()
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert report["copy_GB_s"] == 4240 and "did_not_run" not in report
+    assert len(tasks) == len(report["memory"]) + len(report["codecs"]) > 20
+    assert "written" in capsys.readouterr().out
+
+
 class TestNetworks:
     """A process a network: here without a network."""
 
     def test_they_wait_for_each_other_and_are_timed_in_turn(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(bench_networks, "NETWORKS", {"first": (), "second": ()})
+        """And one that cannot be made is told of."""
+        monkeypatch.setattr(bench_networks, "NETWORKS", {"first": (), "broken": (), "second": ()})
         monkeypatch.setattr(bench_networks, "measured", stand_in_network)
         networks = bench_networks.Networks(1, False)
         networks.start()
         networks.wait()
-        assert set(networks._seen.values()) == {"ready"}
+        assert networks._seen == {"first": "ready", "broken": "ended", "second": "ready"}
         rows = [row for row, _ in networks.measure()]
         assert sorted(row["network"] for row in rows) == ["first", "first", "second", "second"]
         assert rows[0]["network"] == rows[1]["network"], "one after another"
-        assert networks.errors == []
-
-    def test_one_that_fails_is_told_of_and_the_others_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(bench_networks, "NETWORKS", {"first": (), "broken": ()})
-        monkeypatch.setattr(bench_networks, "measured", stand_in_network)
-        networks = bench_networks.Networks(1, False)
-        networks.start()
-        networks.wait()
-        assert [row["network"] for row, _ in networks.measure()] == ["first", "first"]
         assert networks.errors == ["broken: RuntimeError: it cannot be lowered"]
 
     def test_rows_of_a_small_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,6 +243,44 @@ class TestTune:
         resumed = self.tuner(kernels="1")
         assert [s.title for s in resumed.times.left(resumed.every)] == [s.title for s in resumed.every[1:]]
         assert self.table()["triton"]["gemm"]["32x64"] and "2 shapes are still" in self.table()["note"]
+
+    def test_the_command_goes_on_and_says_what_is_left(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        properties = types.SimpleNamespace(multi_processor_count=132)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(tune, "require_gpu", lambda command: None)
+        monkeypatch.setattr(tune, "facts", lambda: self.STATE)
+        monkeypatch.setattr(tune, "FOLDER", tables.FOLDER)
+        monkeypatch.setattr(tune, "warm", lambda tasks: None)
+        monkeypatch.setattr(tune, "Machine", lambda capability, processors: self.ON)
+        for arguments, words in (
+            (["--only", "gemm", "--seconds", "-1"], "no time was left for 2 shapes"),
+            (["--only", "gemm"], "3 shapes, 2 to be measured"),
+            ([], "3 shapes, 1 to be measured"),
+            (["--again", "--dry-run"], "3 shapes, 3 to be measured"),
+        ):
+            monkeypatch.setattr("sys.argv", ["tune", *arguments])
+            tune.main()
+            assert words in capsys.readouterr().out
+        assert set(json.loads((tables.FOLDER / "tune-a-device.json").read_text())["microseconds"]) == {
+            "gemm 1x32x64", "gemm 40x32x64", "conv 1x512x7x7, 512 of 3x3/1",
+        }  # fmt: skip
+
+    def test_the_kernel_of_a_short_k_is_measured_beside_the_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sizes = (128 * 56 * 56, 256, 64)
+        calls = tune.short_calls("gemm", self.ON, sizes, lambda: tables._disabled)
+        assert [call() for call in calls.values()] == [True] and list(calls) == [tune.SHORT]
+        assert not tune.short_calls("conv", self.ON, sizes, len) and not tune.short_calls(
+            "gemm", self.ON, (1, 256, 64), len
+        )
+        times = tune.Times(tables.FOLDER / "times.json", self.STATE)
+        shape = next(shape for shape in self.tuner().every if shape.kind == "gemm")
+        times.add(shape.title, {"sm90 64x64": 3e-6, "[64, 64, 64, 4, 4, 3, 1]": 2e-6, tune.SHORT: 1e-6})
+        table = tune.table_of(self.table(), [shape], times)
+        assert table["int8_gemm"][shape.width] == [[None, "triton"]]
+        assert table["triton"]["gemm"][shape.width] == [[None, [64, 64, 64, 4, 4, 3, 1]]]
 
     def test_every_tile_that_is_measured_is_compiled_before(self) -> None:
         tuner = self.tuner()

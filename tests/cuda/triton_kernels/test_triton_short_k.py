@@ -18,7 +18,14 @@ from pykernels import reference
 from pykernels.cuda.triton import pack, short_k
 
 MACHINE = (90, 4)
-SIZES = [(16, 48, 45, 50), (64, 80, 31, 36), (96, 256, 19, 27), (256, 256, 20, 21)]  # channels, outputs, image
+# Channels, outputs, image; dtype, activation, whether there is a residual.
+CASES = [
+    (16, 48, 45, 50, torch.uint8, "none", True),
+    (64, 80, 31, 36, torch.int8, "relu", False),
+    (96, 256, 19, 27, torch.uint8, "relu6", True),
+    (256, 256, 20, 21, torch.uint8, "relu", False),
+    (256, 272, 17, 21, torch.int8, "relu6", True),
+]
 
 
 def test_what_it_takes() -> None:
@@ -34,9 +41,7 @@ def test_what_it_takes() -> None:
         assert not short_k.fits(arch, 132, m, n, k)
 
 
-@pytest.mark.parametrize(("channels", "outputs", "h", "w"), SIZES)
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
-@pytest.mark.parametrize(("activation", "residual"), [("relu", False), ("none", True), ("relu6", True)])
+@pytest.mark.parametrize(("channels", "outputs", "h", "w", "dtype", "activation", "residual"), CASES)
 def test_it_is_the_oracles(
     interpret: Interpreter, channels: int, outputs: int, h: int, w: int, dtype: torch.dtype, activation: str,
     residual: bool,
