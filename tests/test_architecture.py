@@ -23,6 +23,7 @@ ORDER = (
     "bench",
     "prune",
     "distil",
+    "serve",
     "cli",
 )
 

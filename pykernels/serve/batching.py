@@ -1,7 +1,7 @@
 """Which requests are computed together, and when: by what a call costs, and by the requests' deadlines.
 
-One `Scheduler` hands batches of all models to one set of pinned threads. All of it runs on one event loop; only calls of
-networks, and what belongs to them, run on the threads.
+One `Scheduler` hands batches of all models to one set of pinned threads. All of it runs on one event loop; calls of
+networks alone, and what belongs to them, run on the threads.
 
 An instance that is idle takes what waits, so that batches grow by themselves while all are busy. It waits for more
 only where that pays: where the rows that are expected, an instance's share of those that come, would arrive before the
@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch.utils import _pytree as pytree
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from pykernels.serve.signature import Request
     from pykernels.tune import Workers
 
-__all__ = ["Queue", "Scheduler", "Spent", "compute"]
+__all__ = ["Counts", "Queue", "Scheduler", "Spent", "compute"]
 
+Answer: TypeAlias = tuple[torch.Tensor, ...]
 MARGIN = 1.25  # of a call's measured time: what it takes beside other work
 
 
@@ -56,7 +57,7 @@ class Item:
     arrival: float
     deadline: float
     target: float
-    future: asyncio.Future[tuple[torch.Tensor, ...]]
+    future: asyncio.Future[Answer]
 
     @property
     def rows(self) -> int:
@@ -93,12 +94,21 @@ class Queue:
         limit: how many may wait.
         target: seconds in which answers are wanted; None where nobody said.
         instances: how many calls run at once.
+        counts: to be added to.
     """
 
-    def __init__(self, network: Optimized, costs: Costs, limit: int, target: float | None, instances: int) -> None:
+    def __init__(
+        self,
+        network: Optimized,
+        costs: Costs,
+        limit: int,
+        target: float | None,
+        instances: int,
+        counts: Counts | None = None,
+    ) -> None:
         self.network, self.costs, self.limit, self.target, self.instances = network, costs, limit, target, instances
         self.waiting: deque[Item] = deque()
-        self.counts = Counts()
+        self.counts = Counts() if counts is None else counts
         self.gap = math.inf  # seconds between requests, as an average that forgets
         self.last = -math.inf
 
@@ -193,12 +203,28 @@ class Queue:
         return min(patience, max(slack, 0.0))
 
 
-def compute(network: Optimized, requests: Sequence[Request], size: int | None) -> tuple[list[tuple[torch.Tensor, ...]], Spent]:
-    """Answers to requests of one key by one call; on an instance's thread.
+def compute(
+    network: Optimized, requests: Sequence[Request], size: int | None
+) -> tuple[list[Answer | Exception], Spent]:
+    """Answers to requests of one key by one call; on an instance's thread. Where that fails each is computed alone, so
+    that only those fail whose fault it is.
 
     Args:
         size: the rows of the call, at least as many as the requests have; None for the inputs as they are.
     """
+    try:
+        return _compute(network, requests, size)
+    except Exception as error:
+        if len(requests) == 1:
+            return [error], Spent(0.0, 0.0, 0.0)
+    found = [compute(network, [request], request.rows) for request in requests]
+    spent = Spent(*map(sum, zip(*(spent for _, spent in found), strict=True)))
+    return [answer for answers, _ in found for answer in answers], spent
+
+
+def _compute(
+    network: Optimized, requests: Sequence[Request], size: int | None
+) -> tuple[list[Answer | Exception], Spent]:
     begin = time.perf_counter()
     inputs = requests[0].inputs
     if size is not None:
@@ -207,9 +233,8 @@ def compute(network: Optimized, requests: Sequence[Request], size: int | None) -
     gathered = time.perf_counter()
     outputs = tuple(pytree.tree_leaves(network(*args, **kwargs)))
     computed = time.perf_counter()
-    if size is None:
-        answers = [outputs]
-    else:
+    answers: list[Answer | Exception] = [outputs]
+    if size is not None:
         rows = [r.rows or 0 for r in requests]
         parts = [y[: sum(rows)].split(rows) for y in outputs]
         answers = [tuple(part[i] for part in parts) for i in range(len(requests))]
@@ -249,7 +274,7 @@ class Scheduler:
         self._timer: asyncio.TimerHandle | None = None
         self._running: set[asyncio.Future[None]] = set()
 
-    async def answer(self, queue: Queue, request: Request, deadline: float = math.inf) -> tuple[torch.Tensor, ...]:
+    async def answer(self, queue: Queue, request: Request, deadline: float = math.inf) -> Answer:
         """The answer to one request. A caller that is cancelled takes it out of the queue.
 
         Args:
@@ -292,7 +317,7 @@ class Scheduler:
             self._dispatch()
             await asyncio.wait(self._running, timeout=0.05) if self._running else await asyncio.sleep(0.005)
 
-    async def _split(self, queue: Queue, request: Request, deadline: float, most: int) -> tuple[torch.Tensor, ...]:
+    async def _split(self, queue: Queue, request: Request, deadline: float, most: int) -> Answer:
         parts = zip(*(x.split(most) for x in request.inputs), strict=True)
         requests = [request._replace(inputs=part, rows=part[0].shape[0]) for part in parts]
         if len(requests) > queue.limit - len(queue.waiting):
@@ -346,7 +371,7 @@ class Scheduler:
         task.add_done_callback(self._running.discard)
 
     async def _finish(
-        self, queue: Queue, batch: list[Item], call: asyncio.Future[tuple[list[tuple[torch.Tensor, ...]], Spent]]
+        self, queue: Queue, batch: list[Item], call: asyncio.Future[tuple[list[Answer | Exception], Spent]]
     ) -> None:
         try:
             answers, spent = await call
@@ -357,7 +382,11 @@ class Scheduler:
         else:
             queue.counts.add(sum(item.rows for item in batch), spent)
             for item, answer in zip(batch, answers, strict=True):
-                if not item.future.done():
+                if item.future.done():  # nobody waits for it any more
+                    continue
+                if isinstance(answer, Exception):
+                    item.future.set_exception(answer)
+                else:
                     item.future.set_result(answer)
         finally:
             self.free += 1

@@ -11,8 +11,8 @@ KINDS = 8  # of sizes that are run: each is made ready before the first request,
 
 
 def sizes(most: int) -> list[int]:
-    """Batch sizes that are run, ascending up to `most`: all of them, or 8 in ratios as equal as whole numbers allow. What
-    lies between two is filled up to the larger one with rows whose answers nobody gets."""
+    """Batch sizes that are run, ascending up to `most`: all of them, or 8 in ratios as equal as whole numbers allow.
+    What lies between two is filled up to the larger one with rows whose answers nobody gets."""
     found = [1]
     while found[-1] < most:
         # As many steps as are left, in equal ratios, but never less than one row more.

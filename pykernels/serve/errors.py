@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["Denied", "Expired", "Invalid", "NotFound", "Overloaded", "Refused", "TooLarge", "Unavailable", "Unsupported"]
+__all__ = [
+    "Denied",
+    "Expired",
+    "Invalid",
+    "NotFound",
+    "Overloaded",
+    "Refused",
+    "TooLarge",
+    "Unavailable",
+    "Unsupported",
+]
 
 
 class Refused(Exception):
@@ -29,9 +39,15 @@ class Invalid(Refused):
 
 
 class Denied(Refused):
-    """No token, another token, or something that this server does for nobody."""
+    """No token, or another one."""
 
     status, code = 401, "UNAUTHENTICATED"
+
+
+class Forbidden(Refused):
+    """Something that this server does for nobody."""
+
+    status, code = 403, "PERMISSION_DENIED"
 
 
 class NotFound(Refused):

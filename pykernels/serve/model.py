@@ -15,7 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from pykernels.optimize import Optimized, load
-from pykernels.serve.batching import Queue
+from pykernels.serve.batching import Counts, Queue
 from pykernels.serve.costs import Costs, sizes
 from pykernels.serve.signature import Request, Signature, examples
 from pykernels.tune import Workers
@@ -75,7 +75,7 @@ class Model:
         return request._replace(rows=None, key=tuple(tuple(x.shape) for x in request.inputs))
 
 
-async def ready(name: str, version: int, path: Path, workers: Workers, limits: Limits) -> Model:
+async def ready(name: str, version: int, path: Path, workers: Workers, limits: Limits, counts: Counts) -> Model:
     """Map a network, check that it can be served, and make its plans ready on every instance for every batch size.
 
     Requests are put together only where a batch gave the bits that its rows gave one by one, for random inputs of each
@@ -89,7 +89,7 @@ async def ready(name: str, version: int, path: Path, workers: Workers, limits: L
     on_instance = workers.submit(Signature.of, network)
     signature = await asyncio.wrap_future(on_instance)
     apart, costs = await _measure(network, signature, workers, limits.batch)
-    queue = Queue(network, costs, limits.queue, limits.target, workers.setup.instances)
+    queue = Queue(network, costs, limits.queue, limits.target, workers.setup.instances, counts)
     return Model(name, version, network, signature, queue, apart, size)
 
 
@@ -99,9 +99,7 @@ def _load(path: Path) -> tuple[Optimized, int]:
     return network, os.stat(path).st_size
 
 
-async def _measure(
-    network: Optimized, signature: Signature, workers: Workers, most: int
-) -> tuple[str | None, Costs]:
+async def _measure(network: Optimized, signature: Signature, workers: Workers, most: int) -> tuple[str | None, Costs]:
     """Why requests must stay apart, if they must, and seconds a call by batch size."""
     if not signature.batched:
         seconds, _ = await _timed(network, examples(network, ones=signature.ones), workers)
@@ -162,9 +160,7 @@ def _call(network: Optimized, inputs: Sequence[torch.Tensor]) -> list[torch.Tens
 def _joined(answers: Sequence[Sequence[torch.Tensor]], single: Sequence[Sequence[torch.Tensor]]) -> bool:
     """Whether each of the answers to a batch is that to its rows one by one."""
     expected = [torch.cat(ys) for ys in zip(*single, strict=True)]
-    return all(
-        y.shape == e.shape and _same(y, e) for answer in answers for y, e in zip(answer, expected, strict=True)
-    )
+    return all(y.shape == e.shape and _same(y, e) for answer in answers for y, e in zip(answer, expected, strict=True))
 
 
 def _same(x: torch.Tensor, y: torch.Tensor) -> bool:

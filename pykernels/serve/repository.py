@@ -1,4 +1,4 @@
-"""The networks that a service has: their files and versions, which of them are mapped, and which go when room is needed.
+"""The networks that a service has: their files and versions, which of them are mapped, which go when room is needed.
 
 Nothing that a request says becomes a path: names and versions are looked up among those that were found in the folder.
 """
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from pykernels.serve.batching import Counts
 from pykernels.serve.errors import Invalid, NotFound, Unavailable
 from pykernels.serve.model import Limits, Model, ready
 from pykernels.tune import Workers
@@ -104,6 +105,7 @@ class Repository:
         self.source, self.workers, self.limits, self.limit = source, workers, limits or Limits(), limit
         self.entries: dict[tuple[str, int], Entry] = {}
         self.mapped: OrderedDict[tuple[str, int], Model] = OrderedDict()
+        self.counts: dict[tuple[str, int], Counts] = {}  # also of those that are not mapped now
         self.unloaded: set[str] = set()  # names that a client took out of service
         self._one_at_a_time = asyncio.Lock()
 
@@ -121,6 +123,19 @@ class Repository:
         if not found:
             raise NotFound(f"model {name!r:.80} is unknown")
         return found
+
+    def keys(self, name: str = "", version: str = "") -> list[tuple[str, int]]:
+        """Names and versions, of all models or of one, ascending.
+
+        Raises:
+            NotFound: there is no such model or version.
+            Invalid: the version is no whole number.
+        """
+        if not name:
+            return sorted(self.entries)
+        if version:
+            return [self._key(name, version)]
+        return [(name, v) for v in self.versions(name)]
 
     async def scan(self) -> None:
         """See which files there are now; what is gone, or another file than it was, is not mapped any longer."""
@@ -244,11 +259,7 @@ class Repository:
                 raise Unavailable(f"model {name!r} is not loaded")
             return None
         if version:
-            if not VERSION.fullmatch(version):
-                raise Invalid(f"version {version!r:.80} is no whole number above 0")
-            key = name, int(version)
-            if key not in self.entries:
-                raise NotFound(f"model {name!r} has no version {version}; it has {', '.join(map(str, versions))}")
+            key = self._key(name, version)
         else:
             there = [v for v in versions if (name, v) in self.mapped]
             able = [v for v in versions if self._worth_trying(self.entries[name, v])]
@@ -257,6 +268,14 @@ class Repository:
             self.mapped.move_to_end(key)
             return self.mapped[key]
         return key
+
+    def _key(self, name: str, version: str) -> tuple[str, int]:
+        versions = self.versions(name)
+        if not VERSION.fullmatch(version):
+            raise Invalid(f"version {version!r:.80} is no whole number above 0")
+        if int(version) not in versions:
+            raise NotFound(f"model {name!r} has no version {version}; it has {', '.join(map(str, versions))}")
+        return name, int(version)
 
     def _worth_trying(self, entry: Entry) -> bool:
         return entry.failure is None or time.monotonic() > entry.failure[1] + AGAIN
@@ -282,9 +301,10 @@ class Repository:
         return model
 
     async def _map(self, entry: Entry) -> Model:
+        counts = self.counts.setdefault((entry.name, entry.version), Counts())
         async with self._one_at_a_time:
             try:
-                model = await ready(entry.name, entry.version, entry.path, self.workers, self.limits)
+                model = await ready(entry.name, entry.version, entry.path, self.workers, self.limits, counts)
             except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
                 entry.failure = str(error) or type(error).__name__, time.monotonic()
                 log.warning("model %s version %d cannot be loaded: %s", entry.name, entry.version, error)

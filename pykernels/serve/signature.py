@@ -96,7 +96,9 @@ class Signature:
         for name, x, y in zip(network.output_names, small, large, strict=True):
             if not isinstance(x, torch.Tensor) or x.dtype not in _NAMES:
                 raise ValueError(f"network: output {name!r} is no tensor of a dtype that can be sent")
-            outputs.append(Spec(name, x.dtype, tuple(a if a == b else -1 for a, b in zip(x.shape, y.shape, strict=True))))
+            outputs.append(
+                Spec(name, x.dtype, tuple(a if a == b else -1 for a, b in zip(x.shape, y.shape, strict=True)))
+            )
         return cls(tuple(inputs), tuple(outputs), batched, ones)
 
     def request(self, given: Mapping[str, torch.Tensor]) -> Request:
@@ -135,7 +137,9 @@ class Signature:
         return Request(inputs, rows, tuple(tuple(x.shape[1:]) for x in inputs))
 
 
-def examples(network: Optimized, rows: int | None = None, times: int = 1, ones: bool = True) -> tuple[torch.Tensor, ...]:
+def examples(
+    network: Optimized, rows: int | None = None, times: int = 1, ones: bool = True
+) -> tuple[torch.Tensor, ...]:
     """Random inputs of the example's sizes.
 
     Args:

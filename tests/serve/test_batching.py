@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import pykernels as pk
 from pykernels.serve.batching import Item, Queue, Scheduler
@@ -295,6 +294,24 @@ def test_an_error_of_a_call_goes_to_its_requests_alone(gate: Gate, one: Workers)
         (found,) = await scheduler.answer(q, request())
         assert torch.equal(found, torch.ones(1, 4))
         assert q.counts.failed == 1
+
+    run(test)
+
+
+def test_of_a_batch_that_fails_only_those_fail_whose_fault_it_is(gate: Gate, one: Workers) -> None:
+    async def test() -> None:
+        scheduler, q = Scheduler(one), gated(gate)
+        first = asyncio.create_task(scheduler.answer(q, request()))
+        await until(lambda: len(gate.sizes) == 1)
+        bad = request()._replace(inputs=(torch.full((1, 4), math.nan),))
+        tasks = [asyncio.create_task(scheduler.answer(q, r)) for r in (request(), bad, request())]
+        await until(lambda: len(q.waiting) == 3)
+        gate.opened.release(10)
+        await first
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert gate.sizes == [1, 4, 1, 1, 1]
+        assert isinstance(found[1], ValueError)
+        assert all(torch.equal(found[i][0], torch.ones(1, 4)) for i in (0, 2))
 
     run(test)
 

@@ -104,7 +104,7 @@ def test_a_new_version_that_cannot_be_loaded_changes_nothing(
         bad.write_bytes(bad.read_bytes()[:-100])
         await r.refresh()
         assert (await r.get("a")).version == 1
-        with pytest.raises(Unavailable, match="model 'a' version 2 cannot be loaded: path: .*truncated"):
+        with pytest.raises(Unavailable, match=r"model 'a' version 2 cannot be loaded: path: .*truncated"):
             await r.get("a", "2")
         assert r.known("a") and not r.known("a", "2")
         put(nets[1], tmp_path, "a", 2)

@@ -66,7 +66,7 @@ def test_whole_numbers_that_are_places_in_a_table_of_one_are_zero() -> None:
 
 def test_a_network_whose_inputs_cannot_be_sent_is_refused() -> None:
     network = pk.optimize(Function(lambda m, x: x.abs()), (torch.zeros(2, 3, dtype=torch.complex64),))
-    with pytest.raises(ValueError, match="network: input .* is no tensor of a dtype that can be sent"):
+    with pytest.raises(ValueError, match=r"network: input .* is no tensor of a dtype that can be sent"):
         Signature.of(network)
 
 
