@@ -13,19 +13,17 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from torch import nn
-
-import pykernels as pk
-from tests.networks import Mixed, lively
-from tests.serve.serving import Running, Twins, save, serving
-
-pytest.importorskip("tritonclient.http", reason="the extra `serve` is not installed")
 import tritonclient.grpc
 import tritonclient.grpc.aio
 import tritonclient.http
 import tritonclient.http.aio
 from ml_dtypes import bfloat16
+from torch import nn
 from tritonclient.utils import InferenceServerException
+
+import pykernels as pk
+from tests.networks import Mixed, lively
+from tests.serve.serving import Running, Twins, save, serving
 
 pytestmark = pytest.mark.xdist_group("serve")
 KINDS = ("http", "http.aio", "grpc", "grpc.aio")
@@ -350,14 +348,14 @@ def test_bad_input_is_told_by_name(client: Client, change: str, message: str) ->
 
 def test_what_is_not_offered_says_so(client: Client) -> None:
     for call in ("get_trace_settings", "get_log_settings", "get_system_shared_memory_status"):
-        with pytest.raises(InferenceServerException, match="not offered|not implemented"):
+        with pytest.raises(InferenceServerException, match=r"not offered|not implemented"):
             getattr(client, call)()
 
 
 def test_a_timeout_of_the_client_is_kept(client: Client, service: Running) -> None:
     inputs = [client.input("input_1", "FP32", numpy.ones((2, 4), numpy.float32))]
     client.infer("fixed", inputs, timeout=10_000_000)  # microseconds
-    with pytest.raises(InferenceServerException, match="time was over|wait already"):
+    with pytest.raises(InferenceServerException, match=r"time was over|wait already"):
         service.loop.call_soon_threadsafe(setattr, service.service.scheduler, "free", 0)  # all instances are busy
         try:
             client.infer("fixed", inputs, timeout=50_000)
