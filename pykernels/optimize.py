@@ -103,7 +103,8 @@ class Optimized(nn.Module):
     @property
     def input_names(self) -> list[str]:
         """Of each flat input the name it has in the model's signature."""
-        graph = self._modules["program"].graph  # of a loaded network, too, whose module is not built for this
+        program: Any = self._modules["program"]
+        graph: fx.Graph = program.graph  # of a loaded network, too, whose module is not built for this
         return [node.name for node in graph.nodes if node.op == "placeholder"]
 
     @property

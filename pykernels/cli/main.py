@@ -1,27 +1,27 @@
-"""The command `pykernels`: doctor, optimize, plan, tune, bench, comm."""
+"""The command `pykernels`: doctor, optimize, plan, tune, serve, bench, comm."""
 
 from __future__ import annotations
 
 import enum
-import importlib
 import logging
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
-from torch.export.passes import move_to_device_pass
 
 import pykernels
 from pykernels.bench import machine as machines
 from pykernels.bench.command import bench
 from pykernels.cli.errors import fail
+from pykernels.cli.model import bar, columns, load_model
 from pykernels.cli.plan import app as plan_app
+from pykernels.cli.serve import serve as serve_command
 from pykernels.cli.tune import tune as tune_command
 from pykernels.comm.command import app as comm_app
 from pykernels.cuda import registry
@@ -160,13 +160,12 @@ def optimize(
         if len(shapes) != 1:
             fail("--calibration serves networks of one input; call pykernels.optimize from Python for others")
         inputs = list(_calibration(calibration, samples, shapes[0], mean, std))
-    network = _load_model(model, place)
+    network = load_model(model, place)
     dtype = next((t.dtype for t in network.parameters() if t.is_floating_point()), torch.float32)
     examples = tuple(torch.randn(shape).to(place, dtype) for shape in shapes)
     hush()
     console = Console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns(), console=console) as progress:
         what = f"optimizing {model} to {precision.value}"
         task = progress.add_task(what, total=None)
         try:
@@ -175,7 +174,7 @@ def optimize(
                 examples,
                 precision=precision.value,
                 calibration=inputs,
-                progress=_bar(progress, task, what),
+                progress=bar(progress, task, what),
                 tune=tune,
                 budget=None if error is None else {"error": error},
             )
@@ -191,6 +190,7 @@ def optimize(
 
 
 app.command()(bench)
+app.command(name="serve")(serve_command)
 app.command(name="tune")(tune_command)
 app.add_typer(plan_app, name="plan")
 app.add_typer(comm_app, name="comm")
@@ -210,15 +210,6 @@ def _tick(good: bool, reason: str | None = None) -> str:
     return f"[yellow]no[/]: {reason}" if reason else "[dim]no[/]"
 
 
-def _bar(progress: Progress, task: TaskID, what: str) -> Callable[[str, int, int], None]:
-    """A callback ``(stage, done, total)`` that moves the bar of `task` and names the stage behind `what`."""
-
-    def show(stage: str, done: int, total: int) -> None:
-        progress.update(task, description=f"{what}: {stage}", completed=done, total=total)
-
-    return show
-
-
 def _numbers(option: str, text: str, kind: type[Any]) -> list[Any]:
     try:
         return [kind(part) for part in text.split(",")]
@@ -235,26 +226,6 @@ def _device(name: str) -> torch.device:
     if complaint is not None:
         fail(f"--device: {name} cannot be used: {complaint}")
     return device
-
-
-def _load_model(name: str, device: torch.device) -> torch.nn.Module:
-    """The network, on `device`."""
-    if name.endswith(".pt2"):
-        if not pathlib.Path(name).is_file():
-            fail(f"MODEL: there is no file {name}")
-        return move_to_device_pass(torch.export.load(name), device).module()
-    module_name, separator, attribute = name.partition(":")
-    if not separator or not attribute:
-        fail(f"MODEL: {name!r} is neither a .pt2 file nor module:callable")
-    sys.path.insert(0, str(pathlib.Path.cwd()))  # a file of the user's own, as `python -m` would find it
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, RuntimeError) as error:
-        fail(f"MODEL: {name}: {error}")
-    found = factory if isinstance(factory, torch.nn.Module) else factory()
-    if not isinstance(found, torch.nn.Module):
-        fail(f"MODEL: {name} returned {type(found).__name__}, not an nn.Module")
-    return found.to(device)
 
 
 def _calibration(folder: pathlib.Path, samples: int, shape: list[int], mean: str, std: str) -> Iterator[torch.Tensor]:

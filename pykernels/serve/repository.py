@@ -208,10 +208,11 @@ class Repository:
             NotFound: there is no such model or version.
             Unavailable: it cannot be loaded, or a client took it out of service.
         """
-        key = self._find(name, version)
-        if isinstance(key, Model):
-            return key
-        return await self._load(self.entries[key])
+        self.versions(name)
+        if name in self.unloaded:
+            raise Unavailable(f"model {name!r} is not loaded")
+        found = self._find(name, version)
+        return found if isinstance(found, Model) else await self._load(found)
 
     def known(self, name: str, version: str = "") -> bool:
         """Whether a request would find it: it is mapped, or nothing is known against it.
@@ -219,10 +220,8 @@ class Repository:
         Raises:
             NotFound: there is no such model or version.
         """
-        found = self._find(name, version, refuse=False)
-        if found is None:
-            return False
-        return isinstance(found, Model) or self.entries[found].failure is None
+        found = self._find(name, version)
+        return name not in self.unloaded and (isinstance(found, Model) or found.failure is None)
 
     async def load(self, name: str) -> None:
         """Bring a model into service: its file is looked for again.
@@ -251,13 +250,9 @@ class Repository:
     def _known(self, name: str) -> bool:
         return any(known == name for known, _ in self.entries)
 
-    def _find(self, name: str, version: str, refuse: bool = True) -> Model | tuple[str, int] | None:
-        """The model when it is mapped, else the key of an entry; None when it was unloaded and that is no error."""
+    def _find(self, name: str, version: str) -> Model | Entry:
+        """The model if it is mapped, else its file."""
         versions = self.versions(name)
-        if name in self.unloaded:
-            if refuse:
-                raise Unavailable(f"model {name!r} is not loaded")
-            return None
         if version:
             key = self._key(name, version)
         else:
@@ -267,7 +262,7 @@ class Repository:
         if key in self.mapped:
             self.mapped.move_to_end(key)
             return self.mapped[key]
-        return key
+        return self.entries[key]
 
     def _key(self, name: str, version: str) -> tuple[str, int]:
         versions = self.versions(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
@@ -159,7 +159,7 @@ def examples(
     return tuple(found)
 
 
-def _answers(network: Optimized) -> tuple[list[list[object]], bool]:
+def _answers(network: Optimized) -> tuple[list[list[Any]], bool]:
     """Flat outputs for inputs of the example's sizes, and of larger ones where sizes are free; and `Signature.ones`."""
     first = [known[1][0] for known, free in zip(network.example, network.free, strict=True) if known and 0 in free]
     more = first[0] + 1 if first else None
@@ -175,7 +175,7 @@ def _answers(network: Optimized) -> tuple[list[list[object]], bool]:
     return found, ones
 
 
-def _call(network: Optimized, inputs: Sequence[torch.Tensor]) -> list[object]:
+def _call(network: Optimized, inputs: Sequence[torch.Tensor]) -> list[Any]:
     args, kwargs = network.nested(inputs)
     with torch.no_grad():
         return pytree.tree_leaves(network(*args, **kwargs))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import pydantic_core
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from pykernels.serve.errors import Invalid, Unavailable, Unsupported
 from pykernels.serve.model import Model
@@ -24,8 +24,10 @@ ABSENT = ("/v2/trace/setting", "/v2/logging", "/v2/systemsharedmemory", "/v2/cud
 Parameters = dict[str, Any]
 
 
-class Tensor(BaseModel, strict=True):
+class Tensor(BaseModel):
     """An input of a request."""
+
+    model_config = ConfigDict(strict=True)
 
     name: str
     shape: list[Annotated[int, Field(ge=0)]]
@@ -34,15 +36,19 @@ class Tensor(BaseModel, strict=True):
     data: Any = None
 
 
-class Wanted(BaseModel, strict=True):
+class Wanted(BaseModel):
     """An output that a request wants."""
+
+    model_config = ConfigDict(strict=True)
 
     name: str
     parameters: Parameters = {}
 
 
-class Inference(BaseModel, strict=True):
+class Inference(BaseModel):
     """The JSON of a request."""
+
+    model_config = ConfigDict(strict=True)
 
     id: str = ""
     parameters: Parameters = {}
@@ -50,8 +56,10 @@ class Inference(BaseModel, strict=True):
     outputs: list[Wanted] = []
 
 
-class Control(BaseModel, strict=True):
+class Control(BaseModel):
     """The JSON of a request that loads or unloads a model, or asks for the index."""
+
+    model_config = ConfigDict(strict=True)
 
     ready: bool = False
     parameters: Parameters = {}

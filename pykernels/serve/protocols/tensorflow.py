@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from pykernels.serve.errors import Invalid
 from pykernels.serve.model import Model
@@ -19,8 +19,10 @@ __all__ = ["Prediction", "predict", "router"]
 STATES = {"READY": "AVAILABLE", "LOADING": "LOADING", "UNAVAILABLE": "START"}
 
 
-class Prediction(BaseModel, strict=True):
+class Prediction(BaseModel):
     """The JSON of a request: either rows or columns."""
+
+    model_config = ConfigDict(strict=True)
 
     signature_name: str = "serving_default"
     instances: list[Any] | None = None
