@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib.util
 import ipaddress
 import logging
+import os
 import pathlib
 import tempfile
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,6 +66,12 @@ def serve(
     in_process: Annotated[
         bool, typer.Option("--in-process", help="In this process, without Ray: nobody starts it again when it dies.")
     ] = False,
+    write_config: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            help="Serve nothing; write serve.yaml, rayservice.yaml, nginx.conf and Dockerfile to this folder."
+        ),
+    ] = None,
 ) -> None:
     """Serve networks over HTTP and gRPC until ^C or SIGTERM, which lets what was asked be answered.
 
@@ -72,7 +80,7 @@ def serve(
 
     [cyan]pykernels serve resnet=resnet.pk detector=det.pk --replicas 4 --threads 1 --max-batch 16 --p99-ms 50[/]
     """
-    _needs(NEEDED if in_process else (*NEEDED, "ray"))
+    _needs((*NEEDED, "yaml") if write_config is not None else NEEDED if in_process else (*NEEDED, "ray"))
     threads, replicas, max_batch = _sizes(setup, threads, replicas, max_batch)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("pykernels").setLevel(logging.INFO)
@@ -82,7 +90,7 @@ def serve(
         try:
             Token(token_file)
             options = Options(
-                models=_models(networks, input_shape, precision, pathlib.Path(scratch)),
+                models=_models(networks, input_shape, precision, None if write_config else pathlib.Path(scratch)),
                 threads=threads,
                 instances=replicas,
                 batch=max_batch,
@@ -96,6 +104,9 @@ def serve(
             )
         except (OSError, ValueError) as error:
             fail(_option(str(error)))
+        if write_config is not None:
+            _write(write_config, options, port, grpc_port)
+            return
         if token_file is None and not _loopback(host):
             console.print("[yellow]--host lets others in, and without --token-file they need no token[/]")
         try:
@@ -109,12 +120,32 @@ def _run(options: Options, host: str, port: int, grpc_port: int, in_process: boo
         place = f"[{host}]" if ":" in host else host
         print(f"http://{place}:{addresses.http}  grpc://{place}:{addresses.grpc}", flush=True)
 
+    if not in_process and 0 in (port, grpc_port):
+        fail("--port, --grpc-port: 0 is for --in-process")
+
     if in_process:
         from pykernels.serve.in_process import serve as serve_here
 
         asyncio.run(serve_here(options, host, port, grpc_port, started))
         return
-    fail("--in-process is needed: the Ray engine is not part of this version")
+    from pykernels.serve.environment import ENVIRONMENT
+
+    for name, value in ENVIRONMENT.items():  # Ray reads them when it is imported
+        os.environ.setdefault(name, value)
+    from pykernels.serve.engine import run
+
+    replicas, options = options.instances, dataclasses.replace(options, instances=1)
+    run(options, replicas, host, port, grpc_port, started)
+
+
+def _write(folder: pathlib.Path, options: Options, port: int, grpc_port: int) -> None:
+    from pykernels.serve.manifests import write
+
+    try:
+        found = write(folder, dataclasses.replace(options, instances=1), options.instances, port, grpc_port)
+    except OSError as error:
+        fail(f"--write-config: {error}")
+    console.print(f"wrote {', '.join(map(str, found))}")
 
 
 def _needs(modules: tuple[str, ...]) -> None:
@@ -138,7 +169,7 @@ def _sizes(
 
 
 def _models(
-    networks: list[str], input_shape: str | None, precision: str, scratch: pathlib.Path
+    networks: list[str], input_shape: str | None, precision: str, scratch: pathlib.Path | None
 ) -> str | dict[str, str]:
     """What is served: a folder, or files by name."""
     if len(networks) == 1 and pathlib.Path(networks[0]).is_dir():
@@ -154,6 +185,8 @@ def _models(
             fail(f"NETWORKS: {place}: ONNX files are not read; optimize the PyTorch model")
         path = pathlib.Path(place)
         if not path.is_file() and ":" in place:
+            if scratch is None:
+                fail(f"--write-config: {place} would be optimized on every node; `pykernels optimize` saves it once")
             path = scratch / f"{name}.pk"
             _optimize(place, input_shape, precision, path)
         elif path.suffix == ".py":

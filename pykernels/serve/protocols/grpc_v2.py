@@ -19,7 +19,7 @@ from pykernels.serve.protocols import v2
 from pykernels.serve.protocols.tensors import from_bytes, from_list, to_bytes
 from pykernels.serve.service import Service
 
-__all__ = ["Answers", "call_of", "response"]
+__all__ = ["OPEN", "UNARY", "Answers", "authorization", "call_of", "response"]
 
 log = logging.getLogger(__name__)
 # Where a tensor's numbers stand in a message when they are not raw.
@@ -190,7 +190,7 @@ class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         """An answer, or the error in gRPC's form."""
         try:
             if checked:
-                self.service().token.check(_authorization(context.invocation_metadata()))
+                self.service().token.check(authorization(context.invocation_metadata()))
             return await work
         except Refused as refused:
             metadata = () if refused.retry_after is None else (("retry-after", str(refused.retry_after)),)
@@ -203,7 +203,7 @@ class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         return None
 
 
-def _authorization(metadata: Any) -> bytes | None:
+def authorization(metadata: Any) -> bytes | None:
     found = {key: value for key, value in metadata or ()}.get("authorization")
     return found.encode() if isinstance(found, str) else found
 
