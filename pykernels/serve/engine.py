@@ -156,8 +156,9 @@ def run(
             started((port, grpc_port))
         stop.wait()
     finally:
+        # Replicas answer what they have taken. `serve.shutdown` would wait half a minute for its controller besides.
         with contextlib.suppress(Exception):
-            serve.shutdown()
+            serve.delete(NAME)
         ray.shutdown()
 
 

@@ -112,7 +112,7 @@ def serve_config(options: Options, replicas: int, port: int, grpc_port: int) -> 
 
 
 def ray_service(options: Options, replicas: int, port: int, grpc_port: int) -> dict[str, Any]:
-    """A RayService for KubeRay, with models on a volume claim ``pykernels-models`` and the token, where there is one, in
+    """A RayService for KubeRay: models on a volume claim ``pykernels-models``; the token, where there is one, in
     a secret ``pykernels-token``."""
     models: str | dict[str, str] = MODELS
     if not isinstance(options.models, str):
