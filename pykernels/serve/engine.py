@@ -37,20 +37,18 @@ class Replica:
         options: fields of `Options`.
     """
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    async def __init__(self, options: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray waits for it
         self.options = Options(**options)
         pin(serve.get_replica_context().rank.local_rank, self.options.threads * self.options.instances)
         self.service = Service(self.options)
         self.answers = Answers(lambda: self.service)
-        self._starting: Any = None
+        await self.service.start()
 
     def __serve_build_asgi_app__(self) -> Any:
         return application(lambda: self.service)
 
     async def check_health(self) -> None:
-        """Ray asks this again and again, first before it sends anything; a replica that fails is replaced."""
-        if not self.service.started:
-            await self.service.start()
+        """Ray asks this again and again; a replica that fails is replaced."""
         if not self.service.live:
             raise RuntimeError(self.service.scheduler.death)
 
