@@ -3,10 +3,10 @@
     python -m benchmarks.serve.in_process                       # mobilenet_v2, [1, 3, 224, 224]: 600 KB a request
     python -m benchmarks.serve.in_process --network resnet18 --seconds 10
 
-Latency: one client, one request at a time, of one instance of one thread: p50 and p99 of the call itself, of HTTP and of
-gRPC, taken in turn; "added" is the difference of the medians. Throughput: as many clients as fill batches, against
-`pykernels.Instances` with the same threads and the same batch, in turn. Clients run in processes of their own, on the same
-cores: what they take of the machine counts against the server.
+Latency: one client, one request at a time, of one instance of one thread: p50 and p99 of the call itself, of HTTP and
+of gRPC, taken in turn; "added" is the difference of the medians. Throughput: as many clients as fill batches, against
+`pykernels.Instances` with the same threads and the same batch, in turn. Clients run in processes of their own, on the
+same cores: what they take of the machine counts against the server.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ void parallel(int64_t n, int64_t grain, const F& f) {
 inline const uint8_t* bytes_of(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
 inline uint8_t* mutable_bytes_of(const Tensor& t) { return static_cast<uint8_t*>(t.mutable_data_ptr()); }
 
-// Binds the driver to its operands and runs all its tasks, a run of them a thread; their scratch is allocated here, since
-// nothing may throw in a task.
+// Binds the driver to its operands and runs all its tasks, a run of them a thread; their scratch is allocated here,
+// since nothing may throw in a task.
 inline void run(Driver& driver, const uint8_t* const* in, const Tensor& out) {
   if (driver.tasks == 0) return;
   driver.bind(in, mutable_bytes_of(out));

@@ -29,9 +29,10 @@ AttentionDriver::AttentionDriver(const AttentionShape& shape, int64_t threads) :
   // Enough for the threads to end at one time.
   splits_ = heads >= 4 * threads ? 1 : std::min(ceil_div(4 * threads, heads), most);
   tasks = heads * splits_;
-  const double elements = static_cast<double>(padded(s_.keys)) * static_cast<double>(s_.depth + padded(s_.value_depth)) +
-                          static_cast<double>(block_) * static_cast<double>(s_.depth + padded(s_.value_depth)) +
-                          static_cast<double>(block_) * static_cast<double>(score_row);
+  const double elements =
+      static_cast<double>(padded(s_.keys)) * static_cast<double>(s_.depth + padded(s_.value_depth)) +
+      static_cast<double>(block_) * static_cast<double>(s_.depth + padded(s_.value_depth)) +
+      static_cast<double>(block_) * static_cast<double>(score_row);
   if (elements > 1e17) {  // no machine has that: the plan or the allocator will say so
     scratch = std::numeric_limits<int64_t>::max() / 1024;
     return;
@@ -86,8 +87,7 @@ void AttentionDriver::product(const Rows& a, const Panels& b, int64_t words, flo
       if (dot_.finishes) g.finish = &finish;
       dot_.tile[count][wide](g);
       if (!dot_.finishes)
-        for (int r = 0; r < count; ++r)
-          std::copy_n(sums + r * wide * kColumns, wide * kColumns, out + place[r]);
+        for (int r = 0; r < count; ++r) std::copy_n(sums + r * wide * kColumns, wide * kColumns, out + place[r]);
     }
 }
 
@@ -97,7 +97,8 @@ void AttentionDriver::rows(const Head& h, int64_t first, int64_t count) const {
   const int64_t seen = s_.causal ? std::min(first + count, s_.keys) : s_.keys;  // keys that a row of these sees
   for (int64_t r = 0; r < count; ++r)
     kernels_.widen(h.query + (first + r) * s_.query.row * bytes, s_.type, s_.depth, s_.scale, h.rows + r * s_.depth);
-  product({h.rows, s_.depth, count}, {h.keys, s_.depth, ceil_div(seen, kColumns)}, s_.depth, h.scores, score_row, h.sums);
+  product({h.rows, s_.depth, count}, {h.keys, s_.depth, ceil_div(seen, kColumns)}, s_.depth, h.scores, score_row,
+          h.sums);
   const int64_t mask_bytes = s_.mask == MaskRow::Kind::bytes ? 1 : bytes;
   float factors[kScoreBytes / (kColumns * 4)];
   for (int64_t r = 0; r < count; ++r) {

@@ -32,8 +32,8 @@ class AttentionDriver final : public Driver {
   void run(int64_t task, uint8_t* memory) const override;
 
  private:
-  struct Head;    // what a task has of its head
-  struct Rows {   // of fp32, `stride` elements apart
+  struct Head;   // what a task has of its head
+  struct Rows {  // of fp32, `stride` elements apart
     const float* at;
     int64_t stride, count;
   };

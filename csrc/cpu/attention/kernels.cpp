@@ -11,9 +11,8 @@ namespace {
 
 void widen(const void* x, Real type, int64_t n, float factor, float* to) {
   const f32 f = set1(factor);
-  with_real(x, type, [&](auto* in) {
-    each_real(to, n, [&](int64_t i, int k) PK_LAMBDA { return mul(load(in + i, k), f); });
-  });
+  with_real(x, type,
+            [&](auto* in) { each_real(to, n, [&](int64_t i, int k) PK_LAMBDA { return mul(load(in + i, k), f); }); });
 }
 
 // Four elements of each of four rows, as columns.

@@ -39,7 +39,7 @@ def attention(
         left_out = mask.dtype in (torch.bool, torch.uint8)
         words = f"mask must be bool, uint8 or of query's dtype, not {name(mask.dtype)}"
         check(left_out or mask.dtype == query.dtype, op, words)
-        spread = list(query.shape[:3]) + [key.shape[2]]
+        spread = [*query.shape[:3], key.shape[2]]
         sizes = spread[4 - mask.dim() :] if 1 <= mask.dim() <= 4 else []
         fits = bool(sizes) and mask.shape[-1] == sizes[-1]
         fits = fits and all(size in (1, whole) for size, whole in zip(mask.shape, sizes, strict=True))
