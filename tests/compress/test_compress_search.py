@@ -164,7 +164,7 @@ def test_a_failure_later_on_keeps_what_was_reached() -> None:
         def validate(self, network: Any) -> Any:
             return "good" if network.part < 1 else super().validate(network)
 
-    with pytest.raises(Stopped, match="^validate: it returned str, not a number") as caught:
+    with pytest.raises(Stopped, match=r"^validate: it returned str, not a number") as caught:
         run(Broken(), budget={"drop": 0.1})
     assert caught.value.result.recipe["precision"] == "int8"
 
