@@ -38,7 +38,7 @@ __all__ = ["Found", "Options", "Search", "Wanted"]
 Progress = Callable[[str, int, int], None]
 SLACK = 1.02
 """Of the latency: what a measurement may lie above it."""
-_ROUNDS, _MOST_ROUNDS, _TURNS = 20, 500, 3  # of timing networks in turn
+_ROUNDS, _MOST_ROUNDS, _TURNS = 20, 200, 3  # of timing networks in turn
 _TIMED = 0.05  # seconds a turn at least, as far as rounds go
 _FIRST = 0.7  # of the time, where nothing says how much is to go
 _CLOSE = 0.05  # parts that differ by less are not told apart
