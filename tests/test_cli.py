@@ -368,7 +368,7 @@ def test_compress_saves_network_recipe_weights_and_chart(nets: pathlib.Path) -> 
     assert pathlib.Path("chart.svg").stat().st_size > 1000
     recipe = json.loads(pathlib.Path("small.json").read_text())
     assert recipe["version"] == 1 and recipe["prune"] is None
-    again = pykernels("compress", path, *shape, "--data", "data", "--recipe", "small.json", "-o", "again.pk")
+    again = pykernels("compress", path, *shape, *options[:4], "--recipe", "small.json", "-o", "again.pk")
     assert "chosen" in again and torch.equal(pk.load("again.pk")(x), y)
 
 

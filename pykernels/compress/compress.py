@@ -166,7 +166,8 @@ def compress(
     except Exception as error:  # the user's own code runs in there: model, loaders, validate
         if search.found is None:
             raise
-        raise Stopped(reason(error), _result(search)) from error
+        words = str(error) if isinstance(error, ValueError | TypeError) else reason(error)
+        raise Stopped(words, _result(search)) from error
     found = _result(search)
     if known is None and not search.met:
         row = search.report.rows[search.report.chosen]

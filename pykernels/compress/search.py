@@ -38,7 +38,7 @@ __all__ = ["Found", "Options", "Search", "Wanted"]
 Progress = Callable[[str, int, int], None]
 SLACK = 1.02
 """Of the latency: what a measurement may lie above it."""
-_ROUNDS, _MOST_ROUNDS, _TURNS = 20, 500, 3  # of timing networks in turn
+_ROUNDS, _MOST_ROUNDS, _TURNS = 20, 200, 3  # of timing networks in turn
 _TIMED = 0.05  # seconds a turn at least, as far as rounds go
 _FIRST = 0.7  # of the time, where nothing says how much is to go
 _CLOSE = 0.05  # parts that differ by less are not told apart
@@ -152,6 +152,7 @@ class Search:
         self.report = Report(latency=wanted.latency, drop=wanted.drop)
         self.found: Found | None = None
         self._made: Found | None = None
+        self._rows: dict[str, Row] = {}
         self._hopeless = False
         self._rounds = _ROUNDS
         self._since = time.monotonic()
@@ -173,6 +174,8 @@ class Search:
         self.base = self._lowered(original, "fp32")
         if self.base.planned is None:
             raise ValueError("model: nothing of it runs on our kernels, so there is no latency to win")
+        once = quiet_seconds([self.base.planned], self._leaves(), _ROUNDS, 1)[0]
+        self._rounds = min(_MOST_ROUNDS, max(_ROUNDS, int(_TIMED / max(once, 1e-9))))
         self.judge = self._judge_of(self.base)
         self.report.measure = self.judge.measure
         self._row(original, "fp32", self.base)
@@ -190,14 +193,8 @@ class Search:
         elif steps and student is not original:
             self._distil(student, steps, student.name)
             student.steps, student.name = steps, f"{student.name}, distilled {steps} steps"
-        row = (
-            self._row(student, recipe["precision"])
-            if student is not original or recipe["precision"] != "fp32"
-            else None
-        )
-        if row is not None:
-            assert self._made is not None
-            self.found = self._made  # it is what was asked for, whatever it loses
+        self._row(student, recipe["precision"])
+        self.found = self._made  # it is what was asked for, whatever it loses
 
     def _of_original(self, original: Student) -> Iterator[str]:
         """Precisions in which the original is tried."""
@@ -369,8 +366,10 @@ class Search:
     def _row(
         self, student: Student, precision: str, network: Optimized | None = None, quality: float | None = None
     ) -> Row:
-        """Make, time and judge a network."""
+        """Make, time and judge a network, once."""
         key = f"{student.key}-{precision}"
+        if key in self._rows:
+            return self._rows[key]
         stored = self.store.row(key)
         if stored is not None:
             row, network = stored
@@ -378,14 +377,15 @@ class Search:
             network = network or self._lowered(student, precision, quality)
             seconds, latency = self._timed(network)
             report = network.report()
-            name = (
-                f"{student.name}, {precision if precision == report.precision else f'{precision} ({report.precision})'}"
+            made = precision if precision == report.precision else f"{precision} ({report.precision})"
+            row = Row(
+                f"{student.name}, {made}", report.precision, seconds, latency, self.judge(network), report.bytes_after
             )
-            row = Row(name, report.precision, seconds, latency, self.judge(network), report.bytes_after)
             row.spent = time.monotonic() - self._since
             self.store.keep_row(key, row, network)
         self._since = time.monotonic()
         self.report.rows.append(row)
+        self._rows[key] = row
         self._made = Found(student, network, precision, len(self.report.rows) - 1)
         if self.found is None or (self._holds(row) and self._better(row, self.report.rows[self.found.place])):
             self.found = self._made
@@ -414,8 +414,6 @@ class Search:
         """Seconds of a call, and as a part of the original's in fp32, both timed in turn; a near miss once more."""
         if network is self.base:
             assert self.base.planned is not None
-            once = quiet_seconds([self.base.planned], self._leaves(), _ROUNDS, 1)[0]
-            self._rounds = min(_MOST_ROUNDS, max(_ROUNDS, int(_TIMED / max(once, 1e-9))))
             return quiet_seconds([self.base.planned], self._leaves(), self._rounds, _TURNS)[0], 1.0
         least = [math.inf, math.inf]
         for _ in range(2):
@@ -460,6 +458,8 @@ class Search:
                 row.verdict = "loses too much"
             elif self.wanted.latency is not None and not self._quick(row):
                 row.verdict = "too slow"
+            elif self.wanted.drop is None and self.wanted.latency is not None:
+                row.verdict = "loses more than the chosen"
             else:
                 row.verdict = "slower than the chosen"
         return self.report

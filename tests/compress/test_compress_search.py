@@ -60,6 +60,16 @@ def test_what_is_missing_is_pruned_and_distilled() -> None:
     ]
 
 
+def test_a_student_that_only_floats_hold_is_measured_once_in_fp32() -> None:
+    """Pruned it keeps the drop in fp32 and not in int8; distilled, it keeps it in both."""
+    world = World(lost_by_pruning=lambda part: 0.012 if part < 1 else 0.0)
+    found, calls = run(world, budget={"latency": 0.3, "drop": 0.013}, train=DATA, steps=10)
+    assert calls[2:] == [
+        "prune to 0.60", "fp32 of 0.60", "int8 of 0.60", "auto of 0.60", "distil 10", "int8 of 0.60",
+    ]  # fmt: skip
+    assert found.recipe["distil"] == {"steps": 10} and verdicts(found)[-1] == "chosen"
+
+
 def test_nothing_is_trained_where_pruning_loses_little_enough() -> None:
     found, calls = run(World(), budget={"latency": 0.3, "drop": 0.02}, train=DATA, steps=120)
     assert calls[2:] == ["prune to 0.60", "fp32 of 0.60", "int8 of 0.60"] and found.recipe["distil"] is None
@@ -154,7 +164,7 @@ def test_a_failure_later_on_keeps_what_was_reached() -> None:
         def validate(self, network: Any) -> Any:
             return "good" if network.part < 1 else super().validate(network)
 
-    with pytest.raises(Stopped, match="validate: it returned str, not a number") as caught:
+    with pytest.raises(Stopped, match=r"^validate: it returned str, not a number") as caught:
         run(Broken(), budget={"drop": 0.1})
     assert caught.value.result.recipe["precision"] == "int8"
 
