@@ -271,8 +271,12 @@ bool assemble_tensor_core(Assembler& a, const Statement& s, Instruction& i) {
     else
       i.r[0] = a.source(s.operands[1], 64);
     i.r[1] = a.source(s.operands[2], 64);
-    i.r[2] = a.source(s.operands[3]);
-    if (s.operands[3].kind != Operand::reg) a.unknown(s);
+    Operand accumulate = s.operands[3];
+    if (accumulate.kind == Operand::number && accumulate.bits)
+      accumulate.bits = kAllLanes;
+    else if (accumulate.kind != Operand::reg && accumulate.kind != Operand::number)
+      a.unknown(s);
+    i.r[2] = a.source(accumulate);
     i.run = wgmma;
   } else {
     a.unknown(s);

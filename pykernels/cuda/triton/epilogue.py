@@ -172,9 +172,9 @@ def folded(
     scale, bias, residual_scale, residual_zero_point, inverse, zero_point,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """What `scaled` takes of columns of these scales and biases: multiplier, addend, the residual's factor, low, high.
+    """Of columns of these scales and biases: multiplier, addend, the residual's factor, lowest and highest byte.
 
-    All that is linear is folded, bytes counted as unsigned, as `scaled` in csrc/cpu/tile/kernels.h does.
+    All that is linear is folded, bytes counted as unsigned, as in csrc/cpu/tile/kernels.h.
     """
     SHIFT: tl.constexpr = 128 if OUT == "int8" else 0
     zero = (zero_point + SHIFT).to(tl.float32)
@@ -188,22 +188,29 @@ def folded(
     known = addend == addend
     multiplier = tl.where(known, tl.minimum(scale * inverse, MOST), 0.0)
     addend = tl.where(known, addend, zero)
-    low = zero if ACTIVATION == "relu" or ACTIVATION == "relu6" else zero * 0.0
-    high = zero * 0.0 + 255.0
+    low = zero if ACTIVATION == "relu" or ACTIVATION == "relu6" else tl.full([], 0.0, tl.float32)
+    high = tl.full([], 255.0, tl.float32)
     if ACTIVATION == "relu6":
         high = tl.minimum(rint(tl.minimum(6.0 * inverse, 512.0)).to(tl.float32) + zero, 255.0)
     return multiplier, addend, factor, low, high
 
 
 @triton.jit
-def scaled(acc, r, multiplier, addend, factor, low, high, RESIDUAL: tl.constexpr, OUT: tl.constexpr):
-    """The bytes of s32 sums [rows, columns] and of the residual's bytes `r`; the rest is of `folded`."""
+def scaled(acc, multiplier, addend):
+    """fp32 of s32 sums [rows, columns]."""
+    return tl.fma(acc.to(tl.float32), tl.broadcast_to(multiplier, acc.shape), tl.broadcast_to(addend, acc.shape))
+
+
+@triton.jit
+def with_residual(t, r, factor, RESIDUAL: tl.constexpr):
+    """fp32 `t` and the residual's bytes `r`."""
+    SHIFT: tl.constexpr = 128 if RESIDUAL == "int8" else 0
+    return tl.fma((r.to(tl.int32) + SHIFT).to(tl.float32), tl.full(t.shape, 1.0, tl.float32) * factor, t)
+
+
+@triton.jit
+def as_bytes(t, low, high, OUT: tl.constexpr):
     SHIFT: tl.constexpr = 128 if OUT == "int8" else 0
-    t = tl.fma(acc.to(tl.float32), tl.broadcast_to(multiplier, acc.shape), tl.broadcast_to(addend, acc.shape))
-    if RESIDUAL is not None:
-        RESIDUAL_SHIFT: tl.constexpr = 128 if RESIDUAL == "int8" else 0
-        added = (r.to(tl.int32) + RESIDUAL_SHIFT).to(tl.float32)
-        t = tl.fma(added, tl.full(acc.shape, 1.0, tl.float32) * factor, t)
     q = rint(tl.minimum(tl.maximum(t, low), high)) - SHIFT
     return q.to(tl.int8 if OUT == "int8" else tl.uint8)
 
@@ -217,10 +224,10 @@ def _scaled(
     multiplier, addend, factor, low, high = folded(
         scale, bias, residual_scale, residual_zero_point, inverse, zero_point, ACTIVATION, RESIDUAL, OUT
     )
-    r = None
-    if RESIDUAL is not None:
-        r = tl.load(residual + place, mask=mask, other=0)
-    tl.store(out + place, scaled(acc, r, multiplier, addend, factor, low, high, RESIDUAL, OUT), mask=mask)
+    t = scaled(acc, multiplier, addend)
+    if RESIDUAL is not None:  # loaded late: until here its registers are the sums'
+        t = with_residual(t, tl.load(residual + place, mask=mask, other=0), factor, RESIDUAL)
+    tl.store(out + place, as_bytes(t, low, high, OUT), mask=mask)
 
 
 @triton.jit

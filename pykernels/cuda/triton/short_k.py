@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pykernels.cuda.triton import tiles
 from pykernels.cuda.triton.arguments import ceil_div
-from pykernels.cuda.triton.epilogue import OPTIONS, folded, scaled
+from pykernels.cuda.triton.epilogue import OPTIONS, as_bytes, folded, scaled, with_residual
 
 __all__ = ["Short", "can", "fits", "launch", "short_of"]
 
@@ -53,11 +53,10 @@ def _gemm_short(
         if FLIP:
             x = (x ^ 0x80).to(tl.int8, bitcast=True)
         acc = tl.dot(x, w.T, out_dtype=tl.int32) - shift[None, :]
-        r = None
+        t = scaled(acc, multiplier[None, :], addend[None, :])
         if RESIDUAL is not None:
-            r = residual.load([tile * BM, first])
-        q = scaled(acc, r, multiplier[None, :], addend[None, :], factor, low, high, RESIDUAL, OUT)
-        out.store([tile * BM, first], q)
+            t = with_residual(t, residual.load([tile * BM, first]), factor, RESIDUAL)
+        out.store([tile * BM, first], as_bytes(t, low, high, OUT))
 
 
 # ---- launcher ----

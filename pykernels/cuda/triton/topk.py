@@ -28,7 +28,7 @@ from pykernels.cuda.triton.tiles import check, check_flat
 
 __all__ = ["sparse_encode"]
 
-SEND_OPTIONS = {"enable_fp_fusion": False, "num_warps": 16}  # with 8 it takes 162 registers
+WIDE_OPTIONS = {"enable_fp_fusion": False, "num_warps": 16}  # with 8 they take 160 registers
 SHIFTS = (23, 15, 7, 0)  # of the digits, 8 bits each and 7 the last
 FEWEST = 2**16  # elements from which a sample is drawn
 SHARE = 8  # at most one of so many is sent where a list is made
@@ -356,7 +356,7 @@ def sparse_encode(
             )  # fmt: skip
             _list[programs](
                 *source, found.table, found.count, bins, state, spans, listing, rank, room, least, momentum, **how,
-                **OPTIONS,
+                **WIDE_OPTIONS,
             )  # fmt: skip
         if found.count:
             for level, shift in enumerate(SHIFTS):
@@ -371,7 +371,7 @@ def sparse_encode(
         _place_tiles[(1,)](payload, totals, state, found.count, k, CHUNK=ENTRIES)
         if found.count:
             _send[(found.count,)](
-                *source, payload, found.table, state, totals, k, room, least, momentum, **how, **SEND_OPTIONS
+                *source, payload, found.table, state, totals, k, room, least, momentum, **how, **WIDE_OPTIONS
             )
         if size:
             _send_listed[(found.count,)](

@@ -99,11 +99,11 @@ def test_large_records_do_not_spill(codec: str, tmp_path: pathlib.Path) -> None:
 LEVEL = {"LEVEL": 2, "SHIFT": topk.SHIFTS[2], "ABOVE": topk.SHIFTS[1]}
 SPARSE: dict[str, dict[str, Any]] = {
     "_sample": {"DRAWN": topk.DRAWN},
-    "_list": sparse.OPTIONS,
+    "_list": topk.WIDE_OPTIONS,
     "_count_digits": {**LEVEL, **sparse.OPTIONS},
     "_count_tile": {"CHUNK": topk.LISTED, **sparse.OPTIONS},
     "_place_tiles": {},
-    "_send": topk.SEND_OPTIONS,
+    "_send": topk.WIDE_OPTIONS,
     "_send_listed": {"CHUNK": topk.LISTED, "num_warps": 1},
     "_add_entries": {"debug": True, "sanitize_overflow": False},
     "_draw_values": {"CLEAR": False},

@@ -13,12 +13,13 @@ import pytest
 import torch
 from emulated import Emulator
 from emulated_launchers import EmulatedGPU
+from inputs import same
 from launchers import Launchers
 from test_triton_contract import NAMES, check_call
 from test_triton_conv import Conv, int8_weights, integers
 
 from pykernels import reference
-from pykernels.cuda.triton import pack
+from pykernels.cuda.triton import pack, short_k, topk
 
 pytestmark = emulated.MARKS
 
@@ -68,6 +69,59 @@ def test_tensor_cores(gpu: EmulatedGPU, c: Conv, kernel: str, dtype: torch.dtype
     assert f".entry {kernel}(" in gpu.ptx
     assert ("wgmma.mma_async" if gpu.machine[0] == 90 else "mma.sync") in gpu.ptx
     assert ("cp.async.bulk.tensor" in gpu.ptx) == (kernel == "_gemm" and gpu.machine[0] == 90)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8])
+def test_maxima_of_channels_last_memory(gpu: EmulatedGPU, dtype: torch.dtype) -> None:
+    """Two halves at once, and bytes as halves."""
+    x = (torch.randn(1, 48, 9, 11) * 30).clamp(-128 if dtype.is_signed else 0, 127).to(dtype)
+    if dtype.is_floating_point:
+        x[0, :5, 3:5, 2] = torch.nan
+    x = x.contiguous(memory_format=torch.channels_last)
+    window = ([3, 3], [2, 2], [1, 1], [1, 1], False)
+    y = gpu.answer("pool", "max_pool2d", x, *window)
+    same(y, reference.max_pool2d_with_indices(x, *window)[0])
+    halves = not dtype.is_floating_point or dtype == torch.float16
+    assert ("max.NaN.f16x2" in gpu.ptx) == halves
+
+
+def test_a_window_of_many_taps_is_divided(gpu: EmulatedGPU) -> None:
+    x = torch.randint(0, 256, (1, 16, 40, 50), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    arguments = ([1, 1], 0.02, 3, 0.02, 3, torch.uint8)
+    same(gpu.answer("pool", "qadaptive_avg_pool2d", x, *arguments), reference.qadaptive_avg_pool2d(x, *arguments))
+    assert gpu.ptx.count(".entry _average_window(") == 2
+
+
+@pytest.mark.parametrize(("k", "slack"), [(90, 4096), (90, -300), (700, 4096)], ids=["a list", "no room", "longer"])
+def test_top_k_by_a_list(gpu: EmulatedGPU, monkeypatch: pytest.MonkeyPatch, k: int, slack: int) -> None:
+    monkeypatch.setattr(topk, "FEWEST", 1024)
+    monkeypatch.setattr(topk, "SLACK", slack)
+    x, residual = torch.randn(9001), torch.randn(9001) * 0.1
+    segments, payload = (
+        torch.tensor([[0, 700, 1], [1000, 5500, 0], [8000, 1001, 7]]),
+        torch.zeros(8 * k, dtype=torch.uint8),
+    )
+    expected = [residual.clone(), payload.clone()]
+    reference.sparse_encode(x, expected[0], None, expected[1], segments, k)
+    gpu("topk", "sparse_encode", x, residual, None, payload, segments, k)
+    assert torch.equal(residual, expected[0]) and torch.equal(payload, expected[1])
+    assert ".entry _send_listed(" in gpu.ptx
+
+
+@pytest.mark.parametrize("gpu", [90], ids=["sm_90"], indirect=True)
+@pytest.mark.parametrize(("channels", "outputs", "residual"), [(64, 80, False), (96, 64, True), (256, 256, False)])
+def test_a_short_k(
+    gpu: EmulatedGPU, monkeypatch: pytest.MonkeyPatch, channels: int, outputs: int, residual: bool
+) -> None:
+    """Tiles come by TMA several ahead, and leave by TMA while the next one multiplies."""
+    monkeypatch.setattr(short_k, "fits", lambda *sizes: True)
+    c = Conv(channels, outputs, (1, 1))
+    x = integers((1, channels, 29, 31), torch.uint8)
+    rest = [0.02, 3, 0.3, 5, torch.uint8, "relu"]
+    rest += [integers((1, outputs, 29, 31), torch.uint8), 0.11, 7] if residual else []
+    gpu.machine = (90, 2)  # whose programs go through several tiles
+    check(gpu, c, x, *rest)
+    assert ".entry _gemm_short(" in gpu.ptx and "cp.async.bulk.tensor.2d.global.shared" in gpu.ptx
 
 
 @pytest.mark.parametrize("gpu", [90], ids=["sm_90"], indirect=True)
