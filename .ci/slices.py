@@ -50,6 +50,7 @@ CONV = (
 CODECS = ("tests/ops/test_compress.py", "tests/ops/test_sparse.py")
 QUANTIZE = (
     "tests/ops/test_arithmetic.py",
+    "tests/ops/test_attention.py",
     "tests/ops/test_normalize.py",
     "tests/ops/test_pointwise.py",
     "tests/ops/test_quantize.py",

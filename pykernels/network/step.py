@@ -157,7 +157,7 @@ class Step:
     reason: str = ""
     where: str = ""
     what: str = ""
-    details: Layer | Pool | Concatenation | Lookup | Call | None = None
+    details: Layer | Attention | Pool | Concatenation | Lookup | Call | None = None
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
 
