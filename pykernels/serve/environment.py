@@ -6,8 +6,8 @@ __all__ = ["ENVIRONMENT", "NAME", "STUBS"]
 
 NAME = "pykernels"
 STUBS = "tritonclient.grpc.service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server"
-# On every node: replicas behind HAProxy, not behind a proxy in Python, and time for a busy machine to start it; replicas of
-# the priority of other processes (Ray gives its workers a nice value of 15, and they starve beside anybody).
+# On every node: replicas behind HAProxy, not behind a proxy in Python, and time for a busy machine to start it.
+# Ray gives its workers a nice value of 15, and they starve beside anybody.
 ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
