@@ -31,7 +31,7 @@ KERNELS = {
     "compress_encode": "compress",
     "compress_decode": "compress",
     "compress_reduce": "compress",
-    "sparse_encode": "sparse",
+    "sparse_encode": "topk",
     "sparse_decode": "sparse",
     "randomk_encode": "sparse",
     "randomk_decode": "sparse",
