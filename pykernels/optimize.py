@@ -101,6 +101,21 @@ class Optimized(nn.Module):
         return args, kwargs
 
     @property
+    def input_names(self) -> list[str]:
+        """Of each flat input the name it has in the model's signature."""
+        program: Any = self._modules["program"]
+        graph: fx.Graph = program.graph  # of a loaded network, too, whose module is not built for this
+        return [node.name for node in graph.nodes if node.op == "placeholder"]
+
+    @property
+    def output_names(self) -> list[str]:
+        """Of each flat output its key, where the model answers with a dictionary of tensors; else ``output_0`` ..."""
+        spec = self._out_spec
+        if spec.type is dict and all(child.is_leaf() for child in spec.children()):
+            return [str(key) for key in spec.context]
+        return [f"output_{i}" for i in range(spec.num_leaves)]
+
+    @property
     def program(self) -> fx.GraphModule:
         """The lowered graph, from flat inputs to a flat tuple of outputs, a call of an op for each step."""
         if self._build is not None:  # a loaded network's first use of it

@@ -26,6 +26,7 @@ ORDER = (
     "prune",
     "distil",
     "compress",
+    "serve",
     "cli",
 )
 

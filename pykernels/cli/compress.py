@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 import pykernels
 from pykernels.cli.errors import fail
@@ -21,6 +21,7 @@ from pykernels.cli.model import (
     Model,
     Std,
     bar,
+    columns,
     hush,
     inputs_in,
     load_model,
@@ -109,9 +110,8 @@ def compress(
     examples = tuple(torch.randn(shape) for shape in shapes)
     hush()
     console = Console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     stopped, status = "", 0
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns(), console=console, transient=True) as progress:
         task = progress.add_task("compressing", total=None)
         try:
             result = pykernels.compress(

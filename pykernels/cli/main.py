@@ -1,4 +1,4 @@
-"""The command `pykernels`: doctor, optimize, compress, plan, tune, bench, comm."""
+"""The command `pykernels`: doctor, optimize, compress, plan, tune, serve, bench, comm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 import pykernels
@@ -26,6 +26,7 @@ from pykernels.cli.model import (
     Model,
     Std,
     bar,
+    columns,
     device_of,
     hush,
     inputs_in,
@@ -33,6 +34,7 @@ from pykernels.cli.model import (
     shapes_of,
 )
 from pykernels.cli.plan import app as plan_app
+from pykernels.cli.serve import serve as serve_command
 from pykernels.cli.tune import tune as tune_command
 from pykernels.comm.command import app as comm_app
 from pykernels.cuda import registry
@@ -156,8 +158,7 @@ def optimize(
     examples = tuple(torch.randn(shape).to(place, dtype) for shape in shapes)
     hush()
     console = Console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns(), console=console) as progress:
         what = f"optimizing {model} to {precision.value}"
         task = progress.add_task(what, total=None)
         try:
@@ -183,6 +184,7 @@ def optimize(
 
 app.command()(bench)
 app.command(name="compress")(compress_command)
+app.command(name="serve")(serve_command)
 app.command(name="tune")(tune_command)
 app.add_typer(plan_app, name="plan")
 app.add_typer(comm_app, name="comm")

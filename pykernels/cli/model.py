@@ -12,7 +12,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import Progress, TaskID
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from torch.export.passes import move_to_device_pass
 
 from pykernels.cli.errors import fail
@@ -26,6 +35,7 @@ __all__ = [
     "Model",
     "Std",
     "bar",
+    "columns",
     "device_of",
     "hush",
     "inputs_in",
@@ -56,6 +66,11 @@ def hush() -> None:
     """Keep the terminal for our own words: torchao, when imported, logs each CUDA library that did not load."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def columns() -> tuple[ProgressColumn, ...]:
+    """Of the bar."""
+    return (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
 def bar(progress: Progress, task: TaskID, what: str) -> Callable[[str, int, int], None]:

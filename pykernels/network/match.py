@@ -447,7 +447,6 @@ class _Matcher:
                 return None
         return Step("layer_norm", [node], [(values["input"], node)])
 
-
     def _attention(self, node: fx.Node) -> Step | None:
         values = arguments(node)
         names = ("query", "key", "value", *(("attn_mask",) if values["attn_mask"] is not None else ()))

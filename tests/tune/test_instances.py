@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import pykernels as pk
-from pykernels.tune import instances as module
+from pykernels.tune import workers as module
 from pykernels.tune.cores import Usable
 from tests.networks import Mixed, lively
 
@@ -352,7 +352,7 @@ def test_map_reads_ahead_no_further_than_it_must_and_cancels_the_rest(network: p
 
 def test_a_network_is_let_go_and_threads_end_without_close(network: pk.Optimized, gate: Gate) -> None:
     instances = pk.Instances(network, pk.Setup(1, 1))
-    threads, gone = instances._pool.threads, weakref.ref(instances)
+    threads, gone = instances._workers._pool.threads, weakref.ref(instances)
     future = instances.submit(1)
     del instances
     gc.collect()
