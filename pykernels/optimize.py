@@ -345,7 +345,7 @@ def optimize(
         result = _choose(model, args, kwargs, calibration, edges, sizes, budget, validate, progress)
     else:
         if precision == "int8" and not has_quantizers(model):
-            captured = _quantize(model, args, kwargs, calibration, edges, {**sizes, "progress": progress})
+            captured = _quantize(model, args, kwargs, calibration, edges, sizes, progress)
         else:
             captured = capture(model, args, kwargs, **sizes)
         result = _lower(model, captured, precision, edges, (args, kwargs))
@@ -413,13 +413,15 @@ def _quantize(
     kwargs: dict[str, Any],
     calibration: Iterable[Any] | None,
     edges: torch.dtype | None,
-    options: dict[str, Any],
+    sizes: dict[str, Any],
+    progress: Callable[[str, int, int], None] | None,
 ) -> Captured:
     """Quantize with our recipe: a graph with quantizers. A model of 16-bit floats is quantized as an fp32 one."""
     from pykernels.quantization import recipes
 
     model, args, kwargs, calibration = _in_fp32(model, args, kwargs, calibration, edges)
-    captured, record = recipes.quantize_captured(model, args, kwargs, calibration, **options)
+    calibrated = recipes.calibrate_captured(model, args, kwargs, calibration, **sizes, progress=progress)
+    captured, record = calibrated.finished(progress)
     captured.notes = record.all_notes
     captured.example = captured.example if edges is None else _cast(captured.example, edges)
     return captured

@@ -1,6 +1,7 @@
 """Is every op right on this GPU? What cannot be known where there is none.
 
-    make gpu-check          (python -m benchmarks.gpu.check [--only ops gemm conv codecs networks sanitizer])
+    make gpu-check
+    python -m benchmarks.gpu.check [--only ops gemm conv codecs networks sanitizer] [--processes 16]
 
 ops        every sample of tests/contract.py: the CPU's answer (integers to the bit), opcheck, torch.compile,
            torch.export, a CUDA graph, no hidden synchronisation, the second GPU where there is one
@@ -10,37 +11,42 @@ codecs     the gradient codecs' bytes against the oracle's
 networks   whole networks optimized, swapped, moved, saved, replayed as CUDA graphs: the CPU's answers
 sanitizer  the samples once more under compute-sanitizer, where it is installed
 
-Writes docs/benchmarks/gpu/check.json and leaves with status 1 when anything is wrong.
+The parts run side by side, in shares, a process each: what takes their time is compiling, and oracles on the CPU. What
+is wrong is printed as it is found. Writes docs/benchmarks/gpu/check.json; leaves with status 1 when anything is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu import check_codecs, check_library
+from benchmarks.gpu.side_by_side import Findings, Share, Skipped, run, share_of
 from benchmarks.gpu.timing import facts, require_gpu, save
+from benchmarks.gpu.warm import cores
 from pykernels.ops import packed as packing
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 from contract import CPU_ONLY, Sample, samples  # noqa: E402
 
-PARTS = ("ops", "gemm", "conv", "codecs", "networks", "sanitizer")
 # Sums of floats in another order than the CPU's; everything else has the CPU's bits.
-SUMS = {"linear", "conv2d", "conv_bn_act", "avg_pool2d", "adaptive_avg_pool2d", "softmax", "layer_norm"}
+SUMS = {"linear", "conv2d", "conv_bn_act", "avg_pool2d", "adaptive_avg_pool2d", "softmax", "layer_norm", "attention"}
 SUMS |= {"upsample_bilinear2d"}  # ATen's
-SANITIZER_SECONDS = 150
+SANITIZER_SECONDS = 130
 
 
 def on(device: str, name: str, value: Any) -> Any:
@@ -130,93 +136,113 @@ def exported(run: Callable[..., Any], given: tuple[Any, ...], op: str, expected:
     return same(op, torch.export.export(Model(), given, strict=False).module()(*given), expected)
 
 
-def check_ops(light: bool = False) -> dict[str, Any]:
+def check_ops(number: int = 0, of: int = 1, light: bool = False) -> Findings:
     """Every sample. `light`: only its result, which is enough for the sanitizer."""
+    torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
-    wrong: dict[str, str] = {}
-    looked_at, seen = 0, set()
-    for sample in samples():
-        if sample.op in CPU_ONLY:
-            continue
+    known = [sample for sample in samples() if sample.op not in CPU_ONLY]
+    firsts = {sample.op: sample.name for sample in reversed(known)}
+    for sample in share_of(known, number, of):
         host = sample.make(3)
         expected = sample.call(**host)
         for device in range(1 if light else min(2, torch.cuda.device_count())):
             tensors = {name: on(f"cuda:{device}", name, value) for name, value in host.items()}
             whole = device == 0 and not light
-            for aspect, look in aspects(sample, tensors, expected, whole and sample.op not in seen):
+            for aspect, look in aspects(sample, tensors, expected, whole and firsts[sample.op] == sample.name):
                 if aspect != "result" and not whole:
                     continue
-                name = f"{sample.name}, {aspect}" + (", second GPU" if device else "")
-                looked_at += 1
                 try:
                     complaint = look()
                 except Exception as error:  # told below; the others are looked at
                     complaint = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-                if complaint is not None:
-                    wrong[name] = complaint
-        seen.add(sample.op)
-    return {"looked_at": looked_at, "wrong": wrong}
+                yield f"{sample.name}, {aspect}" + (", second GPU" if device else ""), complaint
 
 
-def check_gradient_codecs() -> dict[str, Any]:
-    names = [*check_codecs.CODECS, "sparse"]
-    good = [*(check_codecs.check_dense(codec) for codec in check_codecs.CODECS), check_codecs.check_sparse()]
-    return {"looked_at": len(names), "wrong": {n: "bytes differ" for n, g in zip(names, good, strict=True) if not g}}
+def check_gradient_codecs(number: int = 0, of: int = 1) -> Findings:
+    for codec in share_of([*check_codecs.CODECS, "sparse"], number, of):
+        torch.manual_seed(0)
+        good = check_codecs.check_sparse() if codec == "sparse" else check_codecs.check_dense(codec)
+        yield codec, None if good else "bytes differ"
 
 
-def check_whole_networks() -> dict[str, Any]:
+def check_whole_networks(number: int = 0, of: int = 1) -> Findings:
     from benchmarks.gpu.check_networks import check_networks  # imports torchao, which the sanitizer need not watch
 
-    found = check_networks(torch.device("cuda"))
-    return {"looked_at": len(found), "wrong": {name: wrong for name, wrong in found.items() if wrong is not None}}
+    torch.backends.cudnn.allow_tf32 = False
+    yield from check_networks(torch.device("cuda"), number=number, of=of)
 
 
-def check_sanitizer() -> dict[str, Any]:
+def check_sanitizer(number: int = 0, of: int = 1) -> Findings:
     beside = pathlib.Path("/usr/local").glob("cuda*/bin/compute-sanitizer")
     tool = shutil.which("compute-sanitizer") or next(map(str, beside), None)
     if tool is None:
-        return {"looked_at": 0, "wrong": {}, "skipped": "compute-sanitizer is not installed"}
-    command = [tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu.check", "--light"]
+        raise Skipped("compute-sanitizer is not installed")
+    light = [sys.executable, "-m", "benchmarks.gpu.check", "--light", str(number), str(of)]
+    command = [tool, "--error-exitcode", "9", *light]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SANITIZER_SECONDS)
     except subprocess.TimeoutExpired:
-        return {"looked_at": 0, "wrong": {}, "skipped": f"not done within {SANITIZER_SECONDS} s"}
+        raise Skipped(f"share {number + 1} of {of} was not done within {SANITIZER_SECONDS} s") from None
     found = "\n".join(line for line in done.stdout.splitlines() if line.startswith("========="))[-2000:]
-    wrong = {} if done.returncode == 0 else {"compute-sanitizer": found or done.stderr[-2000:]}
-    return {"looked_at": 1, "wrong": wrong}
+    wrong = None if done.returncode == 0 else found or done.stderr[-2000:]
+    yield f"compute-sanitizer, share {number + 1} of {of}", wrong
+
+
+# The part, what looks at it, and its shares: those that take longest first.
+PARTS: dict[str, tuple[Callable[[int, int], Findings], int]] = {
+    "sanitizer": (check_sanitizer, 4),
+    "ops": (check_ops, 4),
+    "networks": (check_whole_networks, 3),
+    "codecs": (check_gradient_codecs, 3),
+    "gemm": (check_library.check_gemm, 1),
+    "conv": (check_library.check_conv, 1),
+}
+
+
+def check_parts(parts: Iterable[str], at_once: int, threads: int, console: Console) -> dict[str, dict[str, Any]]:
+    """The report on the parts: `looked_at`, `wrong` by name, seconds of the longest share. It is printed as well."""
+    shares = [Share(part, look, i, of) for part, (look, of) in PARTS.items() if part in parts for i in range(of)]
+    left = Counter(share.part for share in shares)
+    report: dict[str, dict[str, Any]] = {part: {"looked_at": 0, "wrong": {}, "seconds": 0.0} for part in left}
+    for news in run(shares, at_once, threads):
+        part, found = news.share.part, report[news.share.part]
+        if news.skipped is not None:
+            found["skipped"] = news.skipped
+        elif news.seconds is None:
+            name, wrong = (str(news.share), news.error) if news.error is not None else news.value
+            found["looked_at"] += 1
+            if wrong is not None:
+                found["wrong"][name] = wrong
+                console.print(f"{part}: [red]{escape(name)}[/]: {escape(wrong)}", highlight=False)
+        else:
+            found["seconds"] = max(found["seconds"], round(news.seconds, 1))
+            left[part] -= 1
+            if left[part] == 0:
+                counts = f"{found['looked_at']} looked at, {len(found['wrong'])} wrong, {found['seconds']} s"
+                console.print(f"[bold]{part}[/]: {counts} {found.get('skipped', '')}")
+    return report
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    arguments.add_argument("--light", action="store_true", help="results of the ops alone, and no report")
+    arguments.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    arguments.add_argument("--processes", type=int, default=cores(), help="how many work at a time: as many as cores")
+    arguments.add_argument("--light", type=int, nargs=2, metavar=("SHARE", "OF"),
+                           help="results of a share of the ops alone, and no report")  # fmt: skip
     given = arguments.parse_args()
     require_gpu("check")
-    torch.backends.cudnn.allow_tf32 = False
     console = Console(width=160)
     if given.light:
-        wrong = check_ops(light=True)["wrong"]
+        wrong = {name: complaint for name, complaint in check_ops(*given.light, light=True) if complaint is not None}
         console.print(wrong or "as on the CPU")
         sys.exit(bool(wrong))
-    made = {
-        "ops": check_ops,
-        "gemm": check_library.check_gemm,
-        "conv": check_library.check_conv,
-        "codecs": check_gradient_codecs,
-        "networks": check_whole_networks,
-        "sanitizer": check_sanitizer,
-    }
-    report: dict[str, Any] = {"facts": facts()}
-    for part in given.only:
-        begin = time.perf_counter()
-        report[part] = {**made[part](), "seconds": round(time.perf_counter() - begin, 1)}
-        found = report[part]
-        counts = f"{found['looked_at']} looked at, {len(found['wrong'])} wrong, {found['seconds']} s"
-        console.print(f"[bold]{part}[/]: {counts} {found.get('skipped', '')}")
-        for name, complaint in found["wrong"].items():
-            console.print(f"  [red]{name}[/]: {complaint}", highlight=False)
-    console.print(f"written: {save('check', report)}")
-    sys.exit(any(report[part]["wrong"] for part in given.only))
+    # torch.compile's own processes and torch's threads would be as many as cores in each of ours
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    begin = time.perf_counter()
+    found = check_parts(given.only, given.processes, max(1, cores() // given.processes), console)
+    report = {"facts": facts(), "date": time.strftime("%Y-%m-%d"), **found}
+    console.print(f"{time.perf_counter() - begin:.0f} s; written: {save('check', report)}")
+    sys.exit(any(part["wrong"] for part in found.values()))
 
 
 if __name__ == "__main__":

@@ -2,25 +2,27 @@
 
     python -m benchmarks.gpu.check_codecs [--elements 67108864] [--rounds 50]
 
-Leaves with status 1 when a byte differs. Times are the best of all rounds by CUDA events, each call followed by a copy
-of as many bytes as it must read and write.
+Leaves with status 1 when a byte differs. Times are the best of all rounds, in CUDA graphs, beside a copy of as many
+bytes as each call must read and write.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from benchmarks.gpu.timing import best, require_gpu, show
+from benchmarks.gpu.timing import Case, require_gpu, show
 from pykernels import reference
 from pykernels.ops.compress import CODECS, record_bytes
 
 RANKS = 4
+Calls = dict[str, Callable[[], Any]]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -99,37 +101,63 @@ def check_sparse() -> bool:
     return good
 
 
-def measure(n: int, rounds: int, device: str = "cuda") -> list[dict[str, Any]]:
+def cases(n: int, device: str = "cuda") -> Iterator[Case]:
     """Each codec's ops on `n` fp32 elements beside a copy of as many bytes as they must read and write."""
-    rows: list[dict[str, Any]] = []
     ops = torch.ops.pykernels
-    x, residual, out = torch.randn(n, device=device), torch.zeros(n, device=device), torch.zeros(n, device=device)
+    segments = torch.tensor([[0, n, 0]])
 
-    def add(codec: str, op: str, moved: int, call: Callable[[], Any]) -> None:
-        source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        ours, copy = best([call, lambda: target.copy_(source)], rounds)
-        rows.append({"codec": codec, "op": op, "MB": round(moved / 1e6), "times": {"pykernels": ours, "copy": copy}})
+    def case(
+        codec: str, op: str, moved: int, make: Callable[[], Callable[[], Any]], also: Callable[[], Calls] = dict
+    ) -> Case:
+        def rivals() -> Calls:
+            source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
+            target = torch.empty_like(source)
+            return {"pykernels": make(), "copy": lambda: target.copy_(source), **also()}
+
+        return Case({"codec": codec, "op": op, "MB": round(moved / 1e6)}, rivals, repeat=3)
+
+    def numbers() -> torch.Tensor:
+        return torch.randn(n, device=device)
+
+    def encode(size: int, *how: Any) -> Callable[[], Any]:
+        x, residual = numbers(), torch.zeros(n, device=device)
+        payload = torch.zeros(size, dtype=torch.uint8, device=device)
+        return lambda: ops.compress_encode(x, residual, payload, *how)
+
+    def encoded(ranks: int, size: int, *how: Any) -> torch.Tensor:
+        shards = torch.zeros(ranks, size, dtype=torch.uint8, device=device)
+        for shard in shards:
+            ops.compress_encode(numbers(), None, shard, *how)
+        return shards
+
+    def decode(size: int, *how: Any) -> Callable[[], Any]:
+        shards, out = encoded(1, size, *how), torch.zeros(n, device=device)
+        return lambda: ops.compress_decode(shards, out, *how)
+
+    def reduce(size: int, *how: Any) -> Callable[[], Any]:
+        shards, residual = encoded(RANKS, size, *how), torch.zeros(n, device=device)
+        payload = torch.zeros(size, dtype=torch.uint8, device=device)
+        return lambda: ops.compress_reduce(shards, residual, payload, *how, 1 / RANKS)
+
+    def largest(k: int) -> Callable[[], Any]:
+        x, residual = numbers(), torch.zeros(n, device=device)
+        entries = torch.zeros(8 * k, dtype=torch.uint8, device=device)
+        return lambda: ops.sparse_encode(x, residual, None, entries, segments, k)
+
+    def torchs_largest(k: int) -> Calls:
+        x = numbers()
+        return {"torch.topk(x.abs(), k)": lambda: torch.topk(x.abs(), k)}
 
     for codec in CODECS:
         block = 1024 if codec == "onebit" else 256
         size = -(-n // block) * record_bytes(codec, block)
-        how = (torch.tensor([[0, n, 0]]), codec, block)
-        shards = torch.zeros(RANKS, size, dtype=torch.uint8, device=device)
-        payload = torch.zeros(size, dtype=torch.uint8, device=device)
-        for shard in shards:
-            ops.compress_encode(x, None, shard, *how)
-        add(codec, "encode, error feedback", 12 * n + size,
-            lambda how=how, p=payload: ops.compress_encode(x, residual, p, *how))  # fmt: skip
-        add(codec, "decode", 4 * n + size, lambda how=how, s=shards: ops.compress_decode(s[:1], out, *how))
-        add(codec, f"reduce {RANKS} ranks", 8 * n + (RANKS + 1) * size,
-            lambda how=how, s=shards, p=payload: ops.compress_reduce(s, residual, p, *how, 1 / RANKS))  # fmt: skip
-    segments, k = torch.tensor([[0, n, 0]]), n // 100
-    entries = torch.zeros(8 * k, dtype=torch.uint8, device=device)
-    add("top-k 1 %", "encode, error feedback", 12 * n + 8 * k,
-        lambda: ops.sparse_encode(x, residual, None, entries, segments, k))  # fmt: skip
-    add("top-k 1 %", "torch.topk(x.abs(), k)", 12 * n + 8 * k, lambda: torch.topk(x.abs(), k))
-    return rows
+        how = (size, segments, codec, block)
+        yield case(codec, "encode, error feedback", 12 * n + size, functools.partial(encode, *how))
+        yield case(codec, "decode", 4 * n + size, functools.partial(decode, *how))
+        yield case(codec, f"reduce {RANKS} ranks", 8 * n + (RANKS + 1) * size, functools.partial(reduce, *how))
+    k = n // 100
+    yield case("top-k 1 %", "encode, error feedback", 12 * n + 8 * k, functools.partial(largest, k),
+               functools.partial(torchs_largest, k))  # fmt: skip
 
 
 def main() -> None:
@@ -144,7 +172,7 @@ def main() -> None:
     wrong = [codec for codec in CODECS if not check_dense(codec)]
     wrong += [] if check_sparse() else ["sparse"]
     console.print(f"bytes differ from the oracle's: {', '.join(wrong)}" if wrong else "all bytes are the oracle's")
-    show("gradient codecs", measure(given.elements, given.rounds))
+    show("gradient codecs", [case.measure(given.rounds) for case in cases(given.elements)])
     sys.exit(bool(wrong))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.side_by_side import Findings, Skipped, share_of
 from pykernels.cuda import tables
 from pykernels.ops import _load
 
@@ -17,7 +18,6 @@ import library_calls
 
 __all__ = ["check_conv", "check_gemm"]
 
-Report = dict[str, Any]
 # m, n, k that fill no tile.
 GEMMS = ((1, 16, 16), (7, 48, 32), (16, 256, 512), (65, 272, 144), (130, 320, 272), (513, 1040, 1552), (300, 64, 16384))
 # Images, output channels, kernel, stride, padding (left, right, top, bottom), dilation.
@@ -31,45 +31,37 @@ CONVS = (
 )
 
 
-def _check(op: str, sizes: tuple[Any, ...], make: Callable[..., library_calls.Case]) -> Report:
+def _check(op: str, sizes: tuple[Any, ...], make: Callable[..., library_calls.Case], number: int, of: int) -> Findings:
     torch.manual_seed(0)
-    configurations = tables.configurations(op)
-    if not configurations:
-        return {"looked_at": 0, "wrong": {}, "skipped": f"no CUDA library: {_load.CUDA_ERROR}"}
+    if not tables.configurations(op):
+        raise Skipped(f"no CUDA library: {_load.CUDA_ERROR}")
     capability = torch.cuda.get_device_capability()
-    wrong: dict[str, str] = {}
-    looked_at = 0
-    for name, (index, needed) in configurations.items():
+    for name, (index, needed) in share_of(list(tables.configurations(op).items()), number, of):
         if not tables.runs(needed, capability):
             continue
         for variant in library_calls.variants(sizes, name.endswith("swapped")):
             case = make(*variant, "cuda")
-            looked_at += 1
             try:
                 getattr(torch.ops.pykernels, f"_cuda_{op}")(**case.given, config=index)
                 complaint = case.complaint()
             except RuntimeError as error:
                 complaint = str(error).splitlines()[0][:300]
-            if complaint is not None:
-                wrong[f"{name}: {case.title}"] = complaint
-    return {"looked_at": looked_at, "wrong": wrong}
+            yield f"{name}: {case.title}", complaint
 
 
-def check_gemm() -> Report:
+def check_gemm(number: int = 0, of: int = 1) -> Findings:
     """Every configuration of the GEMM, over sizes that fill no tile; and errors."""
-    found = _check("int8_gemm", GEMMS, library_calls.gemm_case)
-    if "skipped" in found:
-        return found
-    errors = check_gemm_errors()
-    return {"looked_at": found["looked_at"] + errors["looked_at"], "wrong": found["wrong"] | errors["wrong"]}
+    yield from _check("int8_gemm", GEMMS, library_calls.gemm_case, number, of)
+    if number == 0:
+        yield from check_gemm_errors()
 
 
-def check_conv() -> Report:
+def check_conv(number: int = 0, of: int = 1) -> Findings:
     """Every configuration of the convolution."""
-    return _check("int8_conv", CONVS, library_calls.conv_case)
+    yield from _check("int8_conv", CONVS, library_calls.conv_case, number, of)
 
 
-def check_gemm_errors() -> Report:
+def check_gemm_errors() -> Findings:
     """Whether bad arguments of the private op are refused by name, before anything runs."""
     m, n, k = 32, 48, 64
     numbers = torch.ones(n, device="cuda")
@@ -104,12 +96,11 @@ def check_gemm_errors() -> Report:
         ("residual_order", "beside"),
         ("config", -1),
     ]
-    wrong: dict[str, str] = {}
     for i, (name, value) in enumerate(bad):
+        complaint: str | None = "not refused"
         try:
             torch.ops.pykernels._cuda_int8_gemm(**{**good, name: value})
-            wrong[f"bad {name} ({i})"] = "not refused"
         except RuntimeError as error:
-            if f"_cuda_int8_gemm: {name}" not in str(error):
-                wrong[f"bad {name} ({i})"] = str(error).splitlines()[0][:300]
-    return {"looked_at": len(bad), "wrong": wrong}
+            refused = f"_cuda_int8_gemm: {name}" in str(error)
+            complaint = None if refused else str(error).splitlines()[0][:300]
+        yield f"bad {name} ({i})", complaint

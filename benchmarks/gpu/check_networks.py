@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import nn
 
 import pykernels as pk
+from benchmarks.gpu.side_by_side import Findings, share_of
 from pykernels.network.dynamo import pykernels as backend
 from pykernels.quantization import recipes
 
@@ -223,22 +224,21 @@ def exact() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = flags
 
 
-def check_networks(device: torch.device, size: int = 64) -> dict[str, str | None]:
-    """By the name of each check, what is wrong or None. `size`: pixels of a side of the images."""
-    found: dict[str, str | None] = {}
+def check_networks(device: torch.device, size: int = 64, number: int = 0, of: int = 1) -> Findings:
+    """The names of the checks of share `number`, and what is wrong or None. `size`: pixels of a side of the images."""
     with exact():
-        for name, check in checks(Networks(device, size)):
+        for name, check in share_of(list(checks(Networks(device, size))), number, of):
             try:
-                found[name] = check()
+                wrong = check()
             except Exception as error:  # all are tried
-                found[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return found
+                wrong = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            yield name, wrong
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    found = check_networks(parser.parse_args().device)
+    found = dict(check_networks(parser.parse_args().device))
     table = Table("network", "answer")
     for name, wrong in found.items():
         table.add_row(name, "[green]right[/]" if wrong is None else f"[red]{wrong}[/]")

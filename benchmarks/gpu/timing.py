@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import json
 import pathlib
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pykernels
+from benchmarks.gpu.warm import kernels_only
 from pykernels.cuda import registry
 from pykernels.ops import _load
 
@@ -35,6 +38,7 @@ def facts() -> dict[str, Any]:
         "capability": list(torch.cuda.get_device_capability()),
         "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
         "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton"),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "pykernels": pykernels.__version__,
@@ -88,6 +92,42 @@ def compare(calls: dict[str, Callable[[], Any]], rounds: int = 20, repeat: int =
     for name, seconds in zip(graphs, best(list(graphs.values()), rounds), strict=True):
         found[name] = seconds / repeat
     return {name: found[name] for name in calls}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a report.
+
+    Attributes:
+        head: what stands before the times.
+        rivals: makes what is compared, by name; those of ours are called `pykernels ...`.
+        speed: what stands beside `head` once our seconds are known, or that we did not run (None).
+        repeat: calls in one CUDA graph.
+    """
+
+    head: dict[str, Any]
+    rivals: Callable[[], dict[str, Callable[[], Any]]]
+    speed: Callable[[float | None], dict[str, Any]] = field(default=lambda _: {})
+    repeat: int = REPEAT
+
+    def measure(self, rounds: int) -> dict[str, Any]:
+        """The row, seconds of one call of each rival under `times`."""
+        times = compare(self.rivals(), rounds, self.repeat)
+        ours = next(seconds for name, seconds in times.items() if name.startswith("pykernels"))
+        return {**self.head, **self.speed(ours if isinstance(ours, float) else None), "times": times}
+
+    def line(self, row: dict[str, Any]) -> str:
+        """The row in one line, times in µs."""
+        heads = " ".join(f"{key} {value}" for key, value in row.items() if key != "times")
+        times = (f"{n} {t * 1e6:.1f}" if isinstance(t, float) else f"{n} –" for n, t in row["times"].items())
+        return f"{heads}: {', '.join(times)}"
+
+    def compile(self) -> None:
+        """Compile our kernels, and no rival's, and run none."""
+        with kernels_only():
+            for name, call in self.rivals().items():
+                if name.startswith("pykernels"):
+                    call()
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:

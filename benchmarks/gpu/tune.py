@@ -1,33 +1,40 @@
 """Measure the int8 GEMM and convolution in every configuration, and write this device's table to pykernels/cuda/tuned.
 
-    python -m benchmarks.gpu.tune [--only conv gemm] [--seconds 330] [--rounds 8] [--dry-run]
+    python -m benchmarks.gpu.tune [--only conv gemm] [--seconds 330] [--rounds 8] [--again] [--dry-run]
 
 conv  ResNet-50's and MobileNetV2's layers that the implicit GEMM runs, batch 1 and 32
 gemm  layers of ResNet-50, MobileNetV2, a BERT and a 7B language model, at 1 to 65536 rows
 
-Each by the CUDA library's configurations and by each tile that Triton's kernel could take.
+Each by the CUDA library's configurations and by each tile that Triton's kernel could take, all compiled first, by as
+many processes as there are cores.
 
-Where no time is left, or --only leaves a part out, the table keeps what it had.
+Times go to docs/benchmarks/gpu/tune-<device>.json, and the table, which is made from them, is written anew, after each
+shape. So a run that was cut off, or whose seconds are over, is gone on with by the next one: shapes that this device
+has measured with these versions and kernels are not measured again, unless --again says so. Where --only leaves a part
+out, the table keeps what it had.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import functools
+import hashlib
 import json
 import math
 import pathlib
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.gpu.timing import compare, facts, require_gpu
+from benchmarks.gpu.timing import FOLDER, compare, facts, require_gpu
+from benchmarks.gpu.warm import kernels_only, warm
 from pykernels import bench
 from pykernels.cuda import tables
-from pykernels.cuda.triton import gemm
+from pykernels.cuda.triton import gemm, short_k
 from pykernels.cuda.triton.conv import conv_by_formula
 from pykernels.cuda.triton.conv_shape import ConvShape, conv_shape
 
@@ -40,9 +47,9 @@ WIDTHS = ((64, 256), (256, 64), (256, 1024), (512, 2048), (1024, 256), (2048, 51
 NETWORKS = ("resnet50", "mobilenet_v2")
 BATCHES = (1, 32)
 PRODUCTS = 2**39  # shapes with more, which would take long, do as the largest that is measured
+SHORT = "triton short K"  # which a launcher takes wherever it is made for: see short_k.fits
 Calls = dict[str, Callable[[], Any]]
 Tile = tuple[int, ...]
-Makers = tuple[Callable[[], Calls], Callable[[], Callable[[], Any]]]
 ops = torch.ops.pykernels
 T = TypeVar("T")
 
@@ -61,6 +68,17 @@ def tiles(formula: gemm.Config, candidates: Iterable[list[int]], processors: int
 def forced(tile: Tile, call: Callable[[], Any]) -> Any:
     with tables.forced(tile):
         return call()
+
+
+def without_library(call: Callable[[], Any]) -> Any:
+    with tables.disabled():
+        return call()
+
+
+def short_calls(kind: str, on: Machine, sizes: tuple[int, int, int], call: Callable[[], Any]) -> Calls:
+    """The kernel of a short K, where a launcher would take it."""
+    fits = kind == "gemm" and short_k.fits(on.arch, on.processors, *sizes)
+    return {SHORT: functools.partial(without_library, call)} if fits else {}
 
 
 def by_tile(found: list[Tile], call: Callable[[], Any]) -> Calls:
@@ -121,6 +139,65 @@ def conv_call(s: ConvShape, device: str) -> Callable[[], Any]:
     return lambda: ops.qconv2d(x, packed, s.o, *geometry, 0.01, 0, 5.0, 128, torch.uint8, "relu")
 
 
+@dataclass(frozen=True)
+class Shape:
+    """One product that is measured.
+
+    Attributes:
+        kind: "conv" or "gemm".
+        sizes: M, N and K, as tables know it.
+        formula: the tile by formula.
+        library, triton: make the library's calls by name, and the call of Triton's kernel.
+    """
+
+    kind: str
+    title: str
+    sizes: tuple[int, int, int]
+    formula: gemm.Config
+    library: Callable[[], Calls]
+    triton: Callable[[], Callable[[], Any]]
+
+    @property
+    def width(self) -> str:
+        return f"{self.sizes[1]}x{self.sizes[2]}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is tuned for; `device` is where the tensors are."""
+
+    capability: tuple[int, int]
+    processors: int
+    device: str = "cuda"
+
+    @property
+    def arch(self) -> int:
+        return 10 * self.capability[0] + self.capability[1]
+
+
+def gemm_layers(on: Machine, widths: Iterable[tuple[int, int]] = WIDTHS, rows: Iterable[int] = ROWS) -> Iterator[Shape]:
+    for n, k in widths:
+        for m in rows:
+            if m * n * k <= PRODUCTS:
+                yield Shape(
+                    "gemm", f"gemm {m}x{n}x{k}", (m, n, k), gemm.by_formula(on.arch, on.processors, m, n, k),
+                    functools.partial(library_gemm, m, n, k, on.capability, on.device),
+                    functools.partial(linear_call, m, n, k, on.device),
+                )  # fmt: skip
+
+
+def conv_layers(on: Machine, batches: Iterable[int] = BATCHES) -> Iterator[Shape]:
+    for s, sizes, row in conv_shapes(batches):
+        title = f"conv {s.n}x{s.c}x{s.h}x{s.w}, {s.o} of {s.kernel[0]}x{s.kernel[1]}/{s.stride[0]}"
+        yield Shape(
+            "conv", title, sizes, conv_by_formula(on.arch, on.processors, s, row),
+            functools.partial(library_conv, s, on.capability, on.device), functools.partial(conv_call, s, on.device),
+        )  # fmt: skip
+
+
+LAYERS: dict[str, Callable[[Machine], Iterator[Shape]]] = {"conv": conv_layers, "gemm": gemm_layers}
+
+
 def conv_shapes(batches: Iterable[int]) -> Iterator[tuple[ConvShape, tuple[int, int, int], int]]:
     """The layers that the implicit GEMM runs, each once: shape, M, N, K, and bytes of a pixel's channels."""
     folder = pathlib.Path(bench.__file__).parent / "shapes"
@@ -137,7 +214,7 @@ def conv_shapes(batches: Iterable[int]) -> Iterator[tuple[ConvShape, tuple[int, 
                 yield s, (s.n * s.oh * s.ow, s.o, s.kernel[0] * s.kernel[1] * at.row), at.row
 
 
-def ladder(points: dict[int, T]) -> list[tuple[int | None, T]]:
+def ladder(points: Mapping[int, T]) -> list[tuple[int | None, T]]:
     """Winners by M as a table's rows: neighbours that agree are one, and the last has no largest M."""
     rows: list[tuple[int | None, T]] = []
     for m, winner in sorted(points.items()):
@@ -147,7 +224,7 @@ def ladder(points: dict[int, T]) -> list[tuple[int | None, T]]:
     return [*rows[:-1], (None, rows[-1][1])]
 
 
-def names_ladder(points: dict[int, str]) -> list[tuple[int | None, str]]:
+def names_ladder(points: Mapping[int, str]) -> list[tuple[int | None, str]]:
     """Likewise of names, where swapped configurations take no residual: the last row is none of them."""
     rows = ladder(points)
     if rows[-1][1].endswith("swapped"):
@@ -157,96 +234,176 @@ def names_ladder(points: dict[int, str]) -> list[tuple[int | None, str]]:
     return rows
 
 
-def fastest(times: dict[str, float | str]) -> str | None:
+def fastest(times: Mapping[str, float | str]) -> str | None:
     ran = {name: seconds for name, seconds in times.items() if isinstance(seconds, float)}
     return min(ran, key=ran.__getitem__, default=None)
 
 
-class Ladders(collections.defaultdict[str, dict[int, Any]]):
-    """Winners by width and M."""
+def compile_tile(kind: str, title: str, name: str, on: Machine) -> None:
+    """In a process of `warm`: a tile, or the kernel of a short K."""
+    shape = next(shape for shape in LAYERS[kind](on) if shape.title == title)
+    with kernels_only():
+        if name == SHORT:
+            without_library(shape.triton())
+        else:
+            forced(tuple(json.loads(name)), shape.triton())
 
-    def __init__(self) -> None:
-        super().__init__(dict)
+
+def as_text(value: Any, margin: str = "") -> str:
+    """JSON with a line for each row of a table."""
+    if isinstance(value, dict) and value:
+        inner = (f"{margin}  {json.dumps(key)}: {as_text(item, margin + '  ')}" for key, item in value.items())
+        return "{\n" + ",\n".join(inner) + f"\n{margin}}}"
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        return "[\n" + ",\n".join(f"{margin}  {json.dumps(item)}" for item in value) + f"\n{margin}]"
+    return json.dumps(value)
+
+
+def of_triton(name: str) -> bool:
+    """Whether it is the name of a tile, or of the kernel of a short K."""
+    return name.startswith("[") or name == SHORT
+
+
+class Times:
+    """What was measured on a device: µs by shape and configuration, in a file that grows.
+
+    Attributes:
+        found: by title, times in µs by configuration, or why one did not run.
+        earlier: titles that were measured with other versions or kernels, and are to be measured again.
+    """
+
+    def __init__(self, path: pathlib.Path, state: dict[str, str]) -> None:
+        self.path, self.state = path, state
+        self.found: dict[str, dict[str, float | str]] = {}
+        self.earlier: set[str] = set()
+        if path.exists():
+            held = json.loads(path.read_text())
+            self.found = held["microseconds"]
+            same = all(held.get(key) == value for key, value in state.items())
+            self.earlier = set(held.get("earlier", [])) if same else set(self.found)
+
+    def left(self, shapes: Iterable[Shape]) -> list[Shape]:
+        """Of these, what has not been measured as things are now."""
+        return [s for s in shapes if s.title not in self.found or s.title in self.earlier]
+
+    def add(self, title: str, seconds: dict[str, float | str]) -> None:
+        words = {name: value if isinstance(value, str) else round(value * 1e6, 2) for name, value in seconds.items()}
+        self.found[title] = words
+        self.earlier.discard(title)
+
+    def write(self, note: str) -> None:
+        held = {"note": note, **self.state, "earlier": sorted(self.earlier), "microseconds": self.found}
+        replace_text(self.path, json.dumps(held, indent=1) + "\n")
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """All of it or nothing: the run may be cut off here, too."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def table_of(before: dict[str, Any], shapes: Iterable[Shape], times: Times) -> dict[str, Any]:
+    """The table `before` with the winners of all shapes that have times; what has none stays as it was."""
+    names: dict[str, dict[str, dict[int, str]]] = {}
+    tiles_of: dict[str, dict[str, dict[int, Tile]]] = {}
+    for shape in shapes:
+        taken, m = times.found.get(shape.title, {}), shape.sizes[0]
+        winner, ours = fastest(taken), fastest({name: t for name, t in taken.items() if name.startswith("[")})
+        if winner is not None and not all(of_triton(name) for name in taken):  # with the library
+            winners = names.setdefault(shape.kind, {}).setdefault(shape.width, {})
+            winners[m] = tables.TRITON if of_triton(winner) else winner
+        if ours is not None:
+            tiles_of.setdefault(shape.kind, {}).setdefault(shape.width, {})[m] = tuple(json.loads(ours))
+    table = {**before, "triton": dict(before["triton"])}
+    for kind, widths in tiles_of.items():
+        table["triton"][kind] = table["triton"][kind] | {w: as_lists(ladder(points)) for w, points in widths.items()}
+    for kind, by_name in names.items():
+        measured = before.get(f"int8_{kind}", {}) if before["device"] else {}  # what was reasoned goes
+        table[f"int8_{kind}"] = measured | {w: as_lists(names_ladder(points)) for w, points in by_name.items()}
+    return table
+
+
+def as_lists(rows: list[tuple[int | None, Any]]) -> list[list[Any]]:
+    """As JSON has them."""
+    return [[m, list(winner) if isinstance(winner, tuple) else winner] for m, winner in rows]
 
 
 class Tuner:
-    """Measures until `seconds` have passed; `table` is then what was found, over what the file held."""
+    """Measures shapes until `seconds` have passed, and keeps the table as it should now be."""
 
-    def __init__(self, name: str, capability: tuple[int, int], processors: int, seconds: float, rounds: int,
-                 device: str = "cuda") -> None:  # fmt: skip
-        self.table = json.loads((tables.FOLDER / f"{name}.json").read_text())
-        self.capability, self.processors, self.rounds, self.device = capability, processors, rounds, device
-        self.arch = 10 * capability[0] + capability[1]
+    def __init__(self, name: str, on: Machine, times: Times, rounds: int, seconds: float) -> None:
+        self.name, self.on, self.times, self.rounds = name, on, times, rounds
+        self.path = tables.FOLDER / f"{name}.json"
+        self.before = json.loads(self.path.read_text())
         self.end = time.monotonic() + seconds
-        self.left_out = 0
-        self.times: dict[str, dict[str, float | str]] = {}
+        self.every = [shape for layers in LAYERS.values() for shape in layers(on)]
+        self.measured: set[str] = set()  # kinds
 
-    def measure(self, title: str, products: int, make: Callable[[], Calls]) -> dict[str, float | str]:
-        """Seconds by name, or nothing where no time is left."""
-        if time.monotonic() > self.end:
-            self.left_out += 1
-            return {}
-        taken = compare(make(), self.rounds, 5)
-        winner = fastest(taken)
-        if winner is None:
-            print(f"{title}: nothing ran: {taken}", flush=True)
-            return {}
-        speed = 2e-12 * products / float(taken[winner])
-        print(f"{title}: {winner}, {speed:.1f} TOP/s, of {len(taken)}", flush=True)
-        self.times[title] = {
-            key: value if isinstance(value, str) else round(value * 1e6, 2) for key, value in taken.items()
-        }
-        return taken
+    def tiles(self, shape: Shape) -> list[Tile]:
+        return tiles(shape.formula, self.before["triton"]["candidates"], self.on.processors, *shape.sizes)
 
-    def part(self, kind: str, shapes: Iterable[tuple[tuple[int, int, int], gemm.Config, str, Makers]]) -> None:
-        """Measure shapes: M, N and K, the tile by formula, a title, and what makes the library's and Triton's calls."""
-        op, names, found = f"int8_{kind}", Ladders(), Ladders()
-        for (m, n, k), formula, title, (by_library, by_triton) in shapes:
-            some = tiles(formula, self.table["triton"]["candidates"], self.processors, m, n, k)
-            make = lambda: {**by_library(), **by_tile(some, by_triton())}  # noqa: B023, E731 - called in this turn
-            taken = self.measure(f"{kind} {title}", m * n * k, make)
+    def tasks(self, shapes: Iterable[Shape]) -> list[Callable[[], None]]:
+        """What `warm` is to do before they are measured."""
+        return [
+            functools.partial(compile_tile, shape.kind, shape.title, name, self.on)
+            for shape in shapes
+            for name in [*map(json.dumps, self.tiles(shape)), *short_calls(shape.kind, self.on, shape.sizes, len)]
+        ]
+
+    def measure(self, shapes: Iterable[Shape], write: bool = True) -> int:
+        """How many no time was left for."""
+        left = 0
+        for shape in shapes:
+            if time.monotonic() > self.end:
+                left += 1
+                continue
+            call = shape.triton()
+            tried = {**by_tile(self.tiles(shape), call), **short_calls(shape.kind, self.on, shape.sizes, call)}
+            taken = compare({**shape.library(), **tried}, self.rounds, 5)
             winner = fastest(taken)
-            ours = fastest({name: value for name, value in taken.items() if name.startswith("[")})
-            if winner is not None:
-                names[f"{n}x{k}"][m] = tables.TRITON if winner.startswith("[") else winner
-            if ours is not None:
-                found[f"{n}x{k}"][m] = tuple(json.loads(ours))
-        self.table["triton"][kind] |= {width: ladder(points) for width, points in found.items()}
-        if names and tables.configurations(op):
-            before = self.table.get(op, {}) if self.measured(kind) else {}
-            self.table[op] = before | {width: names_ladder(points) for width, points in names.items()}
+            if winner is None:
+                print(f"{shape.title}: nothing ran: {taken}", flush=True)
+                continue
+            speed = 2e-12 * math.prod(shape.sizes) / float(taken[winner])
+            print(f"{shape.title}: {winner}, {speed:.1f} TOP/s, of {len(taken)}", flush=True)
+            self.times.add(shape.title, taken)
+            self.measured.add(shape.kind)
+            if write:
+                self.write()
+        return left
 
-    def measured(self, kind: str) -> bool:
-        """Whether the file's table was measured, and not reasoned."""
-        return any(title.startswith(kind) for title in self.table.get("microseconds", {}))
-
-    def conv(self, batches: Iterable[int] = BATCHES) -> None:
-        self.part("conv", (
-            (sizes, conv_by_formula(self.arch, self.processors, s, row),
-             f"{s.n}x{s.c}x{s.h}x{s.w}, {s.o} of {s.kernel[0]}x{s.kernel[1]}/{s.stride[0]}",
-             (functools.partial(library_conv, s, self.capability, self.device),
-              functools.partial(conv_call, s, self.device)))
-            for s, sizes, row in conv_shapes(batches)
-        ))  # fmt: skip
-
-    def gemm(self, widths: Iterable[tuple[int, int]] = WIDTHS, rows: Iterable[int] = ROWS) -> None:
-        self.part("gemm", (
-            ((m, n, k), gemm.by_formula(self.arch, self.processors, m, n, k), f"{m}x{n}x{k}",
-             (functools.partial(library_gemm, m, n, k, self.capability, self.device),
-              functools.partial(linear_call, m, n, k, self.device)))
-            for n, k in widths for m in rows if m * n * k <= PRODUCTS
-        ))  # fmt: skip
-
-    def finish(self, device: dict[str, Any]) -> str:
-        """The table as text."""
+    def table(self) -> dict[str, Any]:
+        """As what was measured until now makes it."""
         note = f"measured {time.strftime('%Y-%m-%d')} by python -m benchmarks.gpu.tune"
-        kept = [kind for kind in PARTS if not any(title.startswith(kind) for title in self.times)]
+        kept = [kind for kind in PARTS if kind not in self.measured]
         note += f"; {' and '.join(kept)} as before" if kept else ""
-        if self.left_out:
-            note += f"; no time was left for {self.left_out} shapes"
-        table = {**self.table, "note": note, **{key: device[key] for key in ("device", "torch")}}
-        table["microseconds"] = table.get("microseconds", {}) | self.times
-        return json.dumps(table, indent=1) + "\n"
+        left = len(self.times.left(self.every))
+        note += f"; {left} shapes are still to be measured" if left else ""
+        found = table_of(self.before, self.every, self.times)
+        return {**found, "note": note, **{key: self.times.state[key] for key in ("device", "torch")}}
+
+    def write(self) -> None:
+        table = self.table()
+        replace_text(self.path, as_text(table) + "\n")
+        self.times.write(table["note"])
+
+
+def kernels() -> str:
+    """Of the sources of what is measured: Triton's kernels, and the library's."""
+    root = pathlib.Path(tables.__file__).parents[2]
+    found = hashlib.sha256()
+    for path in sorted(
+        [*(root / "pykernels" / "cuda" / "triton").glob("*.py"), *(root / "csrc" / "cuda").rglob("*.*")]
+    ):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def times_path(device: str) -> pathlib.Path:
+    """Of the file of a device: `NVIDIA H200` has tune-h200.json."""
+    words = re.findall(r"[a-z0-9]+", device.lower().removeprefix("nvidia"))
+    return FOLDER / f"tune-{'-'.join(words)}.json"
 
 
 def main() -> None:
@@ -254,6 +411,7 @@ def main() -> None:
     arguments.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     arguments.add_argument("--seconds", type=float, default=330, help="after which nothing more is measured")
     arguments.add_argument("--rounds", type=int, default=8, help="of which the best counts")
+    arguments.add_argument("--again", action="store_true", help="measure everything, whatever has been measured")
     arguments.add_argument("--dry-run", action="store_true", help="print the table and write nothing")
     given = arguments.parse_args()
     require_gpu("tune")
@@ -263,17 +421,23 @@ def main() -> None:
         raise SystemExit(f"tune: there is no table for compute capability {capability}")
     if not tables.configurations("int8_gemm"):
         print("tune: the CUDA library is not loaded: Triton's tiles alone are measured")
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    tuner = Tuner(name, capability, processors, given.seconds, given.rounds)
-    for part in given.only:
-        getattr(tuner, part)()
-    text = tuner.finish(facts())
+    machine = Machine(capability, torch.cuda.get_device_properties(0).multi_processor_count)
+    known = facts()
+    state = {**{key: known[key] for key in ("device", "torch", "triton")}, "kernels": kernels()}
+    times = Times(times_path(known["device"]), state)
+    if given.again:
+        times.earlier = set(times.found)
+    tuner = Tuner(name, machine, times, given.rounds, given.seconds)
+    shapes = times.left(shape for shape in tuner.every if shape.kind in given.only)
+    print(f"{len(tuner.every)} shapes, {len(shapes)} to be measured", flush=True)
+    warm(tuner.tasks(shapes))
+    left = tuner.measure(shapes, not given.dry_run)
     if given.dry_run:
-        print(text)
+        print(as_text(tuner.table()))
+    elif left:
+        print(f"no time was left for {left} shapes: run it again, and it goes on")
     else:
-        path = tables.FOLDER / f"{name}.json"
-        path.write_text(text)
-        print(f"wrote {path}")
+        print(f"{tuner.path} and {times.path} are complete")
 
 
 if __name__ == "__main__":

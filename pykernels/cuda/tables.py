@@ -25,7 +25,18 @@ import torch
 
 from pykernels.ops import _load
 
-__all__ = ["architecture", "configurations", "disabled", "forced", "int8_conv", "int8_gemm", "runs", "table", "tile"]
+__all__ = [
+    "architecture",
+    "configurations",
+    "disabled",
+    "forced",
+    "forced_tile",
+    "int8_conv",
+    "int8_gemm",
+    "runs",
+    "table",
+    "tile",
+]
 
 FOLDER = pathlib.Path(__file__).parent / "tuned"
 TRITON = "triton"
@@ -160,6 +171,11 @@ def _tile(kind: str, m: int, n: int, k: int, arch: int) -> tuple[int, ...] | Non
     if width is None or _distance(width, n, k) > NEAR:
         return None
     return next(tuple(found) for most, found in rules[width] if most is None or m <= most)
+
+
+def forced_tile() -> tuple[int, ...] | None:
+    """That of `forced`."""
+    return _forced
 
 
 def tile(kind: str, m: int, n: int, k: int, arch: int) -> tuple[int, ...] | None:

@@ -195,7 +195,7 @@ class Repository:
             await asyncio.sleep(seconds)
             try:
                 await self.refresh()
-            except OSError as error:  # the folder may be unreachable for a while
+            except Exception as error:  # the folder may be unreachable for a while, say; the next look may do
                 log.warning("models: %s", error)
 
     async def get(self, name: str, version: str = "") -> Model:

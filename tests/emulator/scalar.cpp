@@ -131,6 +131,15 @@ OPERATION(FMaxNan, (T a, T b), T(std::isnan(a) || std::isnan(b) ? std::numeric_l
 OPERATION(Exp2, (T a), T(std::exp2(a)))
 #undef OPERATION
 
+// On the bits of halves.
+struct HalfMaxNan {
+  uint16_t operator()(uint16_t a, uint16_t b) const {
+    const double x = decode(a, kHalf), y = decode(b, kHalf);
+    if (std::isnan(x) || std::isnan(y)) return 0x7FFF;
+    return x > y || (x == y && std::signbit(y)) ? a : b;
+  }
+};
+
 // On both halves of a word.
 template <class T, class F>
 struct Both {
@@ -499,6 +508,7 @@ bool assemble_scalar(Assembler& a, const Statement& s, Instruction& i) {
     return operands(bits == 64 ? move<uint64_t> : move<uint32_t>, bits);
   }
 
+  if (s.text() == "max.NaN.f16x2") return operands(binary<uint32_t, Both<uint16_t, HalfMaxNan>>);
   if (t.ends_with("16x2") && s.modifiers.size() == 1) {
     if (is("add")) return operands(pairs<Add>(t));
     if (is("min")) return operands(pairs<Min>(t));
@@ -533,6 +543,7 @@ bool assemble_scalar(Assembler& a, const Statement& s, Instruction& i) {
     if (is("neg")) return operands(reals1<Neg>(t), bits);
     if (is("abs")) return operands(reals1<FAbs>(t), bits);
     if (is("min")) return operands(s.has("NaN") ? reals<FMinNan>(t) : reals<FMin>(t), bits);
+    if (is("max") && t == "f16" && s.has("NaN")) return operands(binary<uint16_t, HalfMaxNan>, bits);
     if (is("max")) return operands(s.has("NaN") ? reals<FMaxNan>(t) : reals<FMax>(t), bits);
     return false;
   }

@@ -376,12 +376,6 @@ for _ in range(3):
     assert (done.returncode, done.stdout.splitlines()) == (0, ["(1, 10)"] * 3), done.stderr
 
 
-def test_pykernels_imports_no_benchmarks() -> None:
-    """They take seconds."""
-    program = "import sys, pykernels; sys.exit('pykernels.bench' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
-
-
 def test_a_fork_is_told_that_it_has_no_instances(network: pk.Optimized) -> None:
     with pk.Instances(network, pk.Setup(1, 1)) as instances:
         read, write = os.pipe()

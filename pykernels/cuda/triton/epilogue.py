@@ -168,14 +168,18 @@ MOST = tl.constexpr(3.4028234663852886e38)  # fp32's largest finite number
 
 
 @triton.jit
-def _scaled(
-    acc, scale, bias, residual, out, place, mask, residual_scale, residual_zero_point, inverse, zero_point,
+def folded(
+    scale, bias, residual_scale, residual_zero_point, inverse, zero_point,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """Store the bytes of `scaled` in csrc/cpu/tile/kernels.h: all that is linear folded, bytes counted as unsigned."""
+    """What `scaled` takes of columns of these scales and biases: multiplier, addend, the residual's factor, low, high.
+
+    All that is linear is folded, bytes counted as unsigned, as `scaled` in csrc/cpu/tile/kernels.h does.
+    """
     SHIFT: tl.constexpr = 128 if OUT == "int8" else 0
     zero = (zero_point + SHIFT).to(tl.float32)
     offset = zero
+    factor = zero  # is not looked at without a residual
     if RESIDUAL is not None:
         RESIDUAL_SHIFT: tl.constexpr = 128 if RESIDUAL == "int8" else 0
         factor = tl.minimum(residual_scale * inverse, MOST)
@@ -184,16 +188,39 @@ def _scaled(
     known = addend == addend
     multiplier = tl.where(known, tl.minimum(scale * inverse, MOST), 0.0)
     addend = tl.where(known, addend, zero)
-    t = tl.fma(acc.to(tl.float32), tl.broadcast_to(multiplier, acc.shape), tl.broadcast_to(addend, acc.shape))
-    if RESIDUAL is not None:
-        r = (tl.load(residual + place, mask=mask, other=0).to(tl.int32) + RESIDUAL_SHIFT).to(tl.float32)
-        t = tl.fma(r, tl.full(acc.shape, 1.0, tl.float32) * factor, t)
-    low = zero if ACTIVATION == "relu" or ACTIVATION == "relu6" else 0.0
-    high = 255.0
+    low = zero if ACTIVATION == "relu" or ACTIVATION == "relu6" else zero * 0.0
+    high = zero * 0.0 + 255.0
     if ACTIVATION == "relu6":
         high = tl.minimum(rint(tl.minimum(6.0 * inverse, 512.0)).to(tl.float32) + zero, 255.0)
+    return multiplier, addend, factor, low, high
+
+
+@triton.jit
+def scaled(acc, r, multiplier, addend, factor, low, high, RESIDUAL: tl.constexpr, OUT: tl.constexpr):
+    """The bytes of s32 sums [rows, columns] and of the residual's bytes `r`; the rest is of `folded`."""
+    SHIFT: tl.constexpr = 128 if OUT == "int8" else 0
+    t = tl.fma(acc.to(tl.float32), tl.broadcast_to(multiplier, acc.shape), tl.broadcast_to(addend, acc.shape))
+    if RESIDUAL is not None:
+        RESIDUAL_SHIFT: tl.constexpr = 128 if RESIDUAL == "int8" else 0
+        added = (r.to(tl.int32) + RESIDUAL_SHIFT).to(tl.float32)
+        t = tl.fma(added, tl.full(acc.shape, 1.0, tl.float32) * factor, t)
     q = rint(tl.minimum(tl.maximum(t, low), high)) - SHIFT
-    tl.store(out + place, q.to(tl.int8 if OUT == "int8" else tl.uint8), mask=mask)
+    return q.to(tl.int8 if OUT == "int8" else tl.uint8)
+
+
+@triton.jit
+def _scaled(
+    acc, scale, bias, residual, out, place, mask, residual_scale, residual_zero_point, inverse, zero_point,
+    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """Store the bytes of what is linear."""
+    multiplier, addend, factor, low, high = folded(
+        scale, bias, residual_scale, residual_zero_point, inverse, zero_point, ACTIVATION, RESIDUAL, OUT
+    )
+    r = None
+    if RESIDUAL is not None:
+        r = tl.load(residual + place, mask=mask, other=0)
+    tl.store(out + place, scaled(acc, r, multiplier, addend, factor, low, high, RESIDUAL, OUT), mask=mask)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pykernels.cuda import tables
-from pykernels.cuda.triton import library, tiles
+from pykernels.cuda.triton import library, short_k, tiles
 from pykernels.cuda.triton.arguments import KINDS, as_bits, ceil_div, inverse, single
 from pykernels.cuda.triton.epilogue import OPTIONS, finish_sums
 from pykernels.cuda.triton.pack import Packed
@@ -347,8 +347,12 @@ def gemm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, epilogue: Epilogue
     arch, processors = machine(a.device)
     if library.int8_gemm(a, b, out, epilogue, arch):
         return
-    c = config(arch, processors, m, n, k, epilogue.residual is not None)
     flip = a.dtype == torch.uint8
+    arguments = epilogue.arguments(out, flip)
+    if tables.forced_tile() is None and short_k.fits(arch, processors, m, n, k) and short_k.can(arguments):
+        short_k.launch(a, b, out, flip, processors, arguments)
+        return
+    c = config(arch, processors, m, n, k, epilogue.residual is not None)
     tma = arch >= 90
     operands: tuple[Any, Any] = (a, b)
     if tma:
@@ -356,7 +360,6 @@ def gemm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, epilogue: Epilogue
             TensorDescriptor(a, [m, k], [a.stride(0), 1], [c.bm, c.bk]),
             TensorDescriptor(b, [n, k], [b.stride(0), 1], [c.bn, c.bk]),
         )
-    arguments = epilogue.arguments(out, flip)
     count = ceil_div(m, c.bm) * ceil_div(n, c.bn) * c.split
     parts = torch.empty((c.split, m, n), dtype=torch.int32, device=a.device) if c.split > 1 else None
     with tiles.on(a.device):

@@ -6,7 +6,8 @@
 
 The output is rows × columns of memory: rows of channels of one pixel (channels_last), or rows of pixels of one line
 (contiguous). A program takes a tile of it and goes through the windows of its outputs tap by tap; of wide windows that
-are averaged it takes one pixel, and many taps at a time. Nothing is padded: taps beyond the plane are masked.
+are averaged it takes one pixel, and many taps at a time. Nothing is padded: taps beyond the plane are masked. Maxima of
+channels_last memory are pool_channels.py's.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ from pykernels.cuda.triton.arguments import (
     single,
 )
 from pykernels.cuda.triton.epilogue import OPTIONS, store_output
+from pykernels.cuda.triton.gemm import machine
 from pykernels.cuda.triton.planes import TILE, place, tile_shape, tiles
+from pykernels.cuda.triton.pool_channels import max_channels
 from pykernels.cuda.triton.reals import INFINITY, load_real, number_of
 from pykernels.cuda.triton.tiles import check, on
-from pykernels.cuda.triton.windows import Windows, adaptive, check_input, longest, plain
+from pykernels.cuda.triton.windows import GEOMETRY, Windows, adaptive, check_input, longest, plain, window
 from pykernels.ops.dtypes import ANY_WORDS, REALS
 
 __all__ = [
@@ -50,12 +53,9 @@ __all__ = [
 
 WIDE_WINDOW = 32  # taps from which a window is averaged by a program of its own
 UNROLLED = 3  # taps whose loads are in flight together: enough to wait for memory, and no register spilled
+PROGRAMS = 8  # of a multiprocessor, among which wide windows are divided
 INDEX_LIMIT = 2**31 - TILE  # rows of outputs that 32 bits number
 
-GEOMETRY = [
-    "height", "width", "out_h", "out_w", "reach_h", "reach_w", "stride_h", "stride_w", "padding_h",
-    "padding_w",
-]  # fmt: skip
 AFFINE = ["zero_point", "out_zero_point"]
 
 
@@ -74,20 +74,6 @@ def _outputs(
     else:
         plane = r // out_h
         return row, col, plane // channels, plane % channels, r % out_h, k
-
-
-@triton.jit
-def _window(o, size, outputs, reach, stride, padding, step, ADAPTIVE: tl.constexpr):
-    """Along an axis, output o's first tap in the plane, and where its window ends in the plane."""
-    if ADAPTIVE:
-        o = o.to(tl.int64)
-        begin = o * size // outputs
-        end = ((o + 1) * size + outputs - 1) // outputs
-        return begin.to(tl.int32), end.to(tl.int32)
-    else:
-        begin = o * stride - padding
-        before = tl.maximum(0 - begin, 0)
-        return begin + (before + step - 1) // step * step, tl.minimum(begin + reach, size)
 
 
 @triton.jit
@@ -112,13 +98,14 @@ def _load(pointer, mask, KIND: tl.constexpr, LOWEST: tl.constexpr):
 def _max(
     x, y, indices, rows, cols, channels, height, width, out_h, out_w, x_batch, x_channel, x_row, x_col,
     reach_h, reach_w, stride_h, stride_w, padding_h, padding_w, step_h, step_w,
-    KIND: tl.constexpr, ADAPTIVE: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, TAPS_H: tl.constexpr,
+    KIND: tl.constexpr, ADAPTIVE: tl.constexpr, WIDE: tl.constexpr, TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    row, col, n, c, oh, ow = _outputs(cols, channels, out_h, out_w, LAST, WIDE, ROWS, SPAN)
+    """Of contiguous memory; of channels_last it is pool_channels.py's."""
+    row, col, n, c, oh, ow = _outputs(cols, channels, out_h, out_w, False, WIDE, ROWS, SPAN)
     exists = (row < rows) & (col < cols)
-    top, bottom = _window(oh, height, out_h, reach_h, stride_h, padding_h, step_h, ADAPTIVE)
-    left, right = _window(ow, width, out_w, reach_w, stride_w, padding_w, step_w, ADAPTIVE)
+    top, bottom = window(oh, height, out_h, reach_h, stride_h, padding_h, step_h, ADAPTIVE)
+    left, right = window(ow, width, out_w, reach_w, stride_w, padding_w, step_w, ADAPTIVE)
     base = x + n.to(tl.int64) * x_batch + c.to(tl.int64) * x_channel
     LOWEST: tl.constexpr = -128 if KIND == "int8" else 0
     best = _load(base + tl.zeros([ROWS, SPAN], tl.int32), exists & (row < 0), KIND, LOWEST)  # the lowest there is
@@ -178,8 +165,8 @@ def _average(
 ):  # fmt: skip
     row, col, n, c, oh, ow = _outputs(cols, channels, out_h, out_w, LAST, WIDE, ROWS, SPAN)
     exists = (row < rows) & (col < cols)
-    top, bottom = _window(oh, height, out_h, reach_h, stride_h, padding_h, 1, ADAPTIVE)
-    left, right = _window(ow, width, out_w, reach_w, stride_w, padding_w, 1, ADAPTIVE)
+    top, bottom = window(oh, height, out_h, reach_h, stride_h, padding_h, 1, ADAPTIVE)
+    left, right = window(ow, width, out_w, reach_w, stride_w, padding_w, 1, ADAPTIVE)
     base = x + n.to(tl.int64) * x_batch + c.to(tl.int64) * x_channel
     total = tl.zeros([ROWS, SPAN], tl.int32 if KIND == "uint8" or KIND == "int8" else tl.float32)
     for t in tl.range(0, TAPS_H * TAPS_W, loop_unroll_factor=UNROLL):
@@ -199,36 +186,58 @@ def _average(
 
 @triton.jit(do_not_specialize=[*GEOMETRY, *AFFINE])
 def _average_window(
-    x, y, channels, height, width, out_h, out_w, x_batch, x_channel, x_row, x_col,
+    x, y, sums, channels, height, width, out_h, out_w, x_batch, x_channel, x_row, x_col,
     y_batch, y_channel, y_row, y_col, reach_h, reach_w, stride_h, stride_w, padding_h, padding_w,
     divisor, x_scale, zero_point, inverse, out_zero_point,
-    KIND: tl.constexpr, OUT: tl.constexpr, DIVISOR: tl.constexpr, ADAPTIVE: tl.constexpr, TAPS: tl.constexpr,
-    SPAN: tl.constexpr,
+    KIND: tl.constexpr, OUT: tl.constexpr, DIVISOR: tl.constexpr, ADAPTIVE: tl.constexpr, FLAT: tl.constexpr,
+    PARTS: tl.constexpr, TAPS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """One output pixel, SPAN channels, TAPS taps at a time."""
+    """One output pixel, SPAN channels, TAPS taps at a time; FLAT: the window's taps lie x_col apart, line after line.
+
+    With PARTS > 1, a program of axis 1 adds up its part of the taps and leaves the sum in `sums` [PARTS, pixels,
+    channels]; without x, a program adds up the parts, in order.
+    """
     across = tl.cdiv(channels, SPAN)
     c = (tl.program_id(0) % across * SPAN + tl.arange(0, SPAN)[None, :]).to(tl.int64)
     pixel = tl.program_id(0) // across
     ow = pixel % out_w
     oh = pixel // out_w % out_h
     n = (pixel // out_w // out_h).to(tl.int64)
-    top, bottom = _window(oh, height, out_h, reach_h, stride_h, padding_h, 1, ADAPTIVE)
-    left, right = _window(ow, width, out_w, reach_w, stride_w, padding_w, 1, ADAPTIVE)
-    if DIVISOR != "given":
-        PADDED: tl.constexpr = DIVISOR == "padded"
-        down = _extent(oh, top, bottom, height, reach_h, stride_h, padding_h, PADDED)
-        divisor = down * _extent(ow, left, right, width, reach_w, stride_w, padding_w, PADDED)
+    top, bottom = window(oh, height, out_h, reach_h, stride_h, padding_h, 1, ADAPTIVE)
+    left, right = window(ow, width, out_w, reach_w, stride_w, padding_w, 1, ADAPTIVE)
     breadth = right - left
     taps = (bottom - top) * breadth
-    base = x + n * x_batch + top.to(tl.int64) * x_row + left.to(tl.int64) * x_col + c * x_channel
-    totals = tl.zeros([TAPS, SPAN], tl.int32 if KIND == "uint8" or KIND == "int8" else tl.float32)
-    for first in range(0, taps, TAPS):
-        t = first + tl.arange(0, TAPS)[:, None]
-        place = (t // breadth).to(tl.int64) * x_row + (t % breadth).to(tl.int64) * x_col
-        totals += _load_term(base + place, (t < taps) & (c < channels), KIND)
-    total = tl.sum(totals, axis=0, keep_dims=True)
-    to = y + n * y_batch + oh.to(tl.int64) * y_row + ow.to(tl.int64) * y_col + c * y_channel
-    _store_average(to, total, taps, divisor, c < channels, x_scale, zero_point, inverse, out_zero_point, KIND, OUT)
+    pixels = tl.num_programs(0) // across
+    SUM: tl.constexpr = tl.int32 if KIND == "uint8" or KIND == "int8" else tl.float32
+    if x is None:
+        total = tl.zeros([1, SPAN], SUM)
+        for part in tl.static_range(PARTS):
+            at = (tl.cast(pixels, tl.int64) * part + pixel) * channels + c
+            total += tl.load(sums + at, mask=c < channels, other=0)
+    else:
+        base = x + n * x_batch + top.to(tl.int64) * x_row + left.to(tl.int64) * x_col + c * x_channel
+        totals = tl.zeros([TAPS, SPAN], SUM)
+        depth = tl.cdiv(tl.cdiv(taps, TAPS), PARTS) * TAPS
+        begin = tl.program_id(1) * depth
+        end = tl.minimum(begin + depth, taps)
+        for first in tl.range(begin, end, TAPS, loop_unroll_factor=4):
+            t = first + tl.arange(0, TAPS)[:, None]
+            if FLAT:
+                place = t.to(tl.int64) * x_col
+            else:
+                place = (t // breadth).to(tl.int64) * x_row + (t % breadth).to(tl.int64) * x_col
+            totals += _load_term(base + place, (t < end) & (c < channels), KIND)
+        total = tl.sum(totals, axis=0, keep_dims=True)
+    if PARTS > 1 and x is not None:
+        at = (tl.cast(pixels, tl.int64) * tl.program_id(1) + pixel) * channels + c
+        tl.store(sums + at, total, mask=c < channels)
+    else:
+        if DIVISOR != "given":
+            PADDED: tl.constexpr = DIVISOR == "padded"
+            down = _extent(oh, top, bottom, height, reach_h, stride_h, padding_h, PADDED)
+            divisor = down * _extent(ow, left, right, width, reach_w, stride_w, padding_w, PADDED)
+        to = y + n * y_batch + oh.to(tl.int64) * y_row + ow.to(tl.int64) * y_col + c * y_channel
+        _store_average(to, total, taps, divisor, c < channels, x_scale, zero_point, inverse, out_zero_point, KIND, OUT)
 
 
 # ---- launchers ----
@@ -274,15 +283,20 @@ def warps(dtype: torch.dtype, with_indices: bool) -> int:
 def _max_pool(x: torch.Tensor, windows: Windows, with_indices: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     y = _empty(x, windows, x.dtype)
     indices = _empty(x, windows, torch.int64) if with_indices else None
-    if y.numel() > 0:
-        source, last = _in_place(x)
-        rows, cols, grid, shape = _tile(y, last)
-        with on(x.device):
-            _max[grid](
-                as_bits(source), as_bits(y), indices, rows, cols, *x.shape[1:], *windows.outputs,
-                *_strides(source, last), *windows.reach, *windows.stride, *windows.padding, *windows.step,
-                KIND=KINDS[x.dtype], num_warps=warps(x.dtype, with_indices), **_loop(windows), **shape,
-            )  # fmt: skip
+    if y.numel() == 0:
+        return y, indices
+    source, last = _in_place(x)
+    if last:
+        max_channels(source, y, indices, windows)
+        return y, indices
+    rows, cols, grid, shape = _tile(y, last)
+    del shape["LAST"]
+    with on(x.device):
+        _max[grid](
+            as_bits(source), as_bits(y), indices, rows, cols, *x.shape[1:], *windows.outputs,
+            *_strides(source, last), *windows.reach, *windows.stride, *windows.padding, *windows.step,
+            KIND=KINDS[x.dtype], num_warps=warps(x.dtype, with_indices), **_loop(windows), **shape,
+        )  # fmt: skip
     return y, indices
 
 
@@ -387,12 +401,22 @@ def _average_pool(
     with on(x.device):
         if taps >= WIDE_WINDOW:
             span = min(triton.next_power_of_2(channels), 64)
-            programs = n * windows.outputs[0] * windows.outputs[1] * triton.cdiv(channels, span)
-            _average_window[(programs,)](
-                as_bits(source), as_bits(y), *x.shape[1:], *windows.outputs,
-                *_strides(source, last), *y.stride(), *windows.reach, *windows.stride, *windows.padding, *numbers,
-                ADAPTIVE=windows.adaptive, TAPS=TILE // span, SPAN=span, **kinds, **OPTIONS,
-            )  # fmt: skip
+            pixels = n * windows.outputs[0] * windows.outputs[1]
+            programs, deep = pixels * triton.cdiv(channels, span), TILE // span
+            parts = _parts(programs, triton.cdiv(taps, deep), machine(x.device)[1])
+            whole = windows.outputs[1] == 1 and windows.padding[1] == 0 and windows.taps[1] == x.shape[3]
+            flat = whole and source.stride(2) == source.shape[3] * source.stride(3)
+            sums = None
+            if parts > 1:
+                kind = torch.int32 if x.dtype in BYTES else torch.float32
+                sums = torch.empty((parts, pixels, channels), dtype=kind, device=x.device)
+            for given, axis in ((as_bits(source), parts), (None, 1))[: 1 if parts == 1 else 2]:
+                _average_window[(programs, axis)](
+                    given, as_bits(y), sums, *x.shape[1:], *windows.outputs,
+                    *_strides(source, last), *y.stride(), *windows.reach, *windows.stride, *windows.padding, *numbers,
+                    ADAPTIVE=windows.adaptive, FLAT=flat, PARTS=parts, TAPS=deep,
+                    SPAN=span, **kinds, **OPTIONS,
+                )  # fmt: skip
         else:
             rows, cols, grid, shape = _tile(y, last)
             _average[grid](
@@ -400,6 +424,14 @@ def _average_pool(
                 *windows.reach, *windows.stride, *windows.padding, *numbers, **kinds, **_loop(windows), **shape,
             )  # fmt: skip
     return y
+
+
+def _parts(programs: int, steps: int, processors: int) -> int:
+    """How many programs divide a window of so many steps: those that the device still has room for, four steps each."""
+    parts = 1
+    while parts < 64 and 2 * parts * programs <= PROGRAMS * processors and steps >= 8 * parts:
+        parts *= 2
+    return parts
 
 
 def _plain_average(

@@ -7,13 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 
 from pykernels.cuda.triton.arguments import check_dim, check_pair
 from pykernels.cuda.triton.tiles import check
 
-__all__ = ["Windows", "adaptive", "check_input", "longest", "plain"]
+__all__ = ["GEOMETRY", "Windows", "adaptive", "check_input", "longest", "plain", "window"]
 
 SIDES = ("height", "width")
+# Numbers of a kernel's whose value must not choose the machine code.
+GEOMETRY = [
+    "height", "width", "out_h", "out_w", "reach_h", "reach_w", "stride_h", "stride_w", "padding_h",
+    "padding_w",
+]  # fmt: skip
 Pair = tuple[int, int]
 Ints = tuple[int, ...]
 
@@ -116,3 +123,17 @@ def longest(size: int, windows: Windows, d: int) -> int:
         return max(-(-(o + 1) * size // n) - o * size // n for o in outputs)
     begins = [o * windows.stride[d] - windows.padding[d] for o in outputs]
     return max(min(begin + windows.reach[d], size) - max(begin, 0) for begin in begins)
+
+
+@triton.jit
+def window(o, size, outputs, reach, stride, padding, step, ADAPTIVE: tl.constexpr):
+    """Along an axis, output o's first tap in the plane, and where its window ends in the plane."""
+    if ADAPTIVE:
+        o = o.to(tl.int64)
+        begin = o * size // outputs
+        end = ((o + 1) * size + outputs - 1) // outputs
+        return begin.to(tl.int32), end.to(tl.int32)
+    else:
+        begin = o * stride - padding
+        before = tl.maximum(0 - begin, 0)
+        return begin + (before + step - 1) // step * step, tl.minimum(begin + reach, size)

@@ -89,7 +89,9 @@ class Planner(Emitter):
         self.label = ""
         self.segment = _Segment()
         self.channels_last: dict[Value, bool] = {}  # of values of four dimensions
-        self.pieces: dict[Value, list[tuple[Value, list[int]]]] = {}  # of a tuple: slices of a value
+        self.pieces: dict[
+            Value, list[tuple[Value, list[int], bool]]
+        ] = {}  # of a tuple: slices, without their dimension or with it
         self.views: dict[Value, Step] = {}  # results of the segment that are views
         self.free = {  # sizes that vary, with an input and a dimension that have it
             size: (value, dim)

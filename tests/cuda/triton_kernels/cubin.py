@@ -9,6 +9,7 @@ from __future__ import annotations
 import pathlib
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
@@ -47,6 +48,12 @@ def resources(kernel: Any, folder: pathlib.Path) -> dict[str, int]:
     found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     assert found.keys() == {"REG", "STACK", "LOCAL"}, text
     return found
+
+
+def instructions(kernel: Any) -> Counter[str]:
+    """How often each stands in its machine code, by the first part of its name; without NOPs, which fill the end."""
+    found = re.findall(r"\t(?:@!?U?P\w+ )?([A-Z]\w*)", kernel.asm["sass"])
+    return Counter(name for name in found if name != "NOP")
 
 
 def accesses(kernel: Any) -> set[str]:

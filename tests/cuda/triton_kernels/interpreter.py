@@ -119,3 +119,22 @@ def on_machine(machine: tuple[int, int], module: str, name: str, *arguments: Any
     """There: what a launcher returns that takes the CPU for this machine."""
     with stand_in(machine):
         return _answer(module, name, arguments, {})
+
+
+def list_candidates(fewest: int, slack: int, call: tuple[Any, ...]) -> tuple[tuple[Any, ...], int]:
+    """There: what sparse_encode leaves of its arguments, where it lists from `fewest` elements on and has `slack`
+    entries more; and how often a list was made."""
+    from pykernels.cuda.triton import topk
+
+    before, made = (topk.FEWEST, topk.SLACK, topk.plan_of), []
+
+    def plan_of(numel: int, k: int) -> tuple[int, int, int]:
+        made.append(before[2](numel, k))
+        return made[-1]
+
+    topk.FEWEST, topk.SLACK, topk.plan_of = fewest, slack, plan_of
+    try:
+        topk.sparse_encode(*call)
+    finally:
+        topk.FEWEST, topk.SLACK, topk.plan_of = before
+    return call, sum(size > 0 for size, _, _ in made)

@@ -9,7 +9,7 @@ import pytest
 import triton
 from cubin import accesses, check, compiled
 
-from pykernels.cuda.triton import compress, sparse
+from pykernels.cuda.triton import compress, sparse, topk
 from pykernels.cuda.triton.tiles import power_of_two
 from pykernels.ops.compress import CODECS
 
@@ -17,9 +17,9 @@ REALS = {"fp32": "*fp32", "bf16": "*u16", "fp16": "*fp16"}
 TYPES = {
     **dict.fromkeys(["residual", "velocity", "values"], "*fp32"),
     **dict.fromkeys(["payload", "payloads"], "*u8"),
-    **dict.fromkeys(["table", "segments", "state", "totals"], "*i64"),
-    "histograms": "*i32",
-    **dict.fromkeys(["seed_low", "seed_high", "ranks", "count", "k", "threshold"], "i32"),
+    **dict.fromkeys(["table", "segments", "state", "totals", "spans"], "*i64"),
+    **dict.fromkeys(["histograms", "bins", "listing"], "*i32"),
+    **dict.fromkeys(["seed_low", "seed_high", "ranks", "count", "k", "threshold", "size", "rank", "room"], "i32"),
     **dict.fromkeys(["n", "numel"], "i64"),
     "stride": "i64",
     **dict.fromkeys(["factor", "momentum"], "fp32"),
@@ -96,12 +96,15 @@ def test_large_records_do_not_spill(codec: str, tmp_path: pathlib.Path) -> None:
     check(dense("_reduce", codec, 90, 16384), tmp_path, 64)
 
 
-LEVEL = {"LEVEL": 2, "SHIFT": sparse.SHIFTS[2], "ABOVE": sparse.SHIFTS[1]}
+LEVEL = {"LEVEL": 2, "SHIFT": topk.SHIFTS[2], "ABOVE": topk.SHIFTS[1]}
 SPARSE: dict[str, dict[str, Any]] = {
+    "_sample": {"DRAWN": topk.DRAWN},
+    "_list": sparse.OPTIONS,
     "_count_digits": {**LEVEL, **sparse.OPTIONS},
-    "_count_tile": sparse.OPTIONS,
+    "_count_tile": {"CHUNK": topk.LISTED, **sparse.OPTIONS},
     "_place_tiles": {},
-    "_send": sparse.SEND_OPTIONS,
+    "_send": topk.SEND_OPTIONS,
+    "_send_listed": {"CHUNK": topk.LISTED, "num_warps": 1},
     "_add_entries": {"debug": True, "sanitize_overflow": False},
     "_draw_values": {"CLEAR": False},
     "_add_gradients": sparse.OPTIONS,
@@ -110,9 +113,12 @@ SPARSE: dict[str, dict[str, Any]] = {
 }
 
 
+FOUND = {**vars(sparse), **vars(topk)}
+
+
 def test_every_sparse_kernel_is_looked_at() -> None:
-    kernels = {name for name, value in vars(sparse).items() if isinstance(value, triton.runtime.JITFunction)}
-    inner = {"_tile", "_read", "_refine", "_select", "_drawn"}
+    kernels = {name for name, value in FOUND.items() if isinstance(value, triton.runtime.JITFunction)}
+    inner = {"_read", "_refine", "_select", "_listed", "_drawn"}
     assert {name for name in kernels if name.startswith("_")} - inner == set(SPARSE)
 
 
@@ -123,10 +129,10 @@ def test_sparse_kernels(name: str, arch: int, tmp_path: pathlib.Path) -> None:
     constants = {key: value for key, value in given.items() if key.isupper()}
     options = {"enable_fp_fusion": False, **{key: value for key, value in given.items() if not key.isupper()}}
     sizes = {"VECTOR": 16, "TILE": sparse.TILE, "ENTRIES": sparse.ENTRIES, "CHUNK": sparse.ENTRIES}
-    kernel = build(getattr(sparse, name), arch, "fp32", {**sizes, **constants}, options)
+    kernel = build(FOUND[name], arch, "fp32", {**sizes, **constants}, options)
     # A division of 64 bits is a call, over which Triton 3.8 keeps one register in memory.
-    check(kernel, tmp_path, 128, stack=8 if name in ("_draw_values", "_place_values") else 0)
-    if name in ("_count_digits", "_count_tile", "_send", "_add_gradients"):
+    check(kernel, tmp_path, 128, stack=8 if name in ("_draw_values", "_place_values", "_sample") else 0)
+    if name in ("_list", "_count_digits", "_count_tile", "_send", "_add_gradients"):
         assert "ld 16" in accesses(kernel)
     assert ("__assertfail" in kernel.asm["ptx"]) == (name == "_add_entries")
     if name in ("_add_gradients", "_clear"):

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cubin import accesses, check, compiled
+from cubin import accesses, check, compiled, instructions
 from inputs import BF16, FP16, FP32, S8, U8, codes, same
 from interpreter import Interpreter, max_pool_numbered_in_64_bits
 from launchers import Launchers, refuses_as_the_cpu_does
 
 from pykernels import reference
 from pykernels.cuda.triton import pool as kernels
+from pykernels.cuda.triton import pool_channels
 from pykernels.cuda.triton.planes import TILE, tile_shape
+from pykernels.cuda.triton.windows import GEOMETRY
 from pykernels.ops import pool
 
 ops = torch.ops.pykernels
@@ -163,6 +165,29 @@ def test_adaptive_average_pool(launchers: Launchers, size, shape, layout, dtype)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [FP32, U8])
+def test_a_window_of_many_taps_is_divided_among_programs(launchers: Launchers, dtype: torch.dtype, layout: str) -> None:
+    """Of few channels and of many; and windows of part of a line, whose taps do not lie one after another."""
+    for shape, size in (((1, 8, 64, 65), [1, 1]), ((2, 3, 90, 80), [1, 1]), ((1, 40, 70, 33), [1, 2])):
+        x = values(shape, dtype, layout)
+        if dtype == U8:
+            affine = (0.02, 3, 0.02, 3, U8)
+            same(ops.qadaptive_avg_pool2d(x, size, *affine), reference.qadaptive_avg_pool2d(x, size, *affine))
+        else:
+            close(ops.adaptive_avg_pool2d(x, size), reference.adaptive_avg_pool2d(x, size))
+    one_begins_in_the_padding = ([20, 30], [20, 40], [2, 15], False, False)
+    x = values((1, 8, 36, 30), FP32, layout)
+    close(ops.avg_pool2d(x, *one_begins_in_the_padding), reference.avg_pool2d(x, *one_begins_in_the_padding))
+
+
+def test_parts_of_a_window_fill_the_device_and_are_not_too_short() -> None:
+    assert kernels._parts(128, 392, 132) == 8  # 128 images of 64 channels: 1024 programs
+    assert kernels._parts(1, 392, 132) == 64
+    assert kernels._parts(1, 7, 132) == 1 and kernels._parts(1, 8, 132) == 2
+    assert kernels._parts(4000, 10**6, 132) == 1
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_kernel_far_larger_than_the_plane_pools_all_of_it(launchers: Launchers, layout: str) -> None:
     x = values((1, 5, 4, 3), FP32, layout)
     kernel, padding = [2**30 - 1] * 2, [2**29 - 1] * 2
@@ -223,33 +248,33 @@ def test_bad_arguments_are_named_as_on_the_cpu(launchers: Launchers, message: st
 # ---- machine code ----
 
 TYPES = {
-    **dict.fromkeys(kernels.GEOMETRY + kernels.AFFINE, "i32"),
+    **dict.fromkeys(GEOMETRY + kernels.AFFINE, "i32"),
     **dict.fromkeys(["rows", "cols", "channels", "x_batch", "x_row", "x_col", "y_batch", "y_row", "y_col"], "i32"),
     **dict.fromkeys(["divisor", "x_scale", "inverse"], "fp32"),
     "indices": "*i64",
+    "blocks": "i32",
+    "sums": "*fp32",
 }
 SIZES = {"rows", "cols", "channels", "x_batch", "x_row", "x_col", "y_batch", "y_row", "y_col"}
 STEPS = {"step_h": 1, "step_w": 1, "x_channel": 1, "y_channel": 1}
 LOOP = {
     "ADAPTIVE": False,
     "LAST": True,
+    "FLAT": False,
+    "PARTS": 1,
     "WIDE": False,
     "TAPS_H": 3,
     "TAPS_W": 3,
     "UNROLL": kernels.UNROLLED,
     **tile_shape(64),
 }
-POINTERS = {"uint8": "*u8", "int8": "*i8", "fp32": "*fp32", "bf16": "*u16"}
+POINTERS = {"uint8": "*u8", "int8": "*i8", "fp32": "*fp32", "bf16": "*u16", "fp16": "*fp16"}
 KERNELS: list[tuple[str, dict[str, Any]]] = [
-    ("_max", {"KIND": "uint8", "indices": None}),
-    ("_max", {"KIND": "int8", "indices": None}),
-    ("_max", {"KIND": "bf16", "indices": None}),
-    ("_max", {"KIND": "fp32"}),
-    ("_max", {"KIND": "uint8"}),
     ("_average", {"KIND": "uint8", "OUT": "uint8", "DIVISOR": "padded"}),
     ("_average", {"KIND": "fp32", "OUT": "fp32", "DIVISOR": "taps"}),
     ("_average_window", {"KIND": "uint8", "OUT": "uint8", "DIVISOR": "taps", "ADAPTIVE": True}),
     ("_average_window", {"KIND": "bf16", "OUT": "bf16", "DIVISOR": "taps", "ADAPTIVE": True}),
+    ("_average_window", {"KIND": "fp32", "OUT": "fp32", "DIVISOR": "taps", "ADAPTIVE": True, "FLAT": True, "PARTS": 8}),
 ]
 
 
@@ -259,9 +284,9 @@ KERNELS: list[tuple[str, dict[str, Any]]] = [
 def test_machine_code(name: str, constants: dict[str, Any], arch: int, tmp_path: pathlib.Path) -> None:
     types = {**TYPES, "x": POINTERS[constants["KIND"]], "y": POINTERS[constants.get("OUT", constants["KIND"])]}
     shape = {"SPAN": 64, "TAPS": TILE // 64} if name == "_average_window" else {}
-    with_indices = name == "_max" and "indices" not in constants
-    warps = kernels.warps({"fp32": FP32, "uint8": U8}.get(constants["KIND"], U8), with_indices)
-    options = {"num_warps": warps, **kernels.OPTIONS}
+    options = {"num_warps": 4, **kernels.OPTIONS}
+    if "PARTS" not in constants:
+        constants = {**constants, "sums": None}
     kernel = compiled(getattr(kernels, name), arch, types, {**STEPS, **LOOP, **shape, **constants}, options, SIZES)
     # Triton 3.8 keeps one register in memory over the calls that divide 64 bits.
     check(kernel, tmp_path, 128, stack=8)
@@ -269,3 +294,50 @@ def test_machine_code(name: str, constants: dict[str, Any], arch: int, tmp_path:
     assert "ld 16" in found and "ld 1" not in found
     if name != "_average_window":  # which writes a few bytes at the end
         assert "st 16" in found and "st 1" not in found
+
+
+@pytest.mark.parametrize(("kind", "with_indices"), [("uint8", False), ("fp32", True), ("bf16", False)])
+def test_machine_code_of_maxima_in_contiguous_memory(kind: str, with_indices: bool, tmp_path: pathlib.Path) -> None:
+    """Taps of an output lie a stride apart, so each is a load of its own."""
+    constants = {"KIND": kind, "x_col": 1, **STEPS, **LOOP, **({} if with_indices else {"indices": None})}
+    del constants["x_channel"]
+    types = {**TYPES, "x_channel": "i32", "x": POINTERS[kind], "y": POINTERS[kind]}
+    options = {"num_warps": kernels.warps(FP32 if kind == "fp32" else U8, with_indices), **kernels.OPTIONS}
+    kernel = compiled(kernels._max, 90, types, constants, options, {"cols"})
+    check(kernel, tmp_path, 168)
+    assert "st 16" in accesses(kernel)
+
+
+# Instructions that an output of a 3x3 window may cost, all counted; and loads of 16 bytes: nine for each 16 bytes.
+MOST = {"fp32": 36.0, "bf16": 44.0, "fp16": 28.0, "uint8": 31.0, "int8": 39.0}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("kind", MOST)
+def test_machine_code_of_maxima_in_channels_last_memory(kind: str, arch: int, tmp_path: pathlib.Path) -> None:
+    dtype = {"fp32": FP32, "bf16": BF16, "fp16": FP16, "uint8": U8, "int8": S8}[kind]
+    shape = pool_channels.shape_of(64, 56, dtype, False)
+    loop = {"ADAPTIVE": False, "WIDE": False, "TAPS_H": 3, "TAPS_W": 3, "UNROLL": pool_channels.unroll(3, 3)}
+    constants = {"KIND": kind, "indices": None, "step_h": 1, "step_w": 1, **loop, **shape}
+    types = {**TYPES, "x": POINTERS[kind], "y": POINTERS[kind]}
+    options = {"num_warps": pool_channels.THREADS // 32, **pool_channels.OPTIONS}
+    kernel = compiled(pool_channels._max_channels, arch, types, constants, options, SIZES)
+    check(kernel, tmp_path, 128)
+    assert accesses(kernel) == {"ld 16", "st 16"}
+    outputs = shape["PIXELS"] * shape["SPAN"] // pool_channels.THREADS
+    found = instructions(kernel)
+    assert found["LDG"] == 9 * outputs * dtype.itemsize // 16
+    assert found.total() <= MOST[kind] * outputs, found.total() / outputs
+
+
+@pytest.mark.parametrize("dtype", [FP32, U8])
+def test_machine_code_of_indices_in_channels_last_memory(dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
+    kind = "fp32" if dtype == FP32 else "uint8"
+    shape = pool_channels.shape_of(80, 56, dtype, True)
+    loop = {"ADAPTIVE": True, "WIDE": True, "TAPS_H": 5, "TAPS_W": 3, "UNROLL": pool_channels.unroll(5, 3)}
+    constants = {"KIND": kind, "step_h": 1, "step_w": 1, **loop, **shape}
+    types = {**TYPES, "x": POINTERS[kind], "y": POINTERS[kind]}
+    options = {"num_warps": pool_channels.THREADS // 32, **pool_channels.OPTIONS}
+    kernel = compiled(pool_channels._max_channels, 90, types, constants, options, SIZES)
+    check(kernel, tmp_path, 128, stack=8)
+    assert not {"ld 1", "st 1", "ld 2", "st 2"} & accesses(kernel)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import Interpreter
+from interpreter import Interpreter, list_candidates
 
 from pykernels import reference
+from pykernels.cuda.registry import KERNELS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 N = 9001  # more than two tiles
@@ -28,7 +29,7 @@ def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 def agree(interpret: Interpreter, op: str, *arguments: Any) -> list[Any]:
     """The arguments as the kernels leave them, which is how the oracle does."""
-    actual = interpret("sparse", op, *arguments)
+    actual = interpret(KERNELS[op], op, *arguments)
     expected = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
     getattr(reference, op)(*expected)
     for a, e in zip(actual, expected, strict=True):
@@ -97,6 +98,62 @@ def test_no_segment_sends_nothing(interpret: Interpreter) -> None:
     top(interpret, torch.randn(N), torch.empty(0, 3, dtype=torch.int64), 4)
 
 
+class TestListed:
+    """Few are sent: a sample says which magnitudes are listed, and the digits are counted in the list."""
+
+    @staticmethod
+    def agree(interpret: Interpreter, *arguments: Any, slack: int = 4096, made: bool = True) -> None:
+        actual, lists = interpret.apply(list_candidates, 1024, slack, arguments)
+        assert lists == made
+        expected = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        reference.sparse_encode(*expected)
+        for a, e in zip(actual, expected, strict=True):
+            if isinstance(a, torch.Tensor):
+                same(a, e)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("segments", [ONE, SEVERAL], ids=["one", "several"])
+    def test_it_is_the_oracles(self, interpret: Interpreter, dtype: torch.dtype, segments: torch.Tensor) -> None:
+        for k, momentum in ((90, 0.0), (3, 0.9), (700, 0.0)):
+            x, residual = torch.randn(N).to(dtype), torch.randn(N) * 0.1
+            velocity = torch.randn(N) if momentum else None
+            payload = torch.zeros(8 * k, dtype=torch.uint8)
+            self.agree(interpret, x, residual, velocity, payload, segments, k, 0.0, momentum)
+
+    @pytest.mark.parametrize("threshold", [0.5, 3.0, 100.0, math.inf])
+    def test_thresholds(self, interpret: Interpreter, threshold: float) -> None:
+        payload = torch.zeros(8 * 300, dtype=torch.uint8)
+        self.agree(interpret, torch.randn(N), torch.zeros(N), None, payload, SEVERAL, 300, threshold)
+
+    def test_what_is_not_finite_and_ties(self, interpret: Interpreter) -> None:
+        x = torch.randint(-3, 4, (N,)).float()
+        x[torch.tensor([5, 3000, 8100])] = torch.tensor([math.inf, -math.inf, math.nan])
+        for k in (2, 50, 800):
+            payload = torch.zeros(8 * k, dtype=torch.uint8)
+            self.agree(interpret, x, torch.zeros(N), None, payload, SEVERAL, k, slack=N)
+
+    @pytest.mark.parametrize("slack", [-300, 4096], ids=["no room", "room"])
+    def test_a_list_that_has_no_room_is_not_used(self, interpret: Interpreter, slack: int) -> None:
+        """The sample, of which each tile has as many, meets the large ones too often."""
+        x = torch.randn(N) * 1e-3
+        x[8000:] = torch.randn(N - 8000) * 100
+        payload = torch.zeros(8 * 90, dtype=torch.uint8)
+        self.agree(interpret, x, torch.zeros(N), None, payload, SEVERAL, 90, slack=slack)
+
+    def test_too_few_candidates(self, interpret: Interpreter) -> None:
+        """Large numbers fill a small segment: its tile is one of five, its elements are 3 of 7204."""
+        segments = torch.tensor([[0, 3, 0], [900, 7201, 0]])
+        x = torch.rand(N) * 0.5
+        x[:3] = 1000.0
+        payload = torch.zeros(8 * 40, dtype=torch.uint8)
+        self.agree(interpret, x, torch.zeros(N), None, payload, segments, 40)
+
+    def test_where_many_are_sent_no_list_is_made(self, interpret: Interpreter) -> None:
+        for k in (0, 2000):
+            payload = torch.zeros(8 * k, dtype=torch.uint8)
+            self.agree(interpret, torch.randn(N), torch.zeros(N), None, payload, ONE, k, made=False)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("residual", [True, False])
 def test_random_k_is_the_oracles(interpret: Interpreter, dtype: torch.dtype, residual: bool) -> None:
@@ -157,4 +214,4 @@ BYTES, TABLE = torch.zeros(64, dtype=torch.uint8), torch.tensor([[0, 64, 0]])
 )  # fmt: skip
 def test_bad_arguments_are_named(interpret: Interpreter, op: str, arguments: tuple[Any, ...], says: str) -> None:
     with pytest.raises(RuntimeError, match=f"pykernels: {op}: {says}"):
-        interpret("sparse", op, *arguments)
+        interpret(KERNELS[op], op, *arguments)

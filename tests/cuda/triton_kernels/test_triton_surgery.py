@@ -151,7 +151,7 @@ def test_a_model_must_be_on_one_device_that_we_know(model: nn.Module) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_script_that_checks_networks_on_a_gpu() -> None:
     """Here on the CPU: it finds nothing wrong, and would."""
-    found = check_networks(torch.device("cpu"), 15)
+    found = dict(check_networks(torch.device("cpu"), 15))
     assert len(found) == 17 and set(found.values()) == {None}
     assert apart(torch.ones(3), torch.tensor([1.0, 2.0, 1.0]), "int8") == "1 numbers differ"
     assert apart(torch.ones(3), torch.zeros(3) + 1.1, "fp32").startswith("it is off by")
