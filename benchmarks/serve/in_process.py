@@ -4,9 +4,10 @@
     python -m benchmarks.serve.in_process --network resnet18 --seconds 10
 
 Latency: one client, one request at a time, of one instance of one thread: p50 and p99 of the call itself, of HTTP and
-of gRPC, taken in turn; "added" is the difference of the medians. Throughput: as many clients as fill batches, against
-`pykernels.Instances` with the same threads and the same batch, in turn. Clients run in processes of their own, on the
-same cores: what they take of the machine counts against the server.
+of gRPC, taken in turn. "added" is the difference of the medians; "server CPU" is what the server's process computed for
+a request, the network included, which other processes on the machine change little. Throughput: as many clients as fill
+batches, against `pykernels.Instances` with the same threads and the same batch, in turn. Clients run in processes of
+their own on the same cores: what they take of the machine counts against the server.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ INPUT = "x"  # as torchvision's networks call it
 
 
 @contextlib.contextmanager
-def server(net: pathlib.Path, *options: str) -> Iterator[tuple[str, str]]:
-    """Addresses of HTTP and gRPC of a server that runs while the context lasts."""
+def server(net: pathlib.Path, *options: str) -> Iterator[tuple[str, str, int]]:
+    """Addresses of HTTP and gRPC, and the process, of a server that runs while the context lasts."""
     command = [
         sys.executable,
         "-m",
@@ -51,7 +52,7 @@ def server(net: pathlib.Path, *options: str) -> Iterator[tuple[str, str]]:
     try:
         assert process.stdout is not None
         http, grpc = (part.partition("://")[2] for part in process.stdout.readline().split())
-        yield http, grpc
+        yield http, grpc, process.pid
     finally:
         process.terminate()
         process.wait(60)
@@ -73,6 +74,12 @@ def client(protocol: str, address: str) -> Callable[[torch.Tensor], None]:
     return call
 
 
+def cpu(pid: int) -> float:
+    """Seconds that a process has computed."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def timed(call: Callable[[torch.Tensor], object], x: torch.Tensor, seconds: float) -> list[float]:
     """Seconds of each call, one after the other."""
     with torch.no_grad():
@@ -89,7 +96,7 @@ def timed(call: Callable[[torch.Tensor], object], x: torch.Tensor, seconds: floa
 def latency(net: pathlib.Path, x: torch.Tensor, seconds: float) -> None:
     fast = pk.load(net)
     with (
-        server(net, "--replicas", "1", "--max-batch", "1") as (http, grpc),
+        server(net, "--replicas", "1", "--max-batch", "1") as (http, grpc, pid),
         pk.Instances(fast, pk.Setup(1, 1)) as alone,
     ):
         calls: dict[str, Callable[[torch.Tensor], object]] = {
@@ -99,14 +106,18 @@ def latency(net: pathlib.Path, x: torch.Tensor, seconds: float) -> None:
             "gRPC": client("grpc", grpc),
         }
         taken: dict[str, list[float]] = {what: [] for what in calls}
+        spent = dict.fromkeys(calls, 0.0)
         for _ in range(ROUNDS):
             for what, call in calls.items():
+                before = cpu(pid)
                 taken[what] += timed(call, x, seconds / ROUNDS)
+                spent[what] += cpu(pid) - before
     base = statistics.median(taken["the network"])
-    print(f"{'':12}  p50 ms  p99 ms  added p50 ms")
+    print(f"{'':12}  p50 ms  p99 ms  added p50 ms  server CPU ms")
     for what, found in taken.items():
         p50, p99 = statistics.median(found), sorted(found)[int(0.99 * (len(found) - 1))]
-        print(f"{what:12}  {1e3 * p50:6.2f}  {1e3 * p99:6.2f}  {1e3 * (p50 - base):12.2f}")
+        row = f"{what:12}  {1e3 * p50:6.2f}  {1e3 * p99:6.2f}  {1e3 * (p50 - base):12.2f}"
+        print(f"{row}  {1e3 * spent[what] / len(found):13.2f}")
 
 
 def _load(protocol: str, address: str, shape: tuple[int, ...], clients: int, seconds: float, found: object) -> None:
@@ -141,7 +152,7 @@ def throughput(net: pathlib.Path, x: torch.Tensor, seconds: float, batch: int) -
     fast = pk.load(net)
     rows = x.expand(batch, *x.shape[1:]).contiguous()
     rates: dict[str, list[float]] = {"Instances": [], "HTTP": []}
-    with server(net, "--replicas", str(cores), "--max-batch", str(batch)) as (http, _):
+    with server(net, "--replicas", str(cores), "--max-batch", str(batch)) as (http, _, _):
         for _ in range(ROUNDS):
             with pk.Instances(fast, pk.Setup(1, cores)) as alone:
                 list(alone.map([rows] * cores))

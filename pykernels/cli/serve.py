@@ -10,7 +10,7 @@ import logging
 import os
 import pathlib
 import tempfile
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
@@ -116,9 +116,9 @@ def serve(
 
 
 def _run(options: Options, host: str, port: int, grpc_port: int, in_process: bool) -> None:
-    def started(addresses: Any) -> None:
+    def started(http: int, grpc: int) -> None:
         place = f"[{host}]" if ":" in host else host
-        print(f"http://{place}:{addresses.http}  grpc://{place}:{addresses.grpc}", flush=True)
+        print(f"http://{place}:{http}  grpc://{place}:{grpc}", flush=True)
 
     if not in_process and 0 in (port, grpc_port):
         fail("--port, --grpc-port: 0 is for --in-process")

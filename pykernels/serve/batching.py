@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 from torch.utils import _pytree as pytree
 
-from pykernels.serve.errors import Expired, Overloaded, Unavailable
+from pykernels.serve.errors import Expired, Overloaded, TooLarge, Unavailable
 
 if TYPE_CHECKING:
     from pykernels.optimize import Optimized
@@ -281,6 +281,7 @@ class Scheduler:
             deadline: (of `time.monotonic`) when nobody wants the answer any more.
 
         Raises:
+            TooLarge: more rows than may wait.
             Overloaded: too much waits.
             Expired: it was not its turn before the deadline.
             Unavailable: the service stops.
@@ -320,6 +321,8 @@ class Scheduler:
     async def _split(self, queue: Queue, request: Request, deadline: float, most: int) -> Answer:
         parts = zip(*(x.split(most) for x in request.inputs), strict=True)
         requests = [request._replace(inputs=part, rows=part[0].shape[0]) for part in parts]
+        if len(requests) > queue.limit:
+            raise TooLarge(f"{request.rows} rows are too many: at most {queue.limit * most} are answered at once")
         if len(requests) > queue.limit - len(queue.waiting):
             queue.counts.refused += 1
             raise Overloaded(f"{len(queue.waiting)} requests wait already", max(1, math.ceil(queue.delay())))

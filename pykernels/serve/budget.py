@@ -9,6 +9,8 @@ from pykernels.serve.errors import Overloaded, TooLarge
 
 __all__ = ["Budget", "Held"]
 
+EXPANSION = 8  # of JSON: "1.5," is four bytes, and a float of Python's 24 and a place in a list
+
 
 class Budget:
     """Bytes of requests, of one and of all together.
@@ -36,7 +38,7 @@ class Held:
     """What one request holds of a budget."""
 
     def __init__(self, budget: Budget) -> None:
-        self.budget, self.bytes = budget, 0
+        self.budget, self.bytes, self.read = budget, 0, 0
 
     def grow(self, bytes: int) -> None:
         """So many bytes more.
@@ -45,9 +47,24 @@ class Held:
             TooLarge: the request has more than one may.
             Overloaded: all together would have.
         """
+        if self.read + bytes > self.budget.request:
+            raise TooLarge(f"the request is larger than {self.budget.request} bytes")
+        self._take(bytes)
+        self.read += bytes
+
+    def parse(self, text: int) -> None:
+        """So many bytes of it are JSON, which become Python's numbers.
+
+        Raises:
+            TooLarge: more than all requests together may have.
+            Overloaded: all together would have.
+        """
+        if self.bytes + EXPANSION * text > self.budget.all:
+            raise TooLarge("the request's JSON is too large: send tensors as bytes")
+        self._take(EXPANSION * text)
+
+    def _take(self, bytes: int) -> None:
         budget = self.budget
-        if self.bytes + bytes > budget.request:
-            raise TooLarge(f"the request is larger than {budget.request} bytes")
         if budget.used + bytes > budget.all:
             raise Overloaded("the requests that are being answered fill the memory for requests", retry_after=1)
         self.bytes += bytes

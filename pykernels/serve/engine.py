@@ -120,12 +120,17 @@ def build(arguments: dict[str, Any]) -> Any:
 
 
 def run(
-    options: Options, replicas: int, host: str, port: int, grpc_port: int, started: Callable[[Any], None] | None = None
+    options: Options,
+    replicas: int,
+    host: str,
+    port: int,
+    grpc_port: int,
+    started: Callable[[int, int], None] | None = None,
 ) -> None:
     """Serve on a Ray of this machine until SIGTERM or SIGINT, then drain.
 
     Args:
-        started: called with the ports when replicas answer.
+        started: called with the ports of HTTP and gRPC when replicas answer.
 
     Raises:
         ValueError: nothing can be served.
@@ -151,7 +156,7 @@ def run(
         )
         serve.run(bind(options, replicas), name=NAME, route_prefix="/")
         if started is not None:
-            started((port, grpc_port))
+            started(port, grpc_port)
         stop.wait()
     finally:
         # Replicas answer what they have taken. `serve.shutdown` would wait half a minute for its controller besides.

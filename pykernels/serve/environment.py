@@ -6,12 +6,13 @@ __all__ = ["ENVIRONMENT", "NAME", "STUBS"]
 
 NAME = "pykernels"
 STUBS = "tritonclient.grpc.service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server"
-# On every node: replicas behind HAProxy, not behind a proxy in Python, and time for a busy machine to start it;
-# replicas of the priority of other processes (Ray gives its workers a nice value of 15, and they starve beside
-# anybody).
+# On every node: replicas behind HAProxy, not a proxy in Python, and time for a busy machine to start it. A replica
+# that goes stays 10 seconds for whoever was not told, not 30: after 30 SageMaker and Kubernetes kill. Ray gives its
+# workers a nice value of 15, and they starve beside anybody.
 ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "10",
     "RAY_worker_niceness": "0",
 }

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import grpc
@@ -109,11 +109,13 @@ async def running(
         listener.close()
 
 
-async def serve(options_: Options, host: str, port: int, grpc_port: int | None, started: object = None) -> None:
+async def serve(
+    options_: Options, host: str, port: int, grpc_port: int | None, started: Callable[[int, int], None] | None = None
+) -> None:
     """Serve until SIGTERM or SIGINT, then drain.
 
     Args:
-        started: called with the `Addresses` when it listens.
+        started: called with the ports of HTTP and gRPC when it listens.
 
     Raises:
         OSError, ValueError: as `running`.
@@ -123,6 +125,6 @@ async def serve(options_: Options, host: str, port: int, grpc_port: int | None, 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with running(options_, host, port, grpc_port) as (addresses, _):
-        if callable(started):
-            started(addresses)
+        if started is not None:
+            started(addresses.http, addresses.grpc)
         await stop.wait()

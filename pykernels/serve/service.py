@@ -104,7 +104,8 @@ class Token:
 
 
 class Service:
-    """Networks that answer requests. Made, started, used and closed on one event loop.
+    """Networks that answer requests. Made, started, used and closed on one event loop, whose thread, as every new one
+    of this process, is left with one of torch's threads.
 
     Args:
         options: what is served, and how.
@@ -118,6 +119,8 @@ class Service:
         self.options = options
         self.token = Token(options.token_file)
         self.budget = Budget(options.request_bytes, options.memory_bytes)
+        # The event loop copies a little here and there; OpenMP's threads would take cores from the instances for that.
+        torch.set_num_threads(1)
         self.workers = Workers(Setup(options.threads, options.instances, options.batch))
         self.scheduler = Scheduler(self.workers)
         target = None if options.p99_ms is None else options.p99_ms / 1e3

@@ -173,6 +173,20 @@ def test_more_bytes_than_a_request_may_have(service: Running) -> None:
         assert b" 413 " in connection.recv(1000).splitlines()[0]
 
 
+def test_json_counts_for_the_memory_that_it_becomes(net: Path) -> None:
+    with serving(models={"line": str(net)}, batch=4, request_bytes=LIMIT, memory_bytes=LIMIT) as small:
+        numbers = ",".join(["1.5"] * (LIMIT // 16))
+        tensor = f'{{"name": "input_1", "shape": [{LIMIT // 64}, 4], "datatype": "FP32", "data": [{numbers}]}}'
+        status, error = post(small, f'{{"inputs": [{tensor}]}}'.encode())
+        assert status == 413 and "send tensors as bytes" in error
+        rows = {**GOOD, "shape": [LIMIT // 64, 4], "parameters": {"binary_data_size": LIMIT // 4}}
+        body, headers = binary(rows, bytes(LIMIT // 4))
+        status, error = post(small, body, **headers)
+        assert status == 413 and f"{LIMIT // 64} rows are too many: at most 1024 are answered at once" in error
+        body, headers = binary(GOOD, bytes(32))
+        assert post(small, body, **headers)[0] == 200
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -48,7 +48,7 @@ def test_the_serve_config_is_what_ray_takes(written: Path) -> None:
 
 @pytest.mark.skipif(not CRD.exists(), reason=f"KubeRay's definition is not here: {CRD}")
 def test_the_ray_service_is_what_kuberay_takes(written: Path) -> None:
-    definition = yaml.safe_load(gzip.decompress(CRD.read_bytes()))
+    definition = yaml.load(gzip.decompress(CRD.read_bytes()), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     (schema,) = (v["schema"]["openAPIV3Schema"] for v in definition["spec"]["versions"] if v["name"] == "v1")
     service = yaml.safe_load((written / "rayservice.yaml").read_text())
     strict = _closed(schema)

@@ -60,8 +60,11 @@ def parse(kind: type[M], text: bytes) -> M:
         raise Invalid(f"request{': ' if place else ''}{place:.200}: {first['msg']:.200}") from None
 
 
-async def read(request: Request, held: Held) -> bytearray:
+async def read(request: Request, held: Held, header: str | None = None) -> bytearray:
     """A request's body, decompressed.
+
+    Args:
+        header: what the client says of the length of its JSON; all is JSON where that is None, or no length.
 
     Raises:
         TooLarge, Overloaded: there is no room for it.
@@ -86,7 +89,11 @@ async def read(request: Request, held: Held) -> bytearray:
         body += part
         if not message.get("more_body"):
             break
-    return body if coding == "identity" else await asyncio.to_thread(_decompress, body, coding, held)
+    if coding != "identity":
+        body = await asyncio.to_thread(_decompress, body, coding, held)
+    text = int(header) if header and header.isascii() and header.isdigit() and len(header) < 20 else len(body)
+    held.parse(min(text, len(body)))
+    return body
 
 
 def _decompress(body: bytearray, coding: str, held: Held) -> bytearray:

@@ -41,11 +41,11 @@ def router(service: Callable[[], Service]) -> APIRouter:
     @routes.post("/invocations")
     async def invocations(request: Request) -> Response:
         with service().budget.hold() as held:
-            body = await read(request, held)
+            kind = request.headers.get("content-type", "").strip()
+            binary = BINARY.fullmatch(kind)
+            body = await read(request, held, None if binary is None else binary[1])
             model = await _model(service(), request.headers.get(MODEL))
-            answer = await while_there(
-                request, _answer(service(), model, body, request.headers.get("content-type", ""))
-            )
+            answer = await while_there(request, _answer(service(), model, body, kind))
             return await encoded(request, answer)
 
     return routes
@@ -54,7 +54,7 @@ def router(service: Callable[[], Service]) -> APIRouter:
 async def _answer(service: Service, model: Model, body: bytearray, kind: str) -> Response:
     """By the type of the body: JSON of the Open Inference Protocol (its inputs are a list of objects with names) or of
     TensorFlow Serving; or Triton's form of the former with tensors as bytes behind it."""
-    binary = BINARY.fullmatch(kind.strip())
+    binary = BINARY.fullmatch(kind)
     if binary is not None:
         answer = await http_v2.response(service, model, http_v2.call_of(body, binary[1]))
         if http_v2.HEADER in answer.headers:

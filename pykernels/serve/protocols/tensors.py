@@ -44,7 +44,7 @@ def from_bytes(name: str, datatype: str, shape: Sequence[int], data: Any) -> tor
         return torch.frombuffer(data, dtype=torch.uint8).view(list(shape)) != 0
     x = torch.frombuffer(data, dtype=torch.uint8)
     if x.data_ptr() % dtype.itemsize:
-        x = x.clone()
+        x = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return x.view(dtype).view(list(shape))
 
 
