@@ -55,7 +55,7 @@ QUANTIZE = (
     "tests/ops/test_quantize.py",
     "tests/ops/test_quantize_contract.py",
 )
-COMPRESSION = ("tests/precision", "tests/prune", "tests/tune")
+COMPRESSION = ("tests/compress", "tests/precision", "tests/prune", "tests/serve", "tests/tune")
 SLICES = [
     Slice("the emulated device", ["test-emulated"], 30, tool="nvcc"),
     emulate("convolutions, products, pools", 30, *CONV),

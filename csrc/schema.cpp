@@ -100,6 +100,11 @@ STABLE_TORCH_LIBRARY(pykernels, m) {
   m.def("softmax(Tensor x, int dim) -> Tensor");
   m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor");
 
+  // attention: query [N, H, T, D], key [N, H / share, S, D], value [N, H / share, S, Dv] -> [N, H, T, Dv]
+  m.def(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, bool causal=False, float? scale=None) "
+      "-> Tensor");
+
   // plan: a network as one call. Sizes (those of all outputs, one after another), numbers of dimensions, dtypes (by
   // their number in names.json) and layouts are what its shape function knows of the outputs.
   m.def(

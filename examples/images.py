@@ -53,8 +53,12 @@ class Images:
         return padded[torch.arange(count)[:, None, None], 0, rows[:, :, None], columns[:, None, :]][:, None]
 
 
-def load(name: str = "auto") -> Images:
+def load(name: str = "auto", folder: Path | None = None) -> Images:
     """``fashion-mnist``, ``digits``, or the first of them that is here (``auto``).
+
+    Args:
+        folder: where Fashion-MNIST's four files are, if not where Debian's package puts them (without root,
+            ``apt-get download`` and ``dpkg -x`` put them anywhere).
 
     Raises:
         FileNotFoundError: Fashion-MNIST is asked for by name and not installed.
@@ -62,9 +66,11 @@ def load(name: str = "auto") -> Images:
     """
     if name not in ("auto", "fashion-mnist", "digits"):
         raise ValueError(f"name must be auto, fashion-mnist or digits, not {name!r}")
-    files = {} if name == "digits" else _installed_files()
+    found = {} if folder is None else {file.name: file for file in folder.rglob("*-ubyte.gz")}
+    files = {} if name == "digits" else found or _installed_files()
     if name == "fashion-mnist" and not files:
-        raise FileNotFoundError(f"Fashion-MNIST is not installed: apt-get install {PACKAGE}")
+        where = "installed" if folder is None else f"in {folder}"
+        raise FileNotFoundError(f"Fashion-MNIST is not {where}: apt-get install {PACKAGE}")
     return _fashion_mnist(files) if files else _digits()
 
 

@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 # These two register what an op is besides its kernels.
 import pykernels.cuda.registry
 import pykernels.ops  # noqa: F401
+from pykernels.compress import Compressed, compress
 from pykernels.distil import distill
 from pykernels.nn.swap import swap
 from pykernels.optimize import Optimized, load, optimize
@@ -14,11 +15,13 @@ from pykernels.prune import Pruned, prune
 from pykernels.tune import Instances, Setup, tune
 
 __all__ = [
+    "Compressed",
     "Instances",
     "Optimized",
     "Pruned",
     "Setup",
     "__version__",
+    "compress",
     "distill",
     "load",
     "optimize",

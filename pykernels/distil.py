@@ -105,6 +105,7 @@ def distill(
     labels: float = 0.0,
     features: Features | Mapping[str, str] | None = None,
     loss: Loss | None = None,
+    freeze_norms: bool = False,
     inputs: int = 1,
     progress: Progress | None = None,
 ) -> list[float]:
@@ -130,6 +131,8 @@ def distill(
         features: distances of hidden tensors, added to the loss.
         loss: called as ``loss(answer, teacher's answer, label or None)``, gives a scalar; in place of divergence and
             labels.
+        freeze_norms: batch norms normalize by their statistics, which stay as they are, and not by the batch's: of few
+            data, or small batches, these mislead.
         inputs: how many inputs a call has.
         progress: called as ``progress("distilling", done, steps)``.
 
@@ -162,6 +165,10 @@ def distill(
     with ExitStack() as stack:
         stack.enter_context(mode(student, True))
         stack.enter_context(mode(teacher, False))
+        if freeze_norms:
+            for module in student.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.training = False
         ours = stack.enter_context(_outputs(student, features.pairs.keys() if features else (), "student"))
         theirs = stack.enter_context(_outputs(teacher, features.pairs.values() if features else (), "teacher"))
         for number, entry in enumerate(_endless(loader, steps, losses)):

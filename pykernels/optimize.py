@@ -101,6 +101,21 @@ class Optimized(nn.Module):
         return args, kwargs
 
     @property
+    def input_names(self) -> list[str]:
+        """Of each flat input the name it has in the model's signature."""
+        program: Any = self._modules["program"]
+        graph: fx.Graph = program.graph  # of a loaded network, too, whose module is not built for this
+        return [node.name for node in graph.nodes if node.op == "placeholder"]
+
+    @property
+    def output_names(self) -> list[str]:
+        """Of each flat output its key, where the model answers with a dictionary of tensors; else ``output_0`` ..."""
+        spec = self._out_spec
+        if spec.type is dict and all(child.is_leaf() for child in spec.children()):
+            return [str(key) for key in spec.context]
+        return [f"output_{i}" for i in range(spec.num_leaves)]
+
+    @property
     def program(self) -> fx.GraphModule:
         """The lowered graph, from flat inputs to a flat tuple of outputs, a call of an op for each step."""
         if self._build is not None:  # a loaded network's first use of it
@@ -330,7 +345,7 @@ def optimize(
         result = _choose(model, args, kwargs, calibration, edges, sizes, budget, validate, progress)
     else:
         if precision == "int8" and not has_quantizers(model):
-            captured = _quantize(model, args, kwargs, calibration, edges, {**sizes, "progress": progress})
+            captured = _quantize(model, args, kwargs, calibration, edges, sizes, progress)
         else:
             captured = capture(model, args, kwargs, **sizes)
         result = _lower(model, captured, precision, edges, (args, kwargs))
@@ -398,13 +413,15 @@ def _quantize(
     kwargs: dict[str, Any],
     calibration: Iterable[Any] | None,
     edges: torch.dtype | None,
-    options: dict[str, Any],
+    sizes: dict[str, Any],
+    progress: Callable[[str, int, int], None] | None,
 ) -> Captured:
     """Quantize with our recipe: a graph with quantizers. A model of 16-bit floats is quantized as an fp32 one."""
     from pykernels.quantization import recipes
 
     model, args, kwargs, calibration = _in_fp32(model, args, kwargs, calibration, edges)
-    captured, record = recipes.quantize_captured(model, args, kwargs, calibration, **options)
+    calibrated = recipes.calibrate_captured(model, args, kwargs, calibration, **sizes, progress=progress)
+    captured, record = calibrated.finished(progress)
     captured.notes = record.all_notes
     captured.example = captured.example if edges is None else _cast(captured.example, edges)
     return captured

@@ -238,6 +238,16 @@ def samples() -> list[Sample]:
         eps=1e-5)  # fmt: skip
     add("layer_norm", lambda n: {"x": torch.randn(n, 12).bfloat16()}, "bfloat16", weight=None, bias=None, eps=1e-5)
 
+    # attention
+    heads = ["query", "key", "value"]
+    add("attention", lambda n: {"query": torch.randn(n, 4, 5, 8), "key": torch.randn(n, 2, 7, 8),
+                                "value": torch.randn(n, 2, 7, 6)},
+        batched=heads, mask=None, causal=True, scale=0.5)  # fmt: skip
+    add("attention",
+        lambda n: {"query": torch.randn(n, 5, 2, 8).half().transpose(1, 2), "key": torch.randn(n, 2, 7, 8).half(),
+                   "value": torch.randn(n, 2, 7, 8).half()},
+        "float16", batched=heads, mask=torch.rand(5, 7) < 0.8, causal=False, scale=None)  # fmt: skip
+
     add("quantize_per_tensor", lambda n: {"x": images(n).half()}, "float16", scale=0.03, zero_point=128, **q8)
     add("dequantize_per_tensor", lambda n: {"x": bytes_(images(n))}, "float16", scale=0.03, zero_point=128,
         dtype=torch.float16)  # fmt: skip

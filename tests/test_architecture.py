@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,8 @@ ORDER = (
     "bench",
     "prune",
     "distil",
+    "compress",
+    "serve",
     "cli",
 )
 
@@ -87,6 +91,17 @@ def test_no_file_imports_what_imports_it() -> None:
 
     for name in sorted(edges):
         visit(name, ())
+
+
+def test_importing_the_package_imports_nothing_that_it_may_not_need() -> None:
+    """Triton and extras may not be there; torchao and the benchmarks take seconds."""
+    heavy = (
+        "highspy", "matplotlib", "pykernels.bench", "pykernels.cuda.triton", "pykernels.quantization", "torch_pruning",
+        "torchao", "triton",
+    )  # fmt: skip
+    code = f"import sys, pykernels; print([m for m in sys.modules if m.startswith({heavy})])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_root_of_the_package_holds_what_a_user_imports() -> None:

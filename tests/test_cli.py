@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import pathlib
 import re
 from typing import Any
@@ -42,6 +43,12 @@ def parted():
 def torchs():
     return nn.LogSoftmax(1)
 
+def loader():
+    return [torch.randn(4, 3, 16, 16) for _ in range(3)]
+
+def score(network):
+    return float(network(torch.zeros(1, 3, 16, 16)).isfinite().all())
+
 def words():
     return nn.Linear(6, 4).eval()
 
@@ -70,7 +77,7 @@ def nets(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pat
 
 def test_help_names_every_command() -> None:
     text = pykernels("--help")
-    for command in ("doctor", "optimize", "plan", "tune", "bench", "comm"):
+    for command in ("doctor", "optimize", "compress", "plan", "tune", "bench", "comm"):
         assert re.search(rf"\b{command}\b", text)
         assert "Usage" in pykernels(command, "--help")
 
@@ -339,6 +346,59 @@ def test_plan_profile_refuses_charts_that_it_cannot_write() -> None:
     assert "--chart: plan.txt must end in .png or .svg" in text
     text = pykernels("plan", "profile", path, "--chart", "absent/plan.png", status=1)
     assert "--chart: the folder absent does not exist" in text
+
+
+# ---- compress ------------------------------------------------------------------------------------------------------
+def test_compress_saves_network_recipe_weights_and_chart(nets: pathlib.Path) -> None:
+    data = pathlib.Path("data")
+    data.mkdir()
+    for number in range(2):
+        np.save(data / f"{number}.npy", np.random.default_rng(number).standard_normal((4, 3, 16, 16), dtype=np.float32))
+    path = f"{nets}.py:build"
+    shape = ["--input-shape", "1,3,16,16"]
+    files = ["-o", "small.pk", "--weights", "small.pt", "--chart", "chart.svg"]
+    options = ["--data", "data", "--validate", f"{nets}:score", "--drop", 0.5, "--rounds", 0]
+    text = pykernels("compress", path, *shape, *options, *files)
+    assert "original, fp32" in text and "original, int8" in text and "chosen" in text
+    model = __import__(str(nets)).build()
+    model.load_state_dict(torch.load("small.pt", weights_only=True))
+    x = torch.randn(2, 3, 16, 16)
+    y = pk.load("small.pk")(x)
+    assert (y - model(x)).norm() <= 0.2 * model(x).norm()
+    assert pathlib.Path("chart.svg").stat().st_size > 1000
+    recipe = json.loads(pathlib.Path("small.json").read_text())
+    assert recipe["version"] == 1 and recipe["prune"] is None
+    again = pykernels("compress", path, *shape, *options[:4], "--recipe", "small.json", "-o", "again.pk")
+    assert "chosen" in again and torch.equal(pk.load("again.pk")(x), y)
+
+
+def test_compress_saves_what_was_reached_where_the_budget_cannot_be_kept(nets: pathlib.Path) -> None:
+    options = ["--train", f"{nets}:loader", "--latency", 0.001, "--drop", 0.5, "--rounds", 0, "-o", "small.pk"]
+    text = pykernels("compress", f"{nets}:build", "--input-shape", "1,3,16,16", *options, status=1)
+    assert "budget: no network that was made takes at most 0.001" in text and "saved small.pk" in text
+    assert pk.load("small.pk")(torch.randn(2, 3, 16, 16)).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--data: there is nothing to judge by"),
+        (["--validate", "{nets}:score", "--drop", -1], "--drop: -1.0; it must not be negative"),
+        (["--data", "nowhere"], "--data: nowhere is not a folder"),
+        (["--train", "{nets}:absent"], "--train: "),
+        (["--train", "loader"], "--train: 'loader' is no module:callable"),
+        (["--train", "missing.py:loader"], "--train: there is no file missing.py"),
+        (["--validate", "{nets}:score", "--steps", 3], "--steps: without train nothing is distilled"),
+        (["--recipe", "missing.json"], "--recipe: missing.json cannot be read"),
+        (["--chart", "chart.txt"], "--chart: chart.txt must end in .png or .svg"),
+        (["--weights", "nowhere/small.pt"], "--weights: the folder nowhere does not exist"),
+    ],
+)
+def test_compress_names_the_option_that_is_wrong(nets: pathlib.Path, arguments: list[object], message: str) -> None:
+    given = [str(a).replace("{nets}", str(nets)) for a in arguments]
+    options = ["--input-shape", "1,3,16,16", "-o", "small.pk", *given]
+    assert message in pykernels("compress", f"{nets}:build", *options, status=1)
+    assert not pathlib.Path("small.pk").exists()
 
 
 # ---- tune ------------------------------------------------------------------------------------------------------------

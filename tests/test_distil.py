@@ -131,6 +131,16 @@ def test_a_loss_of_ones_own_gets_answers_and_labels() -> None:
     assert seen == [(True, False, torch.Size([16])), (True, False, None)]
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+def test_statistics_of_batch_norms_can_stay(freeze: bool) -> None:
+    student = classifier(8)
+    norm = student[0][1]
+    mean, weight = norm.running_mean.clone(), norm.weight.clone()
+    pk.distill(student, teacher(), batches(), steps=2, freeze_norms=freeze)
+    assert torch.equal(norm.running_mean, mean) == freeze
+    assert not torch.equal(norm.weight, weight) and norm.training
+
+
 def test_a_teacher_on_our_kernels() -> None:
     whole = teacher()
     x = batches(1)[0]

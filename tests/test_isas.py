@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+import re
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +15,7 @@ from pykernels import _host
 from pykernels.ops.names import ACTIVATIONS
 
 P = torch.ops.pykernels
+ROOT = pathlib.Path(__file__).parent.parent
 ISAS = [name for name, available in _host.isas().items() if available]
 
 pytestmark = pytest.mark.skipif(len(ISAS) < 2, reason="one isa only on this CPU")
@@ -111,3 +114,14 @@ def test_qadd_and_qmul(n: int, activation: str, seed: int) -> None:
     parameters = (0.02, 100, 0.05, 30, 0.04, 90, torch.uint8)
     on_every_isa(lambda: P.qadd(a, b, *parameters, activation))
     on_every_isa(lambda: P.qmul(a, b, *parameters))
+
+
+def test_the_emulation_has_every_intrinsic_that_kernels_use() -> None:
+    """A build with -DPYKERNELS_EMULATE=ON knows no other 512-bit ones; it takes long, and is easily forgotten."""
+    sources = {path: path.read_text() for path in (ROOT / "csrc" / "cpu").rglob("*") if path.suffix in (".h", ".cpp")}
+    written = sources.pop(ROOT / "csrc" / "cpu" / "isa" / "emulate.h")
+    names = re.compile(r"\b_mm512_\w+")
+    used = {name for text in sources.values() for name in names.findall(text)}
+    used |= {f"_mm512_{name}" for text in sources.values() for name in re.findall(r"\bPK_BYTES\((\w+)\)", text)}
+    unknown = used - set(names.findall(written)) - {"_mm512_", "_mm512_name"}
+    assert len(used) > 50 and not unknown, f"csrc/cpu/isa/emulate.h lacks {sorted(unknown)}"

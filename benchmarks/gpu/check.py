@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from contract import CPU_ONLY, Sample, samples  # noqa: E402
 
 # Sums of floats in another order than the CPU's; everything else has the CPU's bits.
-SUMS = {"linear", "conv2d", "conv_bn_act", "avg_pool2d", "adaptive_avg_pool2d", "softmax", "layer_norm"}
+SUMS = {"linear", "conv2d", "conv_bn_act", "avg_pool2d", "adaptive_avg_pool2d", "softmax", "layer_norm", "attention"}
 SUMS |= {"upsample_bilinear2d"}  # ATen's
 SANITIZER_SECONDS = 130
 

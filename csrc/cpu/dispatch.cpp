@@ -2,6 +2,7 @@
 #include <atomic>
 
 #include "cpu/arithmetic/kernels.h"
+#include "cpu/attention/kernels.h"
 #include "cpu/compress/kernels.h"
 #include "cpu/compress/sparse.h"
 #include "cpu/conv/kernels.h"
@@ -34,6 +35,7 @@ void set_isa(Isa isa) { choice() = static_cast<int>(isa); }
 PYKERNELS_DISPATCH(PK_ISA_BASES, CompressKernels, compress_kernels)
 #ifndef PYKERNELS_HOST  // the module without torch has no other kernels
 PYKERNELS_DISPATCH(PK_ISA_BASES, ArithmeticKernels, arithmetic_kernels)
+PYKERNELS_DISPATCH(PK_ISA_BASES, AttentionKernels, attention_kernels)
 PYKERNELS_DISPATCH(PK_ISAS, DepthwiseKernels, depthwise_kernels)
 PYKERNELS_DISPATCH(PK_ISA_BASES, DepthwiseWordsKernels, depthwise_words_kernels)
 PYKERNELS_DISPATCH(PK_ISAS, DotKernels, dot_kernels)

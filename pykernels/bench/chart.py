@@ -147,6 +147,46 @@ def draw_scaling(series: Series, of: str, path: pathlib.Path) -> pathlib.Path:
     return path
 
 
+def draw_compression(
+    points: Sequence[tuple[float, float, str, str]],
+    chosen: int,
+    measure: str,
+    least: float | None,
+    latency: float | None,
+    path: pathlib.Path,
+) -> pathlib.Path:
+    """Draw what a compression tried: quality against latency, as a part of the original's.
+
+    Args:
+        points: latency, quality, name and precision of each network.
+        chosen: the place of the one that was taken.
+        measure: what quality is, in a word.
+        least, latency: the budget's bounds, where it has them.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    figure = _figure(9, 5)
+    axes = figure.subplots()
+    for place, (x, y, name, precision) in enumerate(points):
+        color = COLORS.get(precision, "grey")
+        axes.scatter([x], [y], s=120 if place == chosen else 40, marker="*" if place == chosen else "o", color=color)
+        axes.annotate(
+            name, (x, y), fontsize=7, fontweight="bold" if place == chosen else "normal", xytext=(5, 5),
+            textcoords="offset points", ha="right" if x > 0.6 else "left",
+        )  # fmt: skip
+    if least is not None:
+        axes.axhline(least, color="grey", linewidth=1, linestyle="--")
+    if latency is not None:
+        axes.axvline(latency, color="grey", linewidth=1, linestyle="--")
+    axes.set_xlim(left=0)
+    axes.set_xlabel("latency, as a part of the original's in fp32")
+    axes.set_ylabel(measure)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    return path
+
+
 def _figure(width: float, height: float) -> Any:
     """An empty figure, in inches.
 

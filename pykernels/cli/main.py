@@ -1,27 +1,40 @@
-"""The command `pykernels`: doctor, optimize, plan, tune, bench, comm."""
+"""The command `pykernels`: doctor, optimize, compress, plan, tune, serve, bench, comm."""
 
 from __future__ import annotations
 
 import enum
-import importlib
-import logging
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
-from torch.export.passes import move_to_device_pass
 
 import pykernels
 from pykernels.bench import machine as machines
 from pykernels.bench.command import bench
+from pykernels.cli.compress import compress as compress_command
 from pykernels.cli.errors import fail
+from pykernels.cli.model import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    InputShape,
+    Mean,
+    Model,
+    Std,
+    bar,
+    columns,
+    device_of,
+    hush,
+    inputs_in,
+    load_model,
+    shapes_of,
+)
 from pykernels.cli.plan import app as plan_app
+from pykernels.cli.serve import serve as serve_command
 from pykernels.cli.tune import tune as tune_command
 from pykernels.comm.command import app as comm_app
 from pykernels.cuda import registry
@@ -34,9 +47,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
-IMAGENET_MEAN, IMAGENET_STD = "0.485,0.456,0.406", "0.229,0.224,0.225"
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-TENSORS = {".pt", ".npy"}
 
 
 class Precision(str, enum.Enum):
@@ -45,12 +55,6 @@ class Precision(str, enum.Enum):
     fp16 = "fp16"
     int8 = "int8"
     auto = "auto"
-
-
-def hush() -> None:
-    """Keep the terminal for our own words: torchao, when imported, logs each CUDA library that did not load."""
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @app.callback(invoke_without_command=True)
@@ -104,16 +108,8 @@ def doctor() -> None:
 
 @app.command()
 def optimize(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="An exported program (.pt2), or module:callable that returns an nn.Module."
-        ),
-    ],
-    input_shape: Annotated[
-        str,
-        typer.Option(help="Shape of the example input, batch first: 1,3,224,224. Several inputs: separate with ';'."),
-    ],
+    model: Model,
+    input_shape: InputShape,
     output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="Where the optimized network is saved.")],
     precision: Annotated[Precision, typer.Option(help="What the network computes in.")] = Precision.fp32,
     calibration: Annotated[
@@ -121,8 +117,8 @@ def optimize(
         typer.Option(help="int8, auto: a folder of images, or of .pt/.npy batches, like the usual inputs."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many files of the calibration folder to use.")] = 200,
-    mean: Annotated[str, typer.Option(help="Per channel, of images scaled to 0..1.")] = IMAGENET_MEAN,
-    std: Annotated[str, typer.Option(help="Per channel, of images scaled to 0..1.")] = IMAGENET_STD,
+    mean: Mean = IMAGENET_MEAN,
+    std: Std = IMAGENET_STD,
     device: Annotated[
         str, typer.Option(help="Where to optimize and calibrate: cpu, cuda or cuda:1. The file serves every device.")
     ] = "cpu",
@@ -150,23 +146,19 @@ def optimize(
         fail("--precision auto needs --calibration")
     if not output.parent.is_dir():
         fail(f"--output: the folder {output.parent} does not exist")
-    shapes = [_numbers("--input-shape", part, int) for part in input_shape.split(";")]
-    if any(size < 1 for shape in shapes for size in shape):
-        fail("--input-shape: sizes are whole numbers of at least 1")
-    place = _device(device)
+    shapes, place = shapes_of(input_shape), device_of(device)
     torch.manual_seed(0)
     inputs = None
     if calibration is not None:
         if len(shapes) != 1:
             fail("--calibration serves networks of one input; call pykernels.optimize from Python for others")
-        inputs = list(_calibration(calibration, samples, shapes[0], mean, std))
-    network = _load_model(model, place)
+        inputs = list(inputs_in("--calibration", calibration, samples, shapes[0], mean, std))
+    network = load_model(model, place)
     dtype = next((t.dtype for t in network.parameters() if t.is_floating_point()), torch.float32)
     examples = tuple(torch.randn(shape).to(place, dtype) for shape in shapes)
     hush()
     console = Console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns(), console=console) as progress:
         what = f"optimizing {model} to {precision.value}"
         task = progress.add_task(what, total=None)
         try:
@@ -175,7 +167,7 @@ def optimize(
                 examples,
                 precision=precision.value,
                 calibration=inputs,
-                progress=_bar(progress, task, what),
+                progress=bar(progress, task, what),
                 tune=tune,
                 budget=None if error is None else {"error": error},
             )
@@ -191,6 +183,8 @@ def optimize(
 
 
 app.command()(bench)
+app.command(name="compress")(compress_command)
+app.command(name="serve")(serve_command)
 app.command(name="tune")(tune_command)
 app.add_typer(plan_app, name="plan")
 app.add_typer(comm_app, name="comm")
@@ -208,95 +202,3 @@ def _tick(good: bool, reason: str | None = None) -> str:
     if good:
         return "[green]yes[/]"
     return f"[yellow]no[/]: {reason}" if reason else "[dim]no[/]"
-
-
-def _bar(progress: Progress, task: TaskID, what: str) -> Callable[[str, int, int], None]:
-    """A callback ``(stage, done, total)`` that moves the bar of `task` and names the stage behind `what`."""
-
-    def show(stage: str, done: int, total: int) -> None:
-        progress.update(task, description=f"{what}: {stage}", completed=done, total=total)
-
-    return show
-
-
-def _numbers(option: str, text: str, kind: type[Any]) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        fail(f"{option}: {text!r} is not a list of numbers separated by commas")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        fail(f"--device: {name!r} is no device; cpu, cuda, cuda:0, cuda:1 ... are")
-    complaint = registry.unusable(device)
-    if complaint is not None:
-        fail(f"--device: {name} cannot be used: {complaint}")
-    return device
-
-
-def _load_model(name: str, device: torch.device) -> torch.nn.Module:
-    """The network, on `device`."""
-    if name.endswith(".pt2"):
-        if not pathlib.Path(name).is_file():
-            fail(f"MODEL: there is no file {name}")
-        return move_to_device_pass(torch.export.load(name), device).module()
-    module_name, separator, attribute = name.partition(":")
-    if not separator or not attribute:
-        fail(f"MODEL: {name!r} is neither a .pt2 file nor module:callable")
-    sys.path.insert(0, str(pathlib.Path.cwd()))  # a file of the user's own, as `python -m` would find it
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, RuntimeError) as error:
-        fail(f"MODEL: {name}: {error}")
-    found = factory if isinstance(factory, torch.nn.Module) else factory()
-    if not isinstance(found, torch.nn.Module):
-        fail(f"MODEL: {name} returned {type(found).__name__}, not an nn.Module")
-    return found.to(device)
-
-
-def _calibration(folder: pathlib.Path, samples: int, shape: list[int], mean: str, std: str) -> Iterator[torch.Tensor]:
-    """The folder's images as fp32 [1, 3, H, W], prepared as torchvision's networks are fed; its tensors as they are."""
-    if not folder.is_dir():
-        fail(f"--calibration: {folder} is not a folder")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES | TENSORS)[:samples]
-    if not files:
-        fail(f"--calibration: {folder} holds no image and no .pt or .npy file")
-    for file in files:
-        yield _tensor(file, shape) if file.suffix in TENSORS else _image(file, shape, mean, std)
-
-
-def _tensor(file: pathlib.Path, shape: list[int]) -> torch.Tensor:
-    if file.suffix == ".npy":
-        import numpy
-
-        found: Any = torch.from_numpy(numpy.load(file, allow_pickle=False))
-    else:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(found, torch.Tensor) or list(found.shape[1:]) != shape[1:]:
-        fail(f"--calibration: {file} must hold one tensor of shape [N, {', '.join(map(str, shape[1:]))}]")
-    return found
-
-
-def _image(file: pathlib.Path, shape: list[int], mean: str, std: str) -> torch.Tensor:
-    try:
-        import numpy
-        from PIL import Image
-    except ImportError:
-        fail("--calibration: images need pillow: pip install pillow")
-    if len(shape) != 4 or shape[1] != 3:
-        fail("--calibration: images need --input-shape N,3,H,W")
-    height, width = shape[2:]
-    with Image.open(file) as opened:
-        image = opened.convert("RGB")
-    scale = (
-        max(height / image.height, width / image.width) * 256 / 224
-    )  # the border that classifiers are trained to lose
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    image = image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
-    pixels = torch.from_numpy(numpy.asarray(image, dtype=numpy.float32) / 255)
-    prepared = (pixels - torch.tensor(_numbers("--mean", mean, float))) / torch.tensor(_numbers("--std", std, float))
-    return prepared.permute(2, 0, 1)[None].contiguous()

@@ -50,6 +50,7 @@ KERNELS = {
     "add": "pointwise",
     "activate": "pointwise",
     "leaky_relu": "pointwise",
+    "attention": "attention",
     "softmax": "normalize",
     "layer_norm": "normalize",
     "upsample_nearest2d": "upsample",
@@ -96,7 +97,7 @@ def runs(op: str) -> str:
     """What computes the op on CUDA devices, in words."""
     if op in ("int8_linear", "qconv2d") and _load.CUDA_ERROR is None:
         return "CUTLASS or Triton, by shape"
-    if KERNELS.get(op) in ("upsample", "normalize"):
+    if KERNELS.get(op) in ("attention", "upsample", "normalize"):
         return "ATen"
     return {"linear": "cuBLAS through ATen", "conv2d": "cuDNN through ATen"}.get(op, "Triton")
 

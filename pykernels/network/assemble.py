@@ -5,6 +5,7 @@ A value is kept in the form it was produced in, 8 bits or float; the other form 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from pykernels.graph.nodes import (
 from pykernels.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE, QParams, qparams
 from pykernels.network.devices import graph_device
 from pykernels.network.match import conv_padding, int8_weight, match, runs_on_bytes
-from pykernels.network.step import KEEPING, Call, Concatenation, Layer, Lookup, Network, Pool, Step, Value
+from pykernels.network.step import KEEPING, Attention, Call, Concatenation, Layer, Lookup, Network, Pool, Step, Value
 from pykernels.ops._sizes import spread
 from pykernels.ops.dtypes import REALS, STORED
 
@@ -64,6 +65,7 @@ class _Assembler:
         self.precision, self.edges = precision, edges
         self.real = STORED.get(precision, edges)  # what floats are stored in; None: as they are in the graph
         self.forms: dict[fx.Node, _Forms] = {}
+        self.masks: dict[fx.Node, Value] = {}
         self.given: dict[fx.Node, Value] = {}  # inputs as the caller has them
         self.steps: list[Step] = []
 
@@ -351,6 +353,29 @@ class _Assembler:
             step.details = Pool((step.activation,))
         self._finish(step, [self.plain(step.reads[0])])
 
+    def attention(self, step: Step) -> None:
+        """Scaled dot product attention: query, key, value, and a mask."""
+        values, (query, *_) = arguments(step.anchor), [facts(node) for node in step.reads]
+        scale = 1.0 / math.sqrt(query.shape[3]) if values["scale"] is None else float(values["scale"])
+        step.details = Attention(values["is_causal"], scale)
+        self._finish(step, [self.plain(node) for node in step.reads[:3]] + list(map(self._mask, step.reads[3:])))
+
+    def _mask(self, node: fx.Node) -> Value:
+        """A mask as kernels read it: truth as bytes."""
+        value: Value = self.plain(node)
+        if value.dtype is not torch.bool:
+            return value
+        if node not in self.masks:
+            self.masks[node] = self._bytes_of(node, value)
+        return self.masks[node]
+
+    def _bytes_of(self, node: fx.Node, value: Value) -> Value:
+        if value.constant is not None:
+            name, bytes_ = f"{value.name}_bytes", value.constant.view(torch.uint8)
+            return Value(name, tuple(bytes_.shape), torch.uint8, constant=bytes_)
+        result = self._value(node, dtype=torch.uint8)
+        return self._convert("cast", node, value, result, aten.view.dtype, (value, torch.uint8))
+
     def _in_fp32(self, node: fx.Node | None) -> Value | None:
         """A constant that a kernel reads in fp32, whatever floats are stored in."""
         tensor = constant(self.module, node)
@@ -434,6 +459,7 @@ _MAKERS: dict[str, Callable[[_Assembler, Step], None]] = {
     "leaky_relu": _Assembler.unary,
     "softmax": _Assembler.unary,
     "layer_norm": _Assembler.unary,
+    "attention": _Assembler.attention,
 }
 
 
@@ -465,7 +491,8 @@ def _of_region(node: fx.Node) -> bool:
 def _chooses_its_dtype(node: fx.Node) -> bool:
     """Whether a call makes a tensor of numbers, in torch's default dtype."""
     told = any(isinstance(leaf, torch.dtype) for leaf in pytree.tree_leaves((node.args, node.kwargs)))
-    return facts(node) is not None and not told and all(facts(value) is None for value in node.all_input_nodes)
+    made = facts(node) is not None and name_of(node) != "getitem"
+    return made and not told and all(facts(value) is None for value in node.all_input_nodes)
 
 
 def _pair(value: Any, one_d: bool) -> tuple[int, int]:

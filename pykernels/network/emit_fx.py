@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from pykernels.network.step import Call, Concatenation, Layer, Lookup, Network, Pool, Step, Value
+from pykernels.network.step import Attention, Call, Concatenation, Layer, Lookup, Network, Pool, Step, Value
 
 aten = torch.ops.aten
 
@@ -173,6 +173,12 @@ class Emitter:
         key = ("table", bytes(table.view(torch.uint8).tolist()), table.dtype)
         return self.ours(step.op, self._node(step.inputs[0]), self._attribute(table, name + "_table", key))
 
+    def attention(self, step: Step) -> fx.Node:
+        """``attention``."""
+        assert isinstance(step.details, Attention)
+        query, key, value, *mask = map(self._node, step.inputs)
+        return self.ours(step.op, query, key, value, *(mask or [None]), step.details.causal, step.details.scale)
+
     def pool(self, step: Step) -> fx.Node:
         """Pools and the ops that are called like them."""
         assert isinstance(step.details, Pool)
@@ -205,6 +211,7 @@ _EMITTERS: dict[str, Callable[[Emitter, Step], fx.Node]] = {
     "leaky_relu": Emitter.pool,
     "softmax": Emitter.pool,
     "layer_norm": Emitter.pool,
+    "attention": Emitter.attention,
     "quantize": Emitter.conversion,
     "dequantize": Emitter.conversion,
     "move": Emitter.torchs,

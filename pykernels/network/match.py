@@ -419,6 +419,8 @@ class _Matcher:
             return Step("softmax", [node], [(node.args[0], node)])
         if is_call(node, "aten.layer_norm"):
             return self._layer_norm(node)
+        if is_call(node, "aten.scaled_dot_product_attention"):
+            return self._attention(node)
         return None
 
     def _real_sum(self, node: fx.Node) -> Step | None:
@@ -444,6 +446,36 @@ class _Matcher:
                 self.reasons[node] = f"the {name} is computed at run time"
                 return None
         return Step("layer_norm", [node], [(values["input"], node)])
+
+    def _attention(self, node: fx.Node) -> Step | None:
+        values = arguments(node)
+        names = ("query", "key", "value", *(("attn_mask",) if values["attn_mask"] is not None else ()))
+        query, key, value, *mask = known = [facts(values[name]) for name in names]
+        if any(found is None for found in known) or not all(isinstance(values[name], fx.Node) for name in names):
+            return None
+        if any(len(found.shape) != 4 or found.dtype != query.dtype for found in (query, key, value)):
+            self.reasons[node] = "attention without a dimension for images, and one for heads"
+            return None
+        heads, share = query.shape[1], key.shape[1]
+        grouped = values["enable_gqa"] and isinstance(heads, int) and isinstance(share, int) and heads % share == 0
+        fits = key.shape[0] == value.shape[0] == query.shape[0] and key.shape[3] == query.shape[3]
+        fits = fits and key.shape[1:3] == value.shape[1:3] and (heads == share or grouped)
+        fits = fits and (isinstance(query.shape[3], int) or isinstance(values["scale"], float))
+        if not fits or values["dropout_p"] != 0 or not isinstance(values["is_causal"], bool):
+            self.reasons[node] = "attention with dropout, or of shapes that are spread over one another"
+            return None
+        if mask and not _spreads(mask[0], (*query.shape[:3], key.shape[2]), query.dtype):
+            self.reasons[node] = "the mask of attention has not a column for each key, or another dtype"
+            return None
+        return Step("attention", [node], [(values[name], node) for name in names])
+
+
+def _spreads(mask: Any, over: tuple[Any, ...], dtype: torch.dtype) -> bool:
+    """Whether a mask is read along the keys, and repeated along the other dimensions where it has one of them."""
+    sizes = over[4 - len(mask.shape) :] if 1 <= len(mask.shape) <= 4 else ()
+    if not sizes or mask.dtype not in (torch.bool, dtype) or mask.shape[-1] != sizes[-1]:
+        return False
+    return all(size in (1, whole) for size, whole in zip(mask.shape, sizes, strict=True))
 
 
 def _plain(node: fx.Node, *calls: str) -> bool:

@@ -18,6 +18,7 @@ from pykernels.graph.qdq import QParams
 
 __all__ = [
     "KEEPING",
+    "Attention",
     "Call",
     "Concatenation",
     "Layer",
@@ -91,6 +92,14 @@ class Pool:
     the op's schema; sizes that are computed at run time are `Value`s."""
 
     geometry: tuple[Any, ...]
+
+
+@dataclass
+class Attention:
+    """Whether a query sees only the keys up to its own, and what scores are multiplied by."""
+
+    causal: bool
+    scale: float
 
 
 @dataclass

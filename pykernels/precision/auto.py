@@ -96,9 +96,7 @@ class Search:
 
     def _refined(self, int8: Sequence[bool]) -> GraphModule:
         graph = self.mixture.graph({place for place, chosen in enumerate(int8) if chosen})
-        done = self.calibrated.refine(graph, self.progress)
-        record = self.calibrated.record
-        record.refined, record.in_parts, record.unrefined = done.refined, done.in_parts, done.unrefined
+        self.calibrated.refine(graph, self.progress)
         return graph
 
     def _eight_bits(self, graph: GraphModule) -> Any:

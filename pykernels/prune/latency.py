@@ -26,10 +26,9 @@ from pykernels.network.assemble import assemble
 from pykernels.network.buffers import consolidate
 from pykernels.network.emit_fx import emit_fx
 from pykernels.network.plan.emit import emit_plan
-from pykernels.network.plan.planned import Planned, calls_of_plans
+from pykernels.network.plan.planned import Planned
 from pykernels.network.plan.timing import quiet_seconds, step_seconds
 from pykernels.network.step import Layer, Network, Step, Value
-from pykernels.ops.plan import describe_plan, profile_plan
 
 from .coupling import PANEL, Group, is_depthwise, width
 from .knapsack import State
@@ -38,7 +37,7 @@ __all__ = ["Latency", "Lowered", "compare", "lower"]
 
 Progress = Callable[[str, int, int], None]
 _FRACTIONS = (0.25, 0.5, 0.75)  # of a layer's width, beside one panel: where it is timed
-_ALONE_ROUNDS = 8  # of a layer at all of its widths
+_ALONE_ROUNDS = 10  # of a layer at all of its widths
 _ROUNDS = 20  # of the whole network
 _COMPARISONS = 3  # times that networks are timed in turn, and a layer while it is slower than expected
 _DISTURBED = 1.15  # over what is expected: others are at work on the machine
@@ -80,9 +79,10 @@ def lower(model: nn.Module, args: tuple[Any, ...], precision: str) -> Lowered:
         logger.setLevel(logging.ERROR)
         try:
             if precision == "int8":
-                from pykernels.quantization.recipes import quantize_captured
+                from pykernels.quantization.recipes import calibrate_captured
 
-                captured, _ = quantize_captured(model, args, {}, [args], dynamic_batch=False, refine=False)
+                found = calibrate_captured(model, args, {}, [args], dynamic_batch=False, refine=False)
+                captured, _ = found.finished()
             else:
                 captured = capture(model, args, {}, dynamic_batch=False)
         finally:
@@ -285,18 +285,10 @@ class _Alone:
         planned = _planned(network)
         if planned is None:
             raise ValueError(f"model: no plan takes the layer {self.step.where!r} at other widths")
-        ((name, (plan, given)),) = calls_of_plans(planned, [_zeros(value) for value in inputs]).items()
-        places = {step.label: pair for step, pair in zip(steps[1:], wanted[1:], strict=True)}
-        drivers = describe_plan(plan, planned.weights, given)["drivers"]
-        profile_plan(plan, planned.weights, given, 2)
-        least = profile_plan(plan, planned.weights, given, _ALONE_ROUNDS).min(0).values.tolist()
-        found: dict[tuple[int, int], float] = defaultdict(float)
-        labels = planned.labels[name]
-        for driver, nanoseconds in zip(drivers, least, strict=True):
-            if driver["step"] < len(labels) and labels[driver["step"]] in places:
-                found[places[labels[driver["step"]]]] += 1e-9 * nanoseconds
-        for pair, seconds in found.items():
-            self.times[pair] = min(seconds, self.times.get(pair, seconds))
+        found = step_seconds(planned, [_zeros(value) for value in inputs], _ALONE_ROUNDS)
+        for step, pair in zip(steps[1:], wanted[1:], strict=True):
+            if step.label in found:
+                self.times[pair] = min(found[step.label], self.times.get(pair, found[step.label]))
         self.cache.clear()
 
     def _narrow(self, place: int, reads: int, makes: int) -> Step:

@@ -23,6 +23,7 @@ from .importance import Importance, Loss, magnitude, taylor
 from .knapsack import Choice, State, Unreachable, solve
 from .latency import Latency, compare, lower
 from .recipe import Recipe, check_recipe, recipe_of
+from .reconstruct import reconstruct
 from .report import Report, Row
 from .surgery import Mismatch, check, cut, refuse
 
@@ -71,14 +72,15 @@ def prune(
     Latencies are those of our kernels on this machine, with torch's number of threads and inputs of the example's
     sizes. Widths become multiples of 16, as wide as the kernels' panels. The pruned model answers as the model does
     when nobody reads the removed channels, to 1e-5 of the answer's norm on the example and on noise; that is checked
-    before the statistics of batch norms follow, by `data`. The model itself is not changed. (docs/compress.md)
+    before weights make up for what was removed, and the statistics of batch norms follow, by `data`. The model itself
+    is not changed. (docs/compress.md)
 
     Args:
         model: an fp32 network on the CPU, in any mode.
         example_inputs: positional inputs of one call; a lone tensor stands for a tuple of one.
         latency: what a call may take, of what it takes now: between 0 and 1.
         data: an iterable that can be read twice (a loader, a list) of inputs, each a tensor or a tuple of inputs that a
-            label may follow. Channels are weighed and batch norms adjusted on it.
+            label may follow. Channels are weighed on it, weights fitted and batch norms adjusted.
         precision: what the network will run in: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
         importance: ``taylor`` (gradients over `data`: of the loss where there are labels, else of the outputs) or
             ``magnitude`` (of weights; needs no data, and drops no blocks).
@@ -272,13 +274,14 @@ def _solved(
 def _finish(
     model: nn.Module, args: tuple[Any, ...], recipe: Recipe, data: Iterable[Any] | None, report: Report
 ) -> Pruned:
-    """The pruned copy, checked, its batch norms adjusted."""
+    """The pruned copy, checked, its weights and batch norms adjusted."""
     pruned = cut(model, recipe)
     try:
         check(model, pruned, recipe, args)
     except Mismatch as mismatch:
         raise ValueError(f"model: {mismatch}") from None
     if data is not None:
+        report.fitted = reconstruct(model, pruned, recipe, data, len(args))
         _estimate_batch_norms(model, pruned, recipe, data, len(args))
     for name, module in model.named_modules():
         axes = recipe["layers"].get(name, {})

@@ -25,6 +25,7 @@ class Report:
         rows: the layers that lost channels, in the model's order.
         blocks: the blocks that were dropped.
         left: layers whose channels all stay, and why.
+        fitted: layers whose weights make up for channels that they do not read any more.
         importance: what the channels were weighed by, in words.
         precision: what latencies were measured in; None where none were.
         budget: the latency that was asked for, of the original's.
@@ -39,6 +40,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     blocks: list[str] = field(default_factory=list)
     left: Mapping[str, str] = field(default_factory=dict)
+    fitted: list[str] = field(default_factory=list)
     importance: str = ""
     precision: str | None = None
     budget: float | None = None
@@ -64,6 +66,8 @@ class Report:
         lines += [f"note: {note}" for note in self.notes]
         if self.importance:
             lines.append(f"channels were weighed by {self.importance}")
+        if self.fitted:
+            lines.append(f"weights were fitted to what was removed in {len(self.fitted)} layers")
         lines.append(
             f"operations {self.operations[0] / 1e6:.1f} -> {self.operations[1] / 1e6:.1f} million "
             f"({_percent(self.operations)}), weights {self.weights[0]} -> {self.weights[1]} ({_percent(self.weights)})"

@@ -28,7 +28,7 @@ from pykernels.network.step import Step
 
 from .equalize import equalize
 from .quantizer import Int8Quantizer
-from .refine import Progress, Refinement, float_weights
+from .refine import Progress, float_weights
 from .refine import refine as refine_weights
 
 RECORD = "pykernels_quantization"
@@ -163,7 +163,7 @@ def quantize(
         TypeError: an entry of ``calibration`` does not fit the inputs.
         NotExportable: ``torch.export`` cannot capture the model.
     """
-    found, _ = quantize_captured(
+    calibrated = calibrate_captured(
         model,
         example_inputs,
         example_kwargs or {},
@@ -174,39 +174,8 @@ def quantize(
         refine=refine,
         progress=progress,
     )
+    found, _ = calibrated.finished(progress)
     return with_pytree(found.module, found.in_spec, found.out_spec)
-
-
-def quantize_captured(
-    model: torch.nn.Module | ExportedProgram,
-    example_inputs: Sequence[Any] | torch.Tensor,
-    example_kwargs: Mapping[str, Any],
-    calibration: Iterable[Any] | None,
-    *,
-    dynamic_batch: bool,
-    dynamic_shapes: Any = None,
-    keep_float: Iterable[str] = (),
-    refine: bool = True,
-    progress: Progress | None = None,
-) -> tuple[Captured, QuantizationRecord]:
-    """`quantize`, as a plain graph with what is needed to call it like the model."""
-    found = calibrate_captured(
-        model,
-        example_inputs,
-        example_kwargs,
-        calibration,
-        dynamic_batch=dynamic_batch,
-        dynamic_shapes=dynamic_shapes,
-        keep_float=keep_float,
-        refine=refine,
-        progress=progress,
-    )
-    record = found.record
-    if refine and not record.data_free:
-        done = found.refine(found.captured.module, progress)
-        record.refined, record.in_parts, record.unrefined = done.refined, done.in_parts, done.unrefined
-    found.captured.module.meta[RECORD] = record
-    return found.captured, record
 
 
 @dataclass
@@ -219,6 +188,7 @@ class Calibrated:
         weights: the fp32 weight of each layer, by node name.
         samples: flat inputs of calls.
         state: the buffers that the graph writes, as the model had them.
+        to_refine: whether weights and biases are to be fitted.
     """
 
     captured: Captured
@@ -227,12 +197,20 @@ class Calibrated:
     weights: dict[str, torch.Tensor]
     samples: list[tuple[Any, ...]]
     state: dict[str, torch.Tensor]
+    to_refine: bool
 
-    def refine(self, graph: GraphModule, progress: Progress | None = None) -> Refinement:
-        """Fit weights and biases of a graph, this one or one made of it, in place."""
-        done = refine_weights(graph, self.weights, self.samples, progress)
+    def finished(self, progress: Progress | None = None) -> tuple[Captured, QuantizationRecord]:
+        """The graph with its weights fitted, where they are to be, and what was done."""
+        if self.to_refine:
+            self.refine(self.captured.module, progress)
+        self.captured.module.meta[RECORD] = self.record
+        return self.captured, self.record
+
+    def refine(self, graph: GraphModule, progress: Progress | None = None) -> None:
+        """Fit weights and biases of a graph, this one or one made of it, in place; the record tells of the last."""
+        done, record = refine_weights(graph, self.weights, self.samples, progress), self.record
+        record.refined, record.in_parts, record.unrefined = done.refined, done.in_parts, done.unrefined
         self.restore(graph)
-        return done
 
     def restore(self, graph: GraphModule) -> None:
         """Put state back: calibration is no call of the user's."""
@@ -252,7 +230,7 @@ def calibrate_captured(
     refine: bool = True,
     progress: Progress | None = None,
 ) -> Calibrated:
-    """The first half of `quantize_captured`: ranges are observed, weights not fitted yet, if they will be."""
+    """A model with quantizers, its ranges observed, its weights not fitted yet; arguments are those of `quantize`."""
     inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     record = QuantizationRecord("post-training")
     found = capture_noting(model, inputs, example_kwargs, record, dynamic_batch, dynamic_shapes)
@@ -264,7 +242,8 @@ def calibrate_captured(
     else:
         samples = _samples(calibration, len(inputs), found.in_spec, record, device)
     state = _state(graph)
-    if refine and not record.data_free:
+    to_refine = refine and not record.data_free
+    if to_refine:
         fold_batch_norms(graph)
         record.equalized = equalize(graph, samples)
     else:
@@ -279,7 +258,7 @@ def calibrate_captured(
     weights = float_weights(prepared)
     found.module = convert_pt2e(prepared)
     record.groups, record.left_float = len(quantizer.layers), dict(quantizer.left_float)
-    calibrated = Calibrated(found, record, quantizer.steps, weights, samples, state)
+    calibrated = Calibrated(found, record, quantizer.steps, weights, samples, state, to_refine)
     calibrated.restore(found.module)
     return calibrated
 

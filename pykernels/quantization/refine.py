@@ -5,9 +5,7 @@ layer's result. For ``y = W x + b`` with the layer's real inputs, one pass throu
 
 1. *rounding with compensation* (GPTQ: Frantar et al. 2022, after Optimal Brain Surgeon): weights are rounded one input
    at a time and the error of each is made up for by the weights not rounded yet, weighed by the inputs' covariance;
-2. *bias correction* (Nagel et al. 2019, "Data-free quantization through weight equalization and bias correction"): each
-   output channel is moved to where it comes nearest to the fp32 network's over the calibration samples, after the
-   activation that follows: below a ReLU nobody sees what is wrong.
+2. *bias correction* (`bias`): each output channel is moved to where it comes nearest to the fp32 network's.
 
 Inputs are those the *quantized* network sees, corrected layers before it included; the aim is what the fp32 network
 computes for the same samples, so a layer also makes up for some of the error it inherits.
@@ -28,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from pykernels.graph.nodes import argument, constant, is_call, only_user
+from pykernels.graph.nodes import argument, constant, is_call
 from pykernels.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
-from pykernels.network.match import CURVES
 from pykernels.ops._sizes import spread
+
+from .bias import add_to_bias, bias_shift, curve_behind
 
 CONVOLUTIONS = ("aten.conv1d", "aten.conv2d")
 LAYERS = (*CONVOLUTIONS, "aten.linear")
@@ -193,8 +192,8 @@ class _Reconstruction:
 
         exact = apply(self.exact[node.args[0]], weight)
         inexact = apply(self.inexact[node.args[0]], in_effect)
-        shift = bias_shift(exact, inexact, channel, self._curve(node))
-        self._add_to_bias(node, shift)
+        shift = bias_shift(exact, inexact, channel, curve_behind(node))
+        add_to_bias(self.model, node, shift)
         shape = [1] * exact[0].ndim
         shape[channel] = -1
         self.exact[node] = exact
@@ -221,25 +220,6 @@ class _Reconstruction:
     def _rest(self, node: Node, batch: int) -> list[Any]:
         """Arguments after the weight; the bias is the same in both networks until it is corrected."""
         return [torch.fx.map_arg(a, lambda n: self.exact[n][batch]) for a in node.args[2:]]
-
-    def _curve(self, node: Node) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The function of one tensor that alone reads a layer, else the identity."""
-        user = only_user(node)
-        if user is None or not is_call(user, *CURVES) or user.all_input_nodes != [node]:
-            return lambda x: x
-        return lambda x: user.target(x, *user.args[1:], **user.kwargs)
-
-    def _add_to_bias(self, node: Node, shift: torch.Tensor) -> None:
-        bias = constant(self.model, argument(node, "bias"))
-        name = f"{node.name}_corrected_bias"
-        self.model.register_buffer(name, shift if bias is None else bias + shift)
-        with self.model.graph.inserting_before(node):
-            corrected = self.model.graph.get_attr(name)
-        old = node.args[2] if len(node.args) > 2 else None
-        corrected.meta = dict(old.meta) if isinstance(old, Node) else {}
-        node.args = (*node.args[:2], corrected, *node.args[3:])
-        if isinstance(old, Node) and not old.users:
-            self.model.graph.erase_node(old)
 
 
 def round_with_compensation(weight: torch.Tensor, covariance: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -505,33 +485,6 @@ def _patches(
 def _call(function: Callable[..., Any], node: Node, values: dict[Node, list[Any]], batch: int) -> Any:
     arguments = torch.fx.map_arg((node.args, node.kwargs), lambda n: values[n][batch])
     return function(*arguments[0], **arguments[1])
-
-
-def bias_shift(
-    exact: list[torch.Tensor], inexact: list[torch.Tensor], channel: int, curve: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """What must be added to each channel of `inexact` for `curve` of it to be nearest to that of `exact`.
-
-    One step of Gauss and Newton: of a sum sum_i (f(a_i) - f(b_i + s))^2 it is the mean of the differences, each counted
-    by how much f changes there. Samples differ, so a mean of few is off by chance; correcting that would add the chance
-    of these samples to all others: the part of its square that its own variance explains is taken off (positive-part
-    James-Stein).
-    """
-    gains, sizes = [], []
-    for a, b in zip(exact, inexact, strict=True):
-        value = curve(b)
-        step = 1e-3 * b.square().mean().sqrt().clamp_min(1e-20)
-        slope = (curve(b + step) - value) / step
-        gain, size = slope * (curve(a) - value), slope.square()
-        rows = (0, channel % a.ndim)
-        others = [d for d in range(a.ndim) if d not in rows]
-        gains.append(gain.double().sum(others) if others else gain.double())
-        sizes.append(size.double().sum(others) if others else size.double())
-    gain, size = torch.cat(gains), torch.cat(sizes)  # [samples, channels]
-    total = size.sum(0).clamp_min(1e-300)
-    shift = gain.sum(0) / total
-    chance = ((gain - shift * size) / total).square().sum(0) * len(gain) / max(len(gain) - 1, 1)
-    return (shift * (1 - chance / shift.square().clamp_min(1e-300)).clamp_min(0.0)).float()
 
 
 def _rows(sample: tuple[Any, ...]) -> int:

@@ -5,6 +5,7 @@ Integer results are exact: kernels agree with them bit for bit, except behind si
 kernels' own exp and erf may differ from torch's by a rounding, so a quantized result by one.
 """
 
+from pykernels.reference.attention import *  # noqa: F403
 from pykernels.reference.compress import *  # noqa: F403
 from pykernels.reference.dot import *  # noqa: F403
 from pykernels.reference.normalize import *  # noqa: F403

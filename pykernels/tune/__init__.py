@@ -6,5 +6,6 @@ from pykernels.tune.choose import tune
 from pykernels.tune.instances import Instances
 from pykernels.tune.search import NoSetup
 from pykernels.tune.setup import Setup, Trial
+from pykernels.tune.workers import Workers
 
-__all__ = ["Instances", "NoSetup", "Setup", "Trial", "tune"]
+__all__ = ["Instances", "NoSetup", "Setup", "Trial", "Workers", "tune"]

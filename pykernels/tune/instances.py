@@ -6,23 +6,16 @@ by side do. All instances call the same network: weights and plans are there onc
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import os
-import threading
-import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from pykernels.graph.alias import writes
 from pykernels.optimize import Optimized
-from pykernels.tune.cores import spread, usable
 from pykernels.tune.setup import Setup
+from pykernels.tune.workers import Workers
 
 __all__ = ["Instances", "check"]
 
@@ -72,26 +65,8 @@ class Instances:
 
     def __init__(self, network: Optimized, setup: Setup, queue: int = 256, cores: Iterable[int] | None = None) -> None:
         check(network)
-        if not isinstance(setup, Setup):
-            raise TypeError(f"setup: a Setup is needed, not {type(setup).__name__}")
-        if type(queue) is not int or queue < 1:
-            raise ValueError(f"queue: must be a whole number of at least 1, not {queue!r}")
-        there = usable()
-        chosen = there.cores if cores is None else tuple(sorted(set(cores)))
-        if not set(chosen) <= set(there.cores):
-            raise ValueError(f"cores: {sorted(set(chosen) - set(there.cores))} are none of {list(there.cores)}")
-        needed, most = setup.instances * setup.threads, min(there.count, len(chosen))
-        if needed > most:
-            given = "" if cores is None else f", cores names {len(chosen)}"
-            raise ValueError(
-                f"setup: {setup.instances} instances of {setup.threads} threads need {needed} cores, but this process "
-                f"may use {there}{given}"
-            )
-        self.setup = setup
-        self.cores = spread(chosen, setup.instances, setup.threads)
-        self._pool = _Pool(network, queue)
-        weakref.finalize(self, self._pool.close)  # what is queued is still answered
-        self._pool.start(self.cores)
+        self._network, self._workers = network, Workers(setup, queue, cores)
+        self.setup, self.cores = self._workers.setup, self._workers.cores
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
         """Queue a call of the network. Blocks while the queue is full. Errors of the call go to the future.
@@ -100,9 +75,7 @@ class Instances:
             RuntimeError: closed, an instance has died, or the queue is full and it is an instance that asks (in a
                 callback of a future), which would wait for itself.
         """
-        future: Future[Any] = Future()
-        self._pool.put(future, args, kwargs)
-        return future
+        return self._workers.submit(self._network, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The network's answer, as it is in turn.
@@ -110,7 +83,7 @@ class Instances:
         Raises:
             RuntimeError: as `submit`, or called by an instance.
         """
-        self._pool.refuse_own_threads("a call")
+        self._workers.refuse_own_threads("a call")
         return self.submit(*args, **kwargs).result()
 
     def map(self, *iterables: Iterable[Any]) -> Iterator[Any]:
@@ -120,7 +93,7 @@ class Instances:
         Raises:
             RuntimeError: as a call.
         """
-        self._pool.refuse_own_threads("map")
+        self._workers.refuse_own_threads("map")
         waiting: deque[Future[Any]] = deque()
         try:
             for args in zip(*iterables, strict=False):
@@ -139,9 +112,7 @@ class Instances:
         Raises:
             RuntimeError: called by an instance.
         """
-        self._pool.refuse_own_threads("close")
-        self._pool.close()
-        self._pool.join()
+        self._workers.close()
 
     def __enter__(self) -> Instances:
         return self
@@ -150,141 +121,3 @@ class Instances:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _Pool:
-    """The threads and what they share. They hold no reference to the `Instances`, so that these can be collected."""
-
-    def __init__(self, network: Optimized, limit: int) -> None:
-        self.network, self.limit = network, limit
-        self.calls: deque[tuple[Future[Any], tuple[Any, ...], dict[str, Any]]] = deque()
-        self.changed = threading.Condition()
-        self.closed = False
-        self.death: BaseException | None = None
-        self.threads: list[threading.Thread] = []
-        self.process = os.getpid()
-
-    def start(self, cores: list[tuple[int, ...]]) -> None:
-        before = torch.get_num_threads()
-        started: list[Future[None]] = [Future() for _ in cores]
-        for i, (own, ready) in enumerate(zip(cores, started, strict=True)):
-            self.threads.append(
-                threading.Thread(target=self._work, args=(own, ready), name=f"pykernels-{i}", daemon=True)
-            )
-        _POOLS.add(self)
-        try:
-            for thread in self.threads:
-                thread.start()
-            for ready in started:
-                ready.result()
-        except BaseException:
-            self.close()
-            self.join()
-            raise
-        finally:
-            # torch gives a thread that it sees for the first time the number that any thread has set last.
-            torch.set_num_threads(before)
-
-    def put(self, future: Future[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._here():  # and the lock may be held by a thread that this process does not have
-            raise RuntimeError("submit: these instances are threads of the process that this one was forked from")
-        with self.changed:
-            while True:
-                if self.death is not None:
-                    raise RuntimeError(f"submit: an instance has died: {self.death!r}") from self.death
-                if self.closed:
-                    raise RuntimeError("submit: these instances are closed")
-                if len(self.calls) < self.limit:
-                    break
-                self.refuse_own_threads("submit while the queue is full")
-                self.changed.wait()
-            self.calls.append((future, args, kwargs))
-            self.changed.notify_all()
-
-    def refuse_own_threads(self, what: str) -> None:
-        if threading.current_thread() in self.threads:
-            raise RuntimeError(
-                f"{what}: an instance itself cannot do that, it would wait for itself; use another thread"
-            )
-
-    def close(self) -> None:
-        if self._here():
-            with self.changed:
-                self.closed = True
-                self.changed.notify_all()
-
-    def join(self) -> None:
-        if self._here():
-            for thread in self.threads:
-                if thread.ident is not None:  # it was started
-                    thread.join()
-
-    def _here(self) -> bool:
-        return os.getpid() == self.process
-
-    def _work(self, cores: tuple[int, ...], ready: Future[None]) -> None:
-        try:
-            os.sched_setaffinity(0, cores)  # of this thread; its OpenMP pool, started at the first call, inherits it
-            torch.get_num_threads()  # torch's own setting of a new thread happens now, not after ours
-            torch.set_num_threads(len(cores))
-            if os.sched_getaffinity(0) != set(cores) or torch.get_num_threads() != len(cores):
-                raise RuntimeError(
-                    f"instances: asked for {len(cores)} threads on cores {list(cores)}, got {torch.get_num_threads()} "
-                    f"on {sorted(os.sched_getaffinity(0))}"
-                )
-        except BaseException as error:
-            ready.set_exception(error)
-            return
-        ready.set_result(None)
-        try:
-            with torch.no_grad():
-                while self._one():
-                    pass
-        except BaseException as error:  # of a callback, or sent to this thread: those of calls are in their futures
-            self._die(error)
-
-    def _one(self) -> bool:
-        """Answer one call; False when there will be none."""
-        with self.changed:
-            while not self.calls and not self.closed:
-                self.changed.wait()
-            if not self.calls:
-                return False
-            future, args, kwargs = self.calls.popleft()
-            self.changed.notify_all()
-        if not future.set_running_or_notify_cancel():
-            return True
-        try:
-            answer = self.network(*args, **kwargs)
-        except BaseException as error:
-            with contextlib.suppress(InvalidStateError):  # somebody else has set it
-                future.set_exception(error)
-        else:
-            with contextlib.suppress(InvalidStateError):
-                future.set_result(answer)
-        return True
-
-    def _die(self, error: BaseException) -> None:
-        """Fewer instances would be slower in silence: nothing more is taken, and who waits is told."""
-        with self.changed:
-            self.death, self.closed = error, True
-            left = list(self.calls)
-            self.calls.clear()
-            self.changed.notify_all()
-        for future, _, _ in left:
-            if future.set_running_or_notify_cancel():
-                told = RuntimeError(f"an instance has died: {error!r}")
-                told.__cause__ = error
-                with contextlib.suppress(BaseException):  # of callbacks: the others are told nevertheless
-                    future.set_exception(told)
-
-
-_POOLS: weakref.WeakSet[_Pool] = weakref.WeakSet()
-
-
-@atexit.register
-def _end() -> None:
-    """The interpreter must not go while a thread computes; what is queued is answered first, as by Python's own."""
-    for pool in list(_POOLS):
-        pool.close()
-        pool.join()

@@ -10,7 +10,6 @@ import torch
 
 from pykernels.network.plan import timing
 from pykernels.ops.plan import describe_plan
-from pykernels.prune import latency
 
 
 def counted(plan: torch.Tensor, weights: torch.Tensor, inputs: Sequence[torch.Tensor], rounds: int = 1) -> torch.Tensor:
@@ -23,7 +22,6 @@ def counted(plan: torch.Tensor, weights: torch.Tensor, inputs: Sequence[torch.Te
 def ticking() -> Iterator[None]:
     """Latencies are counted, not measured."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency, "profile_plan", counted)
         patch.setattr(timing, "profile_plan", counted)
         patch.setattr(timing, "between_seconds", lambda planned, given, _: 1e-6 * len(planned.describe(given).left))
         yield

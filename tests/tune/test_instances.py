@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import pykernels as pk
-from pykernels.tune import instances as module
+from pykernels.tune import workers as module
 from pykernels.tune.cores import Usable
 from tests.networks import Mixed, lively
 
@@ -352,7 +352,7 @@ def test_map_reads_ahead_no_further_than_it_must_and_cancels_the_rest(network: p
 
 def test_a_network_is_let_go_and_threads_end_without_close(network: pk.Optimized, gate: Gate) -> None:
     instances = pk.Instances(network, pk.Setup(1, 1))
-    threads, gone = instances._pool.threads, weakref.ref(instances)
+    threads, gone = instances._workers._pool.threads, weakref.ref(instances)
     future = instances.submit(1)
     del instances
     gc.collect()
@@ -374,12 +374,6 @@ for _ in range(3):
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.splitlines()) == (0, ["(1, 10)"] * 3), done.stderr
-
-
-def test_pykernels_imports_no_benchmarks() -> None:
-    """They take seconds."""
-    program = "import sys, pykernels; sys.exit('pykernels.bench' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
 
 
 def test_a_fork_is_told_that_it_has_no_instances(network: pk.Optimized) -> None:

@@ -8,6 +8,8 @@
 namespace pykernels::PYKERNELS_ISA_NS {
 namespace {
 
+constexpr int64_t kColumnsHeld = 1024;
+
 // Relu and relu6 are bounds on the real value, and rounding is monotone: they become bounds on the integer.
 PK_INLINE Requantize clip(Requantize r, Activation activation, const QuantizedOutput& out) {
   if (activation == Activation::relu || activation == Activation::relu6) r.low = max(r.low, set1(0.0f));
@@ -23,6 +25,21 @@ PK_INLINE void combine(const QuantizedInput& a, const QuantizedInput& b, Operand
     with_bytes(b.data, b.s8, [&](const auto* qb) {
       with_bytes(out.data, out.s8, [&](auto* q) {
         const Requantize r = clip(requantizer(out.inverse_scale, out.zero_point, q), clipping, out);
+        if (operand == Operand::columns) {  // their real values are made once for all rows
+          float values[kColumnsHeld];
+          for (int64_t column = 0; column < n; column += kColumnsHeld) {
+            const int64_t width = n - column < kColumnsHeld ? n - column : kColumnsHeld;
+            const auto real_b = reader(qb + column, b);
+            each_real(values, width, [&](int64_t i, int lanes) PK_LAMBDA { return read(real_b, i, lanes); });
+            for (int64_t row = 0; row < rows; ++row) {
+              const auto real_a = reader(qa + row * n + column, a);
+              each_byte(q + row * n + column, width, [&](int64_t i, int lanes) PK_LAMBDA {
+                return requantize(r, f(read(real_a, i, lanes), load(values + i, lanes)));
+              });
+            }
+          }
+          return;
+        }
         for (int64_t row = 0; row < rows; ++row, qa += n, q += n) {
           const auto real_a = reader(qa, a);
           if (operand == Operand::rows) {
@@ -30,7 +47,7 @@ PK_INLINE void combine(const QuantizedInput& a, const QuantizedInput& b, Operand
             each_byte(q, n,
                       [&](int64_t i, int lanes) PK_LAMBDA { return requantize(r, f(read(real_a, i, lanes), value)); });
           } else {
-            const auto real_b = reader(operand == Operand::same ? qb + row * n : qb, b);
+            const auto real_b = reader(qb + row * n, b);
             each_byte(q, n, [&](int64_t i, int lanes) PK_LAMBDA {
               return requantize(r, f(read(real_a, i, lanes), read(real_b, i, lanes)));
             });

@@ -182,6 +182,11 @@ PK_EMULATE __m512 _mm512_castsi512_ps(__m512i a) { return reinterpret_cast<__m51
 PK_EMULATE __m512i _mm512_castsi256_si512(__m256i a) { return join(a, _mm256_setzero_si256()); }
 PK_EMULATE __m256i _mm512_castsi512_si256(__m512i a) { return half(a, 0); }
 PK_EMULATE __m256i _mm512_extracti64x4_epi64(__m512i a, int k) { return half(a, k); }
+PK_EMULATE __m128i _mm512_extracti32x4_epi32(__m512i a, int k) {
+  const __m256i h = half(a, k / 2);
+  return k % 2 ? _mm256_extracti128_si256(h, 1) : _mm256_castsi256_si128(h);
+}
+PK_EMULATE __m128i _mm512_castsi512_si128(__m512i a) { return _mm512_extracti32x4_epi32(a, 0); }
 PK_EMULATE __m512i _mm512_inserti64x4(__m512i a, __m256i b, int k) {
   return k ? join(half(a, 0), b) : join(b, half(a, 1));
 }

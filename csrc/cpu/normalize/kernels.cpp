@@ -1,47 +1,16 @@
 // Normalizations, once per isa: a row is brought to fp32 once, in scratch, and read from there.
 #include "cpu/normalize/kernels.h"
 
-#include "cpu/isa/loops.h"
 #include "cpu/isa/math.h"
+#include "cpu/isa/rows.h"
 
 namespace pykernels::PYKERNELS_ISA_NS {
 namespace {
 
-constexpr int kSums = 16 / kLanes;  // vectors that hold the interleaved sums
-
-// row_scratch(n), which is not this object's to compile.
-PK_INLINE int64_t padded_row(int64_t n) { return (n + 15) / 16 * 16; }
-
-// The sum of f(v) over a padded row.
-template <class F>
-PK_INLINE float sum_row(const float* row, int64_t padded, const F& f) {
-  f32 sums[kSums];
-  for (int k = 0; k < kSums; ++k) sums[k] = set1(0.0f);
-  for (int64_t i = 0; i < padded; i += 16)
-    for (int k = 0; k < kSums; ++k) sums[k] = add(sums[k], f(load(row + i + k * kLanes, kLanes)));
-  for (int half = kSums / 2; half > 0; half /= 2)
-    for (int k = 0; k < half; ++k) sums[k] = add(sums[k], sums[k + half]);
-  return sum_lanes(sums[0]);
-}
-
-// What is beyond n adds nothing to a sum.
-PK_INLINE void clear_tail(float* row, int64_t n, int64_t padded) {
-  for (int64_t i = n; i < padded; ++i) row[i] = 0.0f;
-}
-
 template <class T>
 PK_INLINE void softmax_row(const T* x, int64_t n, float* row, T* y) {
   const int64_t padded = padded_row(n);
-  f32 most = set1(real(x[0]));
-  for (int64_t i = 0; i + kLanes <= n; i += kLanes) most = max_nan(load(x + i, kLanes), most);
-  float lanes[kLanes];
-  store(lanes, most, kLanes);
-  float top = lanes[0];
-  for (int k = 1; k < kLanes; ++k) top = lanes[k] > top || lanes[k] != lanes[k] ? lanes[k] : top;
-  for (int64_t i = n / kLanes * kLanes; i < n; ++i) {
-    const float v = real(x[i]);
-    top = v > top || v != v ? v : top;
-  }
+  const float top = max_row(x, n);
   each_real(row, n, [&](int64_t i, int k) PK_LAMBDA { return exp(sub(load(x + i, k), set1(top))); });
   clear_tail(row, n, padded);
   const f32 inverse = div(set1(1.0f), set1(sum_row(row, padded, [](f32 v) PK_LAMBDA { return v; })));

@@ -171,6 +171,7 @@ void Builder::build(const PlanStep& step) {
     case StepKind::interleave: interleave(); break;
     case StepKind::softmax: softmax(); break;
     case StepKind::layer_norm: layer_norm(); break;
+    case StepKind::attention: attention(); break;
   }
   end();
 }

@@ -12,6 +12,8 @@ namespace pykernels {
 
 int64_t memory_of_machine();  // in bytes
 
+inline Real real_of(Dtype t) { return t == Dtype::f32 ? Real::fp32 : t == Dtype::f16 ? Real::fp16 : Real::bf16; }
+
 // Values that are written where a concatenation of them will stand, by a first look at the shapes.
 struct Joined {
   struct Piece {
@@ -58,6 +60,7 @@ class Builder {
   void leaky_relu();
   void softmax();
   void layer_norm();
+  void attention();
   void cat();
   void reshape();
   void permute();

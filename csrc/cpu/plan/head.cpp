@@ -48,6 +48,8 @@ int64_t images_of(const std::vector<View>& inputs) {
 bool can_go_apart(const PlanStep& step, const std::vector<View>& values, const std::vector<bool>& apart) {
   const auto dims = [&](size_t i) { return values[step.in[i]].dims; };
   switch (step.kind) {
+    case StepKind::attention:
+      return apart[step.in[1]] && apart[step.in[2]] && (step.in.size() < 4 || (apart[step.in[3]] && dims(3) == 4));
     case StepKind::linear:
     case StepKind::layer_norm: return dims(0) > 1;  // the last is their features
     case StepKind::add:

@@ -1,4 +1,5 @@
 // Steps with weights, and pools.
+#include "cpu/attention/driver.h"
 #include "cpu/conv/depthwise_driver.h"
 #include "cpu/conv/winograd_driver.h"
 #include "cpu/linear/driver.h"
@@ -194,6 +195,60 @@ void Builder::pool() {
   }
   add(std::make_unique<PoolDriver>(name(), p, threads_), channels_last ? "pool, channels last" : "pool, contiguous",
       {&x}, out);
+}
+
+// numbers: whether a query sees only the keys up to its own, whether there is a mask; reals: the scale. Operands: query
+// [N, H, T, D], key, value, then the mask, [S], [T, S], [H, T, S] or [N, H, T, S] or 1 for any size but S; the output
+// lies as [N, T, H, D].
+void Builder::attention() {
+  const auto with_rows = [&](const View& v) {
+    check_real(v.dtype);
+    PK_CHECK(v.dims == 4 && v.dtype == in(0).dtype, "run_plan: an operand of attention has ", v.dims,
+             " dimensions or another dtype");
+    return v.sizes[3] <= 1 || v.strides[3] == 1 ? v : to_contiguous(v);
+  };
+  const auto strides_of = [](const View& v) { return HeadStrides{v.strides[0], v.strides[1], v.strides[2]}; };
+  const View q = with_rows(in(0)), k = with_rows(in(1)), v = with_rows(in(2));
+  AttentionShape s{};
+  s.images = q.sizes[0], s.heads = q.sizes[1], s.queries = q.sizes[2], s.depth = q.sizes[3];
+  s.kv_heads = k.sizes[1], s.keys = k.sizes[2], s.value_depth = v.sizes[3];
+  const bool shared = s.heads == s.kv_heads || (s.kv_heads > 0 && s.heads % s.kv_heads == 0);
+  PK_CHECK(k.sizes[0] == s.images && v.sizes[0] == s.images && k.sizes[3] == s.depth && v.sizes[1] == s.kv_heads &&
+               v.sizes[2] == s.keys && shared,
+           "run_plan: query, key and value of shapes ", shape_of(q.sizes.data(), 4), ", ", shape_of(k.sizes.data(), 4),
+           " and ", shape_of(v.sizes.data(), 4), " do not fit one another");
+  s.type = real_of(q.dtype);
+  s.causal = number(0, 1) != 0;
+  s.query = strides_of(q), s.key = strides_of(k), s.value = strides_of(v);
+  View mask;
+  const bool masked = number(0, 1) != 0;
+  if (masked) {
+    mask = in(3);
+    const int64_t wanted[] = {s.images, s.heads, s.queries, s.keys}, dims = mask.dims;
+    bool fits = !s.causal && (mask.dtype == Dtype::u8 || mask.dtype == q.dtype) && dims >= 1 && dims <= 4 &&
+                mask.sizes[dims - 1] == s.keys;
+    for (int64_t d = 0; fits && d < dims; ++d) fits = mask.sizes[d] == 1 || mask.sizes[d] == wanted[4 - dims + d];
+    PK_CHECK(fits, "run_plan: a mask of shape ", shape_of(mask.sizes.data(), dims), " does not fit attention");
+    if (s.keys > 1 && mask.strides[dims - 1] != 1) mask = to_contiguous(mask);
+    s.mask = mask.dtype == Dtype::u8 ? MaskRow::Kind::bytes : MaskRow::Kind::reals;
+    int64_t strides[3] = {};
+    for (int64_t d = 0; d < dims - 1; ++d)
+      if (mask.sizes[d] != 1) strides[4 - dims + d] = mask.strides[d];
+    s.mask_strides = {strides[0], strides[1], strides[2]};
+  }
+  s.scale = static_cast<float>(real());
+  const int64_t in_memory[] = {s.images, s.queries, s.heads, s.value_depth};
+  View out = fresh(q.dtype, in_memory, 4, false);
+  s.out = {out.strides[0], out.strides[2], out.strides[1]};
+  std::swap(out.sizes[1], out.sizes[2]);
+  std::swap(out.strides[1], out.strides[2]);
+  yields(out);
+  std::vector<const View*> operands{&q, &k, &v};
+  if (masked) operands.push_back(&mask);
+  int64_t terms;
+  if (__builtin_mul_overflow(s.keys, s.depth + s.value_depth, &terms)) terms = INT64_MAX;
+  add(std::make_unique<AttentionDriver>(s, threads_), name(), operands, out,
+      operations_of(s.images * s.heads * s.queries, terms));
 }
 
 }  // namespace pykernels

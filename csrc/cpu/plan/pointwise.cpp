@@ -10,8 +10,6 @@
 namespace pykernels {
 namespace {
 
-Real real_of(Dtype t) { return t == Dtype::f32 ? Real::fp32 : t == Dtype::f16 ? Real::fp16 : Real::bf16; }
-
 Quantization quantization(Dtype t, double scale, int64_t zero_point) {
   return {t == Dtype::s8, static_cast<float>(scale), static_cast<int32_t>(zero_point)};
 }

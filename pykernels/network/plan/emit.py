@@ -89,7 +89,8 @@ class Planner(Emitter):
         self.label = ""
         self.segment = _Segment()
         self.channels_last: dict[Value, bool] = {}  # of values of four dimensions
-        self.pieces: dict[Value, list[tuple[Value, list[int]]]] = {}  # of a tuple: slices of a value
+        # Of a tuple: slices, and whether they lose their dimension.
+        self.pieces: dict[Value, list[tuple[Value, list[int], bool]]] = {}
         self.views: dict[Value, Step] = {}  # results of the segment that are views
         self.free = {  # sizes that vary, with an input and a dimension that have it
             size: (value, dim)

@@ -14,7 +14,7 @@ import torch
 
 from pykernels.graph.alias import is_view
 from pykernels.network.plan.format import DTYPES, UNTUNED
-from pykernels.network.step import Call, Concatenation, Layer, Lookup, Pool, QParams, Step, Value
+from pykernels.network.step import Attention, Call, Concatenation, Layer, Lookup, Pool, QParams, Step, Value
 from pykernels.ops import names
 from pykernels.ops.dtypes import REALS
 
@@ -110,6 +110,14 @@ def unary(planner: Planner, step: Step) -> None:
         numbers, reals, last = [int(value is not None) for value in parameters], [eps], False
         operands += [planner.read(value) for value in parameters if value is not None]
     planner.result(step, planner.add(step.kind, operands, numbers, reals), last)
+
+
+def attention(planner: Planner, step: Step) -> None:
+    """Scaled dot product attention."""
+    assert isinstance(step.details, Attention)
+    operands = [planner.read(value) for value in step.inputs]
+    numbers = [int(step.details.causal), int(len(operands) > 3)]
+    planner.result(step, planner.add("attention", operands, numbers, [step.details.scale]))
 
 
 def conversion(planner: Planner, step: Step) -> None:
@@ -251,7 +259,7 @@ def select(planner: Planner, step: Step, x: Any, dim: int, index: Any) -> None:
     dim %= rank
     end = torch.iinfo(torch.int64).max if index == -1 else index + 1
     piece = planner.add("slice", [source], [dim, index, end, 1])
-    planner.result(step, planner.add("reshape", [piece], [-2 - d for d in range(rank) if d != dim]))
+    planner.result(step, planner.add("reshape", [piece], _without(rank, dim)))
 
 
 def pieces(planner: Planner, step: Step, x: Any, _: Any, dim: int = 0) -> None:
@@ -262,17 +270,28 @@ def pieces(planner: Planner, step: Step, x: Any, _: Any, dim: int = 0) -> None:
     for shape in shapes:
         if not isinstance(shape[dim], int):
             raise Unplanned
-        pieces.append((x, [dim % rank, start, start + shape[dim], 1]))
+        pieces.append((x, [dim % rank, start, start + shape[dim], 1], False))
         start += shape[dim]
     planner.pieces[step.outputs[0]] = pieces
+
+
+def unbound(planner: Planner, step: Step, x: Any, dim: int = 0) -> None:
+    """What `unbind` yields: as above, without the dimension."""
+    planner.read(x)
+    dim %= len(x.shape)
+    count = len(step.output.meta["val"])
+    planner.pieces[step.outputs[0]] = [(x, [dim, place, place + 1, 1], True) for place in range(count)]
 
 
 def piece(planner: Planner, step: Step, pieces: Any, place: int) -> None:
     """One of them."""
     if pieces not in planner.pieces:
         raise Unplanned
-    x, numbers = planner.pieces[pieces][place]
-    planner.result(step, planner.add("slice", [planner.read(x)], numbers), planner.last(x))
+    x, numbers, vanishes = planner.pieces[pieces][place]
+    number = planner.add("slice", [planner.read(x)], numbers)
+    if vanishes:
+        number = planner.add("reshape", [number], _without(len(x.shape), numbers[0]))
+    planner.result(step, number, planner.last(x) and not vanishes)
 
 
 def expand(planner: Planner, step: Step, x: Any, *_: Any) -> None:
@@ -310,6 +329,11 @@ def cast(planner: Planner, step: Step, x: Any, dtype: Any, *rest: Any) -> None:
     if x.dtype not in REALS or dtype not in REALS or any(rest):  # non_blocking, copy, memory_format
         raise Unplanned
     planner.result(step, planner.add("cast", [source], [DTYPES[dtype]]), planner.last(x))
+
+
+def _without(rank: int, dim: int) -> list[int]:
+    """The sizes of a reshape that drops a dimension of size 1."""
+    return [-2 - d for d in range(rank) if d != dim]
 
 
 def _quantization(value: Value) -> QParams:
@@ -352,6 +376,7 @@ RULES: dict[str, Callable[[Planner, Step], None]] = {
     "leaky_relu": unary,
     "softmax": unary,
     "layer_norm": unary,
+    "attention": attention,
     "quantize": conversion,
     "dequantize": conversion,
     "add": binary,
@@ -383,6 +408,7 @@ CALLS: dict[Any, Callable[..., None]] = {
     aten.chunk.default: pieces,
     aten.split.Tensor: pieces,
     aten.split_with_sizes.default: pieces,
+    aten.unbind.int: unbound,
     operator.getitem: piece,
     aten.expand.default: expand,
     aten.constant_pad_nd.default: pad,

@@ -1,0 +1,182 @@
+"""What the protocols cost: `pykernels serve --in-process` beside the network alone, on this machine.
+
+    python -m benchmarks.serve.in_process                       # mobilenet_v2, [1, 3, 224, 224]: 600 KB a request
+    python -m benchmarks.serve.in_process --network resnet18 --seconds 10
+
+Latency: one client, one request at a time, of one instance of one thread: p50 and p99 of the call itself, of HTTP and
+of gRPC, taken in turn; "added" is the difference of the medians. Throughput: as many clients as fill batches, against
+`pykernels.Instances` with the same threads and the same batch, in turn. Clients run in processes of their own, on the
+same cores: what they take of the machine counts against the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+import pykernels as pk
+from pykernels.bench import zoo
+
+ROUNDS = 5
+INPUT = "x"  # as torchvision's networks call it
+
+
+@contextlib.contextmanager
+def server(net: pathlib.Path, *options: str) -> Iterator[tuple[str, str]]:
+    """Addresses of HTTP and gRPC of a server that runs while the context lasts."""
+    command = [
+        sys.executable,
+        "-m",
+        "pykernels",
+        "serve",
+        f"net={net}",
+        "--in-process",
+        "--port",
+        "0",
+        "--grpc-port",
+        "0",
+    ]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        http, grpc = (part.partition("://")[2] for part in process.stdout.readline().split())
+        yield http, grpc
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def client(protocol: str, address: str) -> Callable[[torch.Tensor], None]:
+    """A call of the server by NVIDIA's client."""
+    import tritonclient.grpc
+    import tritonclient.http
+
+    module = {"http": tritonclient.http, "grpc": tritonclient.grpc}[protocol]
+    stub = module.InferenceServerClient(address)
+
+    def call(x: torch.Tensor) -> None:
+        given = module.InferInput(INPUT, list(x.shape), "FP32")
+        given.set_data_from_numpy(x.numpy())
+        stub.infer("net", [given])
+
+    return call
+
+
+def timed(call: Callable[[torch.Tensor], object], x: torch.Tensor, seconds: float) -> list[float]:
+    """Seconds of each call, one after the other."""
+    with torch.no_grad():
+        call(x)
+        found: list[float] = []
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < seconds:
+            before = time.perf_counter()
+            call(x)
+            found.append(time.perf_counter() - before)
+    return found
+
+
+def latency(net: pathlib.Path, x: torch.Tensor, seconds: float) -> None:
+    fast = pk.load(net)
+    with (
+        server(net, "--replicas", "1", "--max-batch", "1") as (http, grpc),
+        pk.Instances(fast, pk.Setup(1, 1)) as alone,
+    ):
+        calls: dict[str, Callable[[torch.Tensor], object]] = {
+            "the network": lambda x: fast(x),
+            "Instances": alone,
+            "HTTP": client("http", http),
+            "gRPC": client("grpc", grpc),
+        }
+        taken: dict[str, list[float]] = {what: [] for what in calls}
+        for _ in range(ROUNDS):
+            for what, call in calls.items():
+                taken[what] += timed(call, x, seconds / ROUNDS)
+    base = statistics.median(taken["the network"])
+    print(f"{'':12}  p50 ms  p99 ms  added p50 ms")
+    for what, found in taken.items():
+        p50, p99 = statistics.median(found), sorted(found)[int(0.99 * (len(found) - 1))]
+        print(f"{what:12}  {1e3 * p50:6.2f}  {1e3 * p99:6.2f}  {1e3 * (p50 - base):12.2f}")
+
+
+def _load(protocol: str, address: str, shape: tuple[int, ...], clients: int, seconds: float, found: object) -> None:
+    """Many requests at once from one process, until the time is over; how many were answered."""
+    import asyncio
+
+    import tritonclient.http.aio
+
+    x = torch.randn(shape)
+
+    async def one(stub: tritonclient.http.aio.InferenceServerClient, end: float) -> int:
+        answered = 0
+        while time.monotonic() < end:
+            given = tritonclient.http.InferInput(INPUT, list(shape), "FP32")
+            given.set_data_from_numpy(x.numpy())
+            await stub.infer("net", [given])
+            answered += 1
+        return answered
+
+    async def all_of_them() -> float:
+        async with tritonclient.http.aio.InferenceServerClient(address, conn_limit=clients) as stub:
+            await one(stub, time.monotonic() + 0.5)
+            begin = time.monotonic()
+            answered = sum(await asyncio.gather(*(one(stub, begin + seconds) for _ in range(clients))))
+            return answered / (time.monotonic() - begin)
+
+    found.put(asyncio.run(all_of_them()))  # type: ignore[attr-defined]
+
+
+def throughput(net: pathlib.Path, x: torch.Tensor, seconds: float, batch: int) -> None:
+    cores = len(os.sched_getaffinity(0))
+    fast = pk.load(net)
+    rows = x.expand(batch, *x.shape[1:]).contiguous()
+    rates: dict[str, list[float]] = {"Instances": [], "HTTP": []}
+    with server(net, "--replicas", str(cores), "--max-batch", str(batch)) as (http, _):
+        for _ in range(ROUNDS):
+            with pk.Instances(fast, pk.Setup(1, cores)) as alone:
+                list(alone.map([rows] * cores))
+                begin, calls = time.perf_counter(), 0
+                while time.perf_counter() - begin < seconds / ROUNDS:
+                    calls += len(list(alone.map([rows] * 2 * cores)))
+                rates["Instances"].append(calls * batch / (time.perf_counter() - begin))
+            answer: multiprocessing.Queue[float] = multiprocessing.get_context("spawn").Queue()
+            load = multiprocessing.get_context("spawn").Process(
+                target=_load, args=("http", http, tuple(x.shape), 2 * cores * batch, seconds / ROUNDS, answer)
+            )
+            load.start()
+            rates["HTTP"].append(answer.get())
+            load.join()
+    print(f"\n{cores} instances of one thread, batches of up to {batch}: items a second")
+    best = {what: statistics.median(found) for what, found in rates.items()}
+    for what, rate in best.items():
+        print(f"{what:12}  {rate:8.1f}  {rate / best['Instances']:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="mobilenet_v2")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    parser.add_argument("--batch", type=int, default=8)
+    arguments = parser.parse_args()
+    x = torch.randn(1, 3, 224, 224)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        net = pathlib.Path(folder) / "net.pk"
+        pk.optimize(zoo.build(arguments.network).eval(), (x,)).save(net)
+        print(f"{arguments.network}, fp32, {x.numel() * 4 / 1e3:.0f} KB a request")
+        latency(net, x, arguments.seconds)
+        throughput(net, x, arguments.seconds, arguments.batch)
+
+
+if __name__ == "__main__":
+    main()

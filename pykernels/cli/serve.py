@@ -1,0 +1,241 @@
+"""The command `pykernels serve`: networks behind HTTP and gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import importlib.util
+import ipaddress
+import logging
+import os
+import pathlib
+import tempfile
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+import pykernels
+from pykernels.cli.errors import fail
+from pykernels.cli.model import bar, columns, load_model
+from pykernels.tune.cores import usable
+
+if TYPE_CHECKING:
+    from pykernels.serve.service import Options
+
+NEEDED = ("fastapi", "grpc", "prometheus_client", "tritonclient", "uvicorn")
+console = Console(stderr=True, soft_wrap=True)
+
+
+def serve(
+    networks: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NETWORKS",
+            help="Saved networks, each FILE or NAME=FILE; or one folder of NAME/VERSION/net.pk; or one "
+            "model.py:callable (or module:callable), which is optimized first.",
+        ),
+    ],
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Calls at once, each on cores of its own; all cores without it.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of one call; 1.")] = None,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="The most rows of one call; 16.")] = None,
+    setup: Annotated[
+        pathlib.Path | None, typer.Option(help="What `pykernels tune -o` wrote: replicas, threads and batch.")
+    ] = None,
+    p99_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds in which answers are wanted: batches wait no longer for rows.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="The interface to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of HTTP; 0 chooses a free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="Of gRPC; 0 chooses a free one.")] = 8001,
+    token_file: Annotated[
+        pathlib.Path | None, typer.Option(help="Holds a token that every request but those for health must bring.")
+    ] = None,
+    control: Annotated[bool, typer.Option("--control", help="Clients may load and unload models.")] = False,
+    queue: Annotated[int, typer.Option(min=1, help="How many requests of a model may wait; more get 429.")] = 256,
+    request_mb: Annotated[int, typer.Option(min=1, help="The most of one request, decompressed.")] = 64,
+    mapped_mb: Annotated[int, typer.Option(min=1, help="The most of the files of networks that are mapped.")] = 16384,
+    input_shape: Annotated[
+        str | None, typer.Option(help="Of a model that is optimized first: shape of an example, 1,3,224,224.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Of a model that is optimized first: fp32, bf16, fp16.")] = "fp32",
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="In this process, without Ray: nobody starts it again when it dies.")
+    ] = False,
+    write_config: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            help="Serve nothing; write serve.yaml, rayservice.yaml, nginx.conf and Dockerfile to this folder."
+        ),
+    ] = None,
+) -> None:
+    """Serve networks over HTTP and gRPC until ^C or SIGTERM, which lets what was asked be answered.
+
+    Open Inference Protocol v2 (NVIDIA's tritonclient, KServe), TensorFlow Serving's REST form, SageMaker's /ping and
+    /invocations, Prometheus's /metrics. Only this machine is listened to unless --host says otherwise.
+
+    [cyan]pykernels serve resnet=resnet.pk detector=det.pk --replicas 4 --threads 1 --max-batch 16 --p99-ms 50[/]
+    """
+    _needs((*NEEDED, "yaml") if write_config is not None else NEEDED if in_process else (*NEEDED, "ray"))
+    threads, replicas, max_batch = _sizes(setup, threads, replicas, max_batch)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("pykernels").setLevel(logging.INFO)
+    from pykernels.serve.service import Options, Token
+
+    with tempfile.TemporaryDirectory(prefix="pykernels-") as scratch:
+        try:
+            Token(token_file)
+            options = Options(
+                models=_models(networks, input_shape, precision, None if write_config else pathlib.Path(scratch)),
+                threads=threads,
+                instances=replicas,
+                batch=max_batch,
+                p99_ms=p99_ms,
+                queue=queue,
+                request_bytes=request_mb << 20,
+                memory_bytes=max(request_mb << 20, 1 << 30),
+                mapped_bytes=mapped_mb << 20,
+                token_file=None if token_file is None else str(token_file.resolve()),
+                control=control,
+            )
+        except (OSError, ValueError) as error:
+            fail(_option(str(error)))
+        if write_config is not None:
+            _write(write_config, options, port, grpc_port)
+            return
+        if token_file is None and not _loopback(host):
+            console.print("[yellow]--host lets others in, and without --token-file they need no token[/]")
+        try:
+            _run(options, host, port, grpc_port, in_process)
+        except (OSError, ValueError) as error:
+            fail(_option(str(error)))
+
+
+def _run(options: Options, host: str, port: int, grpc_port: int, in_process: bool) -> None:
+    def started(addresses: Any) -> None:
+        place = f"[{host}]" if ":" in host else host
+        print(f"http://{place}:{addresses.http}  grpc://{place}:{addresses.grpc}", flush=True)
+
+    if not in_process and 0 in (port, grpc_port):
+        fail("--port, --grpc-port: 0 is for --in-process")
+
+    if in_process:
+        from pykernels.serve.in_process import serve as serve_here
+
+        asyncio.run(serve_here(options, host, port, grpc_port, started))
+        return
+    from pykernels.serve.environment import ENVIRONMENT
+
+    for name, value in ENVIRONMENT.items():  # Ray reads them when it is imported
+        os.environ.setdefault(name, value)
+    from pykernels.serve.engine import run
+
+    replicas, options = options.instances, dataclasses.replace(options, instances=1)
+    run(options, replicas, host, port, grpc_port, started)
+
+
+def _write(folder: pathlib.Path, options: Options, port: int, grpc_port: int) -> None:
+    from pykernels.serve.manifests import write
+
+    try:
+        found = write(folder, dataclasses.replace(options, instances=1), options.instances, port, grpc_port)
+    except OSError as error:
+        fail(f"--write-config: {error}")
+    console.print(f"wrote {', '.join(map(str, found))}")
+
+
+def _needs(modules: tuple[str, ...]) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        fail(f"serve: {', '.join(missing)} is missing: pip install 'pykernels[serve]'")
+
+
+def _sizes(
+    file: pathlib.Path | None, threads: int | None, replicas: int | None, batch: int | None
+) -> tuple[int, int, int]:
+    """Threads, replicas and batch: as the options say, else as the setup does, else all cores and 16."""
+    if file is not None:
+        try:
+            found = pykernels.Setup.load(file)
+        except (OSError, ValueError) as error:
+            fail(f"--setup: {str(error).removeprefix('path: ')}")
+        threads, replicas, batch = threads or found.threads, replicas or found.instances, batch or found.batch
+    threads = threads or 1
+    return threads, replicas or max(1, usable().count // threads), batch or 16
+
+
+def _models(
+    networks: list[str], input_shape: str | None, precision: str, scratch: pathlib.Path | None
+) -> str | dict[str, str]:
+    """What is served: a folder, or files by name."""
+    if len(networks) == 1 and pathlib.Path(networks[0]).is_dir():
+        return str(pathlib.Path(networks[0]).resolve())
+    found: dict[str, str] = {}
+    for network in networks:
+        name, separator, place = network.partition("=")
+        if not separator:
+            name, place = pathlib.Path(network.partition(":")[0]).stem, network
+        if name in found:
+            fail(f"NETWORKS: {name!r} is there twice; NAME=FILE gives another name")
+        if pathlib.Path(place).suffix == ".onnx":
+            fail(f"NETWORKS: {place}: ONNX files are not read; optimize the PyTorch model")
+        path = pathlib.Path(place)
+        if not path.is_file() and ":" in place:
+            if scratch is None:
+                fail(f"--write-config: {place} would be optimized on every node; `pykernels optimize` saves it once")
+            path = scratch / f"{name}.pk"
+            _optimize(place, input_shape, precision, path)
+        elif path.suffix == ".py":
+            fail(f"NETWORKS: {place}: which callable returns the model? {place}:make, say")
+        elif not path.is_file():
+            fail(f"NETWORKS: there is no file {place}")
+        found[name] = str(path.resolve())
+    return found
+
+
+def _optimize(model: str, input_shape: str | None, precision: str, path: pathlib.Path) -> None:
+    if precision not in ("fp32", "bf16", "fp16"):
+        fail(f"--precision: {precision} is none of fp32, bf16, fp16; `pykernels optimize` calibrates for others")
+    try:
+        shape = [int(size) for size in (input_shape or "").split(",")]
+    except ValueError:
+        fail(f"--input-shape: {model} needs the shape of an example, 1,3,224,224 say")
+    if any(size < 1 for size in shape):
+        fail("--input-shape: sizes are whole numbers of at least 1")
+    network = load_model(model, torch.device("cpu")).eval()
+    dtype = next((t.dtype for t in network.parameters() if t.is_floating_point()), torch.float32)
+    with Progress(*columns(), console=console, transient=True) as progress:
+        what = f"optimizing {model} to {precision}"
+        task = progress.add_task(what, total=None)
+        try:
+            fast = pykernels.optimize(
+                network, (torch.randn(shape).to(dtype),), precision, progress=bar(progress, task, what)
+            )
+            fast.save(path)
+        except (RuntimeError, ValueError, TypeError, ImportError) as error:
+            progress.stop()
+            fail(f"NETWORKS: {model}: {error}")
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _option(message: str) -> str:
+    """An error of the service, by the option's name."""
+    names = {
+        "models": "NETWORKS",
+        "setup": "--replicas, --threads",
+        "p99_ms": "--p99-ms",
+        "token_file": "--token-file",
+        "host and port": "--host, --port",
+    }
+    name, separator, rest = message.partition(": ")
+    return f"{names[name]}: {rest}" if separator and name in names else message

@@ -1,0 +1,217 @@
+"""What a cluster is told: a Serve config, a RayService of KubeRay, nginx in front, and an image."""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from pykernels.serve.environment import ENVIRONMENT, NAME, STUBS
+from pykernels.serve.service import Options
+
+__all__ = ["nginx", "ray_service", "serve_config", "write"]
+
+MODELS, TOKEN = "/models", "/etc/pykernels/token"  # in containers
+IMAGE = "pykernels-serve:latest"
+
+NGINX = """\
+# In front of Ray Serve's nodes: TLS, and retries that lose no request when a replica or a node dies.
+# nginx -t -c $$PWD/nginx.conf; certs/server.crt and certs/server.key are yours.
+worker_processes auto;
+pid nginx.pid;
+error_log stderr warn;  # what it keeps stands beside this file
+events { worker_connections 4096; }
+
+http {
+  access_log off;
+  client_body_temp_path body;
+  proxy_temp_path proxy;
+  fastcgi_temp_path fastcgi;
+  uwsgi_temp_path uwsgi;
+  scgi_temp_path scgi;
+  server_tokens off;
+  client_max_body_size $request_bytes;
+  client_body_buffer_size 1m;  # requests up to it never touch the disk
+
+  upstream http_nodes {
+    least_conn;
+    keepalive 64;
+$http_servers
+  }
+  upstream grpc_nodes {
+    least_conn;
+    keepalive 64;
+$grpc_servers
+  }
+
+  server {
+    listen 8443 ssl http2;
+    ssl_certificate certs/server.crt;
+    ssl_certificate_key certs/server.key;
+    ssl_protocols TLSv1.2 TLSv1.3;
+
+    proxy_http_version 1.1;
+    proxy_set_header Connection "";
+    proxy_set_header Host $$host;
+    proxy_request_buffering on;  # a whole request can be sent again
+    proxy_connect_timeout 2s;
+    proxy_read_timeout 60s;
+
+    # An inference changes nothing, so it may be sent twice. 429 and 503 are answers: more requests make it worse.
+    proxy_next_upstream error timeout http_500 non_idempotent;
+    proxy_next_upstream_tries 2;
+    grpc_next_upstream error timeout http_500 non_idempotent;
+    grpc_next_upstream_tries 2;
+
+    location / { proxy_pass http://http_nodes; }
+    location /v2/repository/ { proxy_pass http://http_nodes; proxy_next_upstream off; }
+    location /inference.GRPCInferenceService/ { grpc_pass grpc://grpc_nodes; }
+    location /inference.GRPCInferenceService/RepositoryModel { grpc_pass grpc://grpc_nodes; grpc_next_upstream off; }
+  }
+}
+"""
+
+DOCKERFILE = """\
+# Offline, from wheels that were fetched before: pip wheel --wheel-dir wheels 'pykernels[serve]'
+# docker build -t $image . && docker run -p 8000:8000 -p 8001:8001 -v $$PWD/models:$models:ro $image
+FROM python:3.11-slim
+COPY wheels /wheels
+RUN pip install --no-index --find-links /wheels 'pykernels[serve]' && useradd --uid 1000 --create-home ray
+USER ray
+WORKDIR /home/ray
+ENV $environment
+EXPOSE 8000 8001
+STOPSIGNAL SIGTERM
+CMD ["pykernels", "serve", "$models", "--in-process", "--host", "0.0.0.0"]
+"""
+
+
+def serve_config(options: Options, replicas: int, port: int, grpc_port: int) -> dict[str, Any]:
+    """What ``serve deploy`` takes.
+
+    Args:
+        options: what is served; paths are those of every node.
+        replicas: how many, of `options.instances` instances each.
+    """
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "0.0.0.0", "port": port},
+        "grpc_options": {"port": grpc_port, "grpc_servicer_functions": [STUBS]},
+        "applications": [
+            {
+                "name": NAME,
+                "route_prefix": "/",
+                "import_path": "pykernels.serve.engine:build",
+                "args": {**dataclasses.asdict(options), "replicas": replicas},
+            }
+        ],
+    }
+
+
+def ray_service(options: Options, replicas: int, port: int, grpc_port: int) -> dict[str, Any]:
+    """A RayService for KubeRay: models on a volume claim ``pykernels-models``; the token, where there is one, in
+    a secret ``pykernels-token``."""
+    models: str | dict[str, str] = MODELS
+    if not isinstance(options.models, str):
+        models = {name: str(PurePosixPath(MODELS, name, "1", "net.pk")) for name in options.models}
+    token = None if options.token_file is None else TOKEN
+    inside = dataclasses.replace(options, models=models, token_file=token)
+    cores = options.threads * options.instances
+    volumes: list[dict[str, Any]] = [
+        {"name": "models", "persistentVolumeClaim": {"claimName": "pykernels-models", "readOnly": True}}
+    ]
+    mounts: list[dict[str, Any]] = [{"name": "models", "mountPath": MODELS, "readOnly": True}]
+    if token is not None:
+        volumes.append({"name": "token", "secret": {"secretName": "pykernels-token"}})
+        mounts.append({"name": "token", "mountPath": str(PurePosixPath(TOKEN).parent), "readOnly": True})
+
+    def pod(name: str, cpus: int, serves: bool) -> dict[str, Any]:
+        container: dict[str, Any] = {
+            "name": name,
+            "image": IMAGE,
+            "env": [{"name": key, "value": value} for key, value in ENVIRONMENT.items()],
+            "resources": {
+                "requests": {"cpu": str(cpus), "memory": "2Gi"},
+                "limits": {"cpu": str(cpus), "memory": "8Gi"},
+            },
+            "volumeMounts": mounts,
+            "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        }
+        if serves:
+            container["ports"] = [
+                {"containerPort": port, "name": "serve"},
+                {"containerPort": grpc_port, "name": "grpc"},
+            ]
+            container["readinessProbe"] = {
+                "httpGet": {"path": "/v2/health/ready", "port": port},
+                "periodSeconds": 2,
+                "timeoutSeconds": 2,
+                "failureThreshold": 3,
+            }
+        return {
+            "spec": {
+                "containers": [container],
+                "volumes": volumes,
+                "terminationGracePeriodSeconds": 60,
+                "securityContext": {"runAsNonRoot": True, "runAsUser": 1000},
+            }
+        }
+
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": {"name": NAME},
+        "spec": {
+            "serveConfigV2": yaml.safe_dump(serve_config(inside, replicas, port, grpc_port), sort_keys=False),
+            "rayClusterConfig": {
+                "enableInTreeAutoscaling": True,
+                "headGroupSpec": {
+                    "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
+                    "template": pod("ray-head", 2, serves=False),
+                },
+                "workerGroupSpecs": [
+                    {
+                        "groupName": "replicas",
+                        "replicas": replicas,
+                        "minReplicas": 1,
+                        "maxReplicas": 4 * replicas,
+                        "rayStartParams": {"num-cpus": str(cores)},
+                        "template": pod("ray-worker", cores, serves=True),
+                    }
+                ],
+            },
+        },
+    }
+
+
+def nginx(options: Options, nodes: list[str], port: int, grpc_port: int) -> str:
+    """A configuration of nginx in front of these nodes."""
+
+    def servers(place: int) -> str:
+        return "\n".join(f"    server {node}:{place} max_fails=3 fail_timeout=2s;" for node in nodes)
+
+    return string.Template(NGINX).substitute(
+        request_bytes=options.request_bytes, http_servers=servers(port), grpc_servers=servers(grpc_port)
+    )
+
+
+def write(folder: Path, options: Options, replicas: int, port: int, grpc_port: int) -> list[Path]:
+    """Write all of it; the paths.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    environment = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
+    texts = {
+        "serve.yaml": yaml.safe_dump(serve_config(options, replicas, port, grpc_port), sort_keys=False),
+        "rayservice.yaml": yaml.safe_dump(ray_service(options, replicas, port, grpc_port), sort_keys=False),
+        "nginx.conf": nginx(options, ["127.0.0.1"], port, grpc_port),
+        "Dockerfile": string.Template(DOCKERFILE).substitute(image=IMAGE, models=MODELS, environment=environment),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return [folder / name for name in texts]

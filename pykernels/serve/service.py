@@ -1,0 +1,184 @@
+"""A service: networks, threads and bounds, whatever protocol asks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pykernels.serve.batching import Scheduler
+from pykernels.serve.budget import Budget
+from pykernels.serve.errors import Denied, Invalid, Refused
+from pykernels.serve.model import Limits, Model
+from pykernels.serve.repository import Repository
+from pykernels.tune import Setup, Workers
+
+__all__ = ["Options", "Service", "Token"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is served, and how.
+
+    Attributes:
+        models: a folder of ``name/version/net.pk``, or files by name.
+        threads, instances: threads of one call; calls at once in one process. Each thread has a core of its own.
+        batch: the most rows of one call.
+        p99_ms: milliseconds in which answers are wanted; requests wait for each other no longer. None where clients'
+            own time limits are all there is.
+        queue: how many requests of a model may wait; more are refused.
+        request_bytes: the most of one request, decompressed.
+        memory_bytes: the most of all requests that are being read or answered.
+        mapped_bytes: the most of the files that are mapped.
+        refresh: seconds between two looks into the folder.
+        token_file: holds the token that every request but those for health must bring; None for no token.
+        control: whether clients may load and unload models.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    models: str | Mapping[str, str]
+    threads: int = 1
+    instances: int = 1
+    batch: int = 16
+    p99_ms: float | None = None
+    queue: int = 256
+    request_bytes: int = 1 << 26
+    memory_bytes: int = 1 << 30
+    mapped_bytes: int = 1 << 34
+    refresh: float = 5.0
+    token_file: str | None = None
+    control: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "instances", "batch", "queue", "request_bytes", "memory_bytes", "mapped_bytes"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value < 1 << 62:
+                raise ValueError(f"{name}: must be a whole number of at least 1, not {value!r}")
+        for name in ("p99_ms", "refresh"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: must be a finite number above 0, not {value!r}")
+        if not self.models:
+            raise ValueError("models: there are none")
+
+
+class Token:
+    """What clients must bring.
+
+    Args:
+        path: of a file that holds it, blanks at the ends aside; None for no token.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is empty, or holds what no header can.
+    """
+
+    def __init__(self, path: str | Path | None) -> None:
+        self._expected: bytes | None = None
+        if path is not None:
+            token = Path(path).read_bytes().strip()
+            if not token or not all(33 <= byte < 127 for byte in token):
+                raise ValueError(f"token_file: {path} must hold one word of ASCII")
+            self._expected = b"Bearer " + token
+
+    def check(self, authorization: bytes | None) -> None:
+        """Whether a request's authorization is right.
+
+        Raises:
+            Denied: it is not; the time that this takes does not tell by how much.
+        """
+        if self._expected is not None and not hmac.compare_digest(authorization or b"", self._expected):
+            raise Denied("the request needs the header 'Authorization: Bearer' with this service's token")
+
+
+class Service:
+    """Networks that answer requests. Made, started, used and closed on one event loop.
+
+    Args:
+        options: what is served, and how.
+
+    Raises:
+        OSError: the token's file cannot be read.
+        ValueError: there are not so many cores, or the token is none.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.token = Token(options.token_file)
+        self.budget = Budget(options.request_bytes, options.memory_bytes)
+        self.workers = Workers(Setup(options.threads, options.instances, options.batch))
+        self.scheduler = Scheduler(self.workers)
+        target = None if options.p99_ms is None else options.p99_ms / 1e3
+        models = options.models
+        self.repository = Repository(
+            Path(models) if isinstance(models, str) else {name: Path(file) for name, file in models.items()},
+            self.workers,
+            Limits(options.batch, options.queue, target),
+            options.mapped_bytes,
+        )
+        self.started = False
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Map the networks and make them ready.
+
+        Raises:
+            ValueError: there is none, or one that was named cannot be served.
+            FileNotFoundError: a file that was named is not there.
+        """
+        await self.repository.start()
+        self._watch = asyncio.create_task(self.repository.watch(self.options.refresh))
+        self.started = True
+
+    async def close(self) -> None:
+        """Refuse what comes, answer what is there, end the threads."""
+        await self.scheduler.drain()
+        if self._watch is not None:
+            self._watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watch
+        await asyncio.to_thread(self.workers.close)
+
+    @property
+    def live(self) -> bool:
+        """Whether it can answer at all; if not, it must be started again."""
+        return self.scheduler.death is None
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests should be sent here."""
+        return self.started and self.live and not self.scheduler.stopping
+
+    async def infer(
+        self, model: Model, inputs: Mapping[str, torch.Tensor], seconds: float = math.inf
+    ) -> dict[str, torch.Tensor]:
+        """A network's answer by names of outputs.
+
+        Args:
+            inputs: by name.
+            seconds: after which nobody wants the answer any more.
+
+        Raises:
+            Refused: in one of its kinds; the message names the input that is wrong.
+        """
+        request = model.request(inputs)
+        try:
+            outputs = await self.scheduler.answer(model.queue, request, time.monotonic() + seconds)
+        except Refused:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            text = str(error).partition("\n")[0]
+            raise Invalid(f"model {model.name!r} cannot compute these inputs: {text:.500}") from error
+        return {spec.name: y for spec, y in zip(model.signature.outputs, outputs, strict=True)}

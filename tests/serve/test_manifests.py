@@ -1,0 +1,111 @@
+"""What a cluster is told: every file against the schema of whoever reads it."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from pykernels.serve import manifests
+from pykernels.serve.environment import ENVIRONMENT
+from pykernels.serve.service import Options
+
+CRD = Path(__file__).parents[3] / "shared" / "data" / "kuberay" / "ray.io_rayservices.yaml.gz"
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Options:
+    return Options({"resnet": "/srv/resnet.pk"}, threads=2, batch=8, p99_ms=50.0, token_file="/etc/token")
+
+
+@pytest.fixture
+def written(tmp_path: Path, options: Options) -> Path:
+    found = manifests.write(tmp_path / "deploy", options, 3, 8000, 8001)
+    assert sorted(path.name for path in found) == ["Dockerfile", "nginx.conf", "rayservice.yaml", "serve.yaml"]
+    return tmp_path / "deploy"
+
+
+def test_the_serve_config_gives_the_options_back(written: Path, options: Options) -> None:
+    content = yaml.safe_load((written / "serve.yaml").read_text())
+    (application,) = content["applications"]
+    arguments = application["args"]
+    assert arguments.pop("replicas") == 3
+    assert Options(**arguments) == options
+
+
+def test_the_serve_config_is_what_ray_takes(written: Path) -> None:
+    schema = pytest.importorskip("ray.serve.schema", reason="Ray is not installed")
+    schema.ServeDeploySchema.model_validate(yaml.safe_load((written / "serve.yaml").read_text()))
+    service = yaml.safe_load((written / "rayservice.yaml").read_text())
+    schema.ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+
+
+@pytest.mark.skipif(not CRD.exists(), reason=f"KubeRay's definition is not here: {CRD}")
+def test_the_ray_service_is_what_kuberay_takes(written: Path) -> None:
+    definition = yaml.safe_load(gzip.decompress(CRD.read_bytes()))
+    (schema,) = (v["schema"]["openAPIV3Schema"] for v in definition["spec"]["versions"] if v["name"] == "v1")
+    service = yaml.safe_load((written / "rayservice.yaml").read_text())
+    strict = _closed(schema)
+    jsonschema.validate(service, strict)
+    service["spec"]["rayClusterConfig"]["headGroupSpecs"] = {}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(service, strict)
+
+
+def _closed(schema: Any) -> Any:
+    """The schema, which refuses fields that it does not name, as Kubernetes prunes them."""
+    if isinstance(schema, dict):
+        closed = {key: _closed(value) for key, value in schema.items()}
+        if "properties" in closed and isinstance(closed["properties"], dict) and "type" in closed:
+            loose = closed.get("x-kubernetes-preserve-unknown-fields") or closed["properties"] == {}
+            closed.setdefault("additionalProperties", bool(loose))
+        if closed.get("x-kubernetes-int-or-string"):
+            closed.pop("type", None)
+        return closed
+    return [_closed(item) for item in schema] if isinstance(schema, list) else schema
+
+
+def test_containers_have_ray_told_before_it_starts_and_see_models_and_token_read_only(written: Path) -> None:
+    service = yaml.safe_load((written / "rayservice.yaml").read_text())
+    cluster = service["spec"]["rayClusterConfig"]
+    (workers,) = cluster["workerGroupSpecs"]
+    for pod in (cluster["headGroupSpec"]["template"], workers["template"]):
+        (container,) = pod["spec"]["containers"]
+        assert {e["name"]: e["value"] for e in container["env"]} == ENVIRONMENT
+        assert all(mount["readOnly"] for mount in container["volumeMounts"])
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    assert application["args"]["models"] == {"resnet": "/models/resnet/1/net.pk"}
+    assert application["args"]["token_file"] == "/etc/pykernels/token"
+    assert workers["replicas"] == 3 and container["resources"]["limits"]["cpu"] == "2"
+
+
+def test_nginx_takes_the_configuration(written: Path) -> None:
+    nginx = shutil.which("nginx")
+    openssl = shutil.which("openssl")
+    if nginx is None or openssl is None:
+        pytest.skip("nginx or openssl is not installed")
+    (written / "certs").mkdir()
+    subprocess.run(
+        f"{openssl} req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -keyout server.key -out server.crt".split(),
+        cwd=written / "certs",
+        check=True,
+        capture_output=True,
+    )
+    done = subprocess.run(
+        [nginx, "-t", "-p", written, "-c", written / "nginx.conf"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and "test is successful" in done.stderr, done.stderr
+
+
+def test_nginx_sends_no_refusal_and_no_change_of_the_repository_twice(options: Options) -> None:
+    text = manifests.nginx(options, ["10.0.0.1", "10.0.0.2"], 8000, 8001)
+    retried = [line.split() for line in text.splitlines() if "_next_upstream " in line and "off" not in line]
+    assert all("http_429" not in line and "http_503;" not in line and "http_503" not in line for line in retried)
+    assert "least_conn" in text and "server 10.0.0.2:8001" in text
+    assert "location /v2/repository/ { proxy_pass http://http_nodes; proxy_next_upstream off; }" in text
