@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import json
 import pathlib
@@ -33,12 +32,14 @@ def require_gpu(command: str) -> None:
 
 def facts() -> dict[str, Any]:
     """What was measured with: device, versions, whether the CUDA library is loaded."""
+    import triton
+
     return {
         "device": torch.cuda.get_device_name(),
         "capability": list(torch.cuda.get_device_capability()),
         "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
         "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton"),
+        "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "pykernels": pykernels.__version__,

@@ -99,6 +99,31 @@ def test_conversions_round_as_torch_does(device: Emulator, name: str, dtype: tor
     assert torch.equal(got, numbers.to(dtype).float())
 
 
+def test_the_greater_of_two_halves(device: Emulator) -> None:
+    """Two at a time, denormals among them: of two zeros the positive one, and NaN where one is."""
+    some = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 2.0**-24, -(2.0**-20), 3.5], dtype=torch.float16)
+    a, b = (
+        torch.cat([t.flatten() for t in pair])
+        for pair in zip(*[torch.meshgrid(some, some, indexing="ij")], strict=True)
+    )
+    x = torch.stack([a, b], 1).contiguous()  # 64 pairs, a word each
+    body = """
+  ld.global.u32 %r4, [%rd1];
+  shr.u32 %r5, %r4, 16;
+  prmt.b32 %r6, %r4, %r4, 0x1032;
+  max.NaN.f16x2 %r7, %r4, %r6;
+  st.global.u32 [%rd2], %r7;
+"""
+    got = run(device, body, x.view(torch.int32).flatten(), threads=64).view(torch.float16).view(64, 2)
+    expected = torch.maximum(a, b)
+    for half in got.unbind(1):
+        assert torch.equal(half.isnan(), expected.isnan())
+        assert torch.equal(half.nan_to_num(9.0), expected.nan_to_num(9.0))
+    zeros = (a == 0) & (b == 0)
+    positive = ~(a.signbit() & b.signbit())
+    assert torch.equal(got[zeros, 0].signbit(), ~positive[zeros])
+
+
 def test_floats_become_integers_half_to_even_and_within_the_range(device: Emulator) -> None:
     x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 3e9, -3e9, torch.nan, 2147483520.0, -7.51] * 4)[:32]
     body = "  ld.global.f32 %f1, [%rd1];\n  cvt.rni.s32.f32 %r4, %f1;\n  st.global.u32 [%rd2], %r4;\n"
