@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pathlib
 
 import pytest
 import torch
@@ -136,3 +137,20 @@ def test_what_stays_torchs_says_why(reason: str, call) -> None:
     left = [entry for entry in fast.report().left if entry.op == "scaled_dot_product_attention"]
     assert len(left) == 1 and reason in left[0].reason
     torch.testing.assert_close(fast(x), call(x.relu()), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_masks_of_two_conditions_are_saved(tmp_path: pathlib.Path) -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+            places = torch.arange(x.shape[1])
+            return self.block(x, (places[:, None] >= places) & seen[:, None, None, :])
+
+    inputs = tokens(), torch.rand(2, TOKENS) < 0.8
+    fast = pk.optimize(Decoder().eval(), inputs)
+    fast.save(tmp_path / "net.pk")
+    assert torch.equal(pk.load(tmp_path / "net.pk")(*inputs), fast(*inputs))

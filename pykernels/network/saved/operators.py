@@ -50,7 +50,7 @@ _UNDERSCORED = _words(
     _softmax _log_softmax _to_copy _unsafe_view _convolution _adaptive_avg_pool2d _adaptive_avg_pool3d
     _native_batch_norm_legit_no_training _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math
     _assert_tensor_metadata _assert_scalar _assert_async _local_scalar_dense _upsample_bilinear2d_aa
-    _upsample_bicubic2d_aa _shape_as_tensor _reshape_alias_copy
+    _upsample_bicubic2d_aa _shape_as_tensor _reshape_alias_copy __and__ __or__ __xor__ __lshift__ __rshift__
     """
 )
 # Tagged core, or views, and yet: memory that holds what was there before, raw layouts, sparse tensors.
