@@ -61,8 +61,8 @@ void Runner::take_part(int64_t me, uint8_t* memory, int64_t* ends) {
         }
       }
       std::atomic<int64_t>& done = done_[d].value;
-      if (mine > 0 && done.fetch_add(mine, std::memory_order_acq_rel) + mine == driver.tasks && ends)
-        ends[d] = steady_nanoseconds();
+      const int64_t now = ends ? steady_nanoseconds() : 0;  // before others may go on
+      if (mine > 0 && done.fetch_add(mine, std::memory_order_acq_rel) + mine == driver.tasks && ends) ends[d] = now;
       for (int spins = 0; done.load(std::memory_order_acquire) < driver.tasks; ++spins)
         if (spins < kSpins)
           pause();
