@@ -12,6 +12,7 @@ from pykernels.cuda import registry
 
 # Sums of floats, in another order; what bf16 keeps of them.
 SUMS = {"linear", "conv2d", "conv_bn_act", "avg_pool2d", "adaptive_avg_pool2d", "int8_linear", "softmax", "layer_norm"}
+SUMS |= {"attention"}
 
 
 def launched() -> list[Sample]:
