@@ -17,6 +17,7 @@ __all__ = ["from_bytes", "from_list", "to_bytes", "to_list"]
 
 # Requests' bytes are read, never written: networks whose calls write into something are not served.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
+_MOST = 1 << 56  # elements, be some sizes 0 or not: strides of more overflow in NumPy and torch
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # as what lists of them are read
 
 
@@ -107,4 +108,6 @@ def _dtype(name: str, datatype: str) -> torch.dtype:
 def _count(name: str, shape: Sequence[int]) -> int:
     if len(shape) > 64 or any(type(size) is not int or not 0 <= size < 1 << 40 for size in shape):
         raise Invalid(f"input {name!r:.80}: shape {list(shape)!s:.80} is none: sizes are whole numbers from 0 on")
+    if math.prod(max(size, 1) for size in shape) >= _MOST:
+        raise Invalid(f"input {name!r:.80}: shape {list(shape)!s:.80} is too large")
     return math.prod(shape)
