@@ -96,10 +96,29 @@ class Images(nn.Module):
         return torch.softmax(y, 1), torch.softmax(tokens, -1)
 
 
+class Attends(nn.Module):
+    """Attention with masks of numbers and of truth, and of what came before; two heads share their keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.both, self.out = nn.Linear(3, 12), nn.Linear(3, 12), nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        q = self.query(tokens).unflatten(2, (2, -1)).transpose(1, 2)
+        k, v = self.both(tokens).unflatten(2, (2, 1, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        first = x.flatten(2)[:, :1, None]
+        y = F.scaled_dot_product_attention(q, k, v, first, enable_gqa=True)
+        y = y + F.scaled_dot_product_attention(q, k, v, first > 0, enable_gqa=True)
+        y = y + F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     "layers": (Layers, (3, 17, 14)),
     "moves": (Moves, (3, 12, 5)),
     "images": (Images, (3, 8, 10)),
+    "attends": (Attends, (3, 5, 4)),
 }
 
 

@@ -47,7 +47,6 @@ WIDTHS = ((64, 256), (256, 64), (256, 1024), (512, 2048), (1024, 256), (2048, 51
 NETWORKS = ("resnet50", "mobilenet_v2")
 BATCHES = (1, 32)
 PRODUCTS = 2**39  # shapes with more, which would take long, do as the largest that is measured
-SHORT = "triton short K"  # which a launcher takes wherever it is made for: see short_k.fits
 Calls = dict[str, Callable[[], Any]]
 Tile = tuple[int, ...]
 ops = torch.ops.pykernels
@@ -65,20 +64,15 @@ def tiles(formula: gemm.Config, candidates: Iterable[list[int]], processors: int
     return list(dict.fromkeys((c.bm, c.bn, c.bk, c.warps, c.stages, c.resident, c.split) for c in found))
 
 
-def forced(tile: Tile, call: Callable[[], Any]) -> Any:
+def forced(tile: Tile | str, call: Callable[[], Any]) -> Any:
     with tables.forced(tile):
-        return call()
-
-
-def without_library(call: Callable[[], Any]) -> Any:
-    with tables.disabled():
         return call()
 
 
 def short_calls(kind: str, on: Machine, sizes: tuple[int, int, int], call: Callable[[], Any]) -> Calls:
     """The kernel of a short K, where a launcher would take it."""
     fits = kind == "gemm" and short_k.fits(on.arch, on.processors, *sizes)
-    return {SHORT: functools.partial(without_library, call)} if fits else {}
+    return {tables.SHORT_K: functools.partial(forced, tables.SHORT_K, call)} if fits else {}
 
 
 def by_tile(found: list[Tile], call: Callable[[], Any]) -> Calls:
@@ -243,10 +237,7 @@ def compile_tile(kind: str, title: str, name: str, on: Machine) -> None:
     """In a process of `warm`: a tile, or the kernel of a short K."""
     shape = next(shape for shape in LAYERS[kind](on) if shape.title == title)
     with kernels_only():
-        if name == SHORT:
-            without_library(shape.triton())
-        else:
-            forced(tuple(json.loads(name)), shape.triton())
+        forced(name if name == tables.SHORT_K else tuple(json.loads(name)), shape.triton())
 
 
 def as_text(value: Any, margin: str = "") -> str:
@@ -261,7 +252,7 @@ def as_text(value: Any, margin: str = "") -> str:
 
 def of_triton(name: str) -> bool:
     """Whether it is the name of a tile, or of the kernel of a short K."""
-    return name.startswith("[") or name == SHORT
+    return name.startswith("[") or name == tables.SHORT_K
 
 
 class Times:
@@ -312,7 +303,7 @@ def table_of(before: dict[str, Any], shapes: Iterable[Shape], times: Times) -> d
         winner, ours = fastest(taken), fastest({name: t for name, t in taken.items() if name.startswith("[")})
         if winner is not None and not all(of_triton(name) for name in taken):  # with the library
             winners = names.setdefault(shape.kind, {}).setdefault(shape.width, {})
-            winners[m] = tables.TRITON if of_triton(winner) else winner
+            winners[m] = tables.TRITON if winner.startswith("[") else winner
         if ours is not None:
             tiles_of.setdefault(shape.kind, {}).setdefault(shape.width, {})[m] = tuple(json.loads(ours))
     table = {**before, "triton": dict(before["triton"])}

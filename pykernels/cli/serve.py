@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 import pykernels
 from pykernels.cli.errors import fail
-from pykernels.cli.model import bar, columns, load_model
+from pykernels.cli.model import bar, columns, load_model, shapes_of
 from pykernels.tune.cores import usable
 
 if TYPE_CHECKING:
@@ -60,7 +60,10 @@ def serve(
     request_mb: Annotated[int, typer.Option(min=1, help="The most of one request, decompressed.")] = 64,
     mapped_mb: Annotated[int, typer.Option(min=1, help="The most of the files of networks that are mapped.")] = 16384,
     input_shape: Annotated[
-        str | None, typer.Option(help="Of a model that is optimized first: shape of an example, 1,3,224,224.")
+        str | None,
+        typer.Option(
+            help="Of a model that is optimized first: shape of an example, 1,3,224,224; several inputs: with ';'."
+        ),
     ] = None,
     precision: Annotated[str, typer.Option(help="Of a model that is optimized first: fp32, bf16, fp16.")] = "fp32",
     in_process: Annotated[
@@ -200,21 +203,17 @@ def _models(
 def _optimize(model: str, input_shape: str | None, precision: str, path: pathlib.Path) -> None:
     if precision not in ("fp32", "bf16", "fp16"):
         fail(f"--precision: {precision} is none of fp32, bf16, fp16; `pykernels optimize` calibrates for others")
-    try:
-        shape = [int(size) for size in (input_shape or "").split(",")]
-    except ValueError:
+    if input_shape is None:
         fail(f"--input-shape: {model} needs the shape of an example, 1,3,224,224 say")
-    if any(size < 1 for size in shape):
-        fail("--input-shape: sizes are whole numbers of at least 1")
+    shapes = shapes_of(input_shape)
     network = load_model(model, torch.device("cpu")).eval()
     dtype = next((t.dtype for t in network.parameters() if t.is_floating_point()), torch.float32)
     with Progress(*columns(), console=console, transient=True) as progress:
         what = f"optimizing {model} to {precision}"
         task = progress.add_task(what, total=None)
         try:
-            fast = pykernels.optimize(
-                network, (torch.randn(shape).to(dtype),), precision, progress=bar(progress, task, what)
-            )
+            examples = tuple(torch.randn(shape).to(dtype) for shape in shapes)
+            fast = pykernels.optimize(network, examples, precision, progress=bar(progress, task, what))
             fast.save(path)
         except (RuntimeError, ValueError, TypeError, ImportError) as error:
             progress.stop()

@@ -14,7 +14,10 @@ from pykernels.ops.errors import reason
 
 __all__ = ["KERNELS", "UNMEASURED", "complaint", "error", "implementation", "runs", "unusable"]
 
-UNMEASURED = "CUDA: ops and networks checked on an H100 on 2026-11-26; no speed claimed (docs/benchmarks/gpu)"
+UNMEASURED = (
+    "CUDA: ops and networks checked on an H100 on 2026-11-26; what changed since has run on no GPU; no speed claimed "
+    "(docs/benchmarks/gpu)"
+)
 INSTALL = "pip install 'pykernels[gpu]'"
 # Which file of pykernels/cuda/triton has the op's launcher.
 KERNELS = {

@@ -3,7 +3,9 @@
 A table is written on a GPU by `python -m benchmarks.gpu.tune`. For each op of the CUDA library, `int8_gemm` and
 `int8_conv`, it maps widths, "NxK", to rows of the largest M and the name of a configuration, or "triton", in ascending
 order; the last has no largest M. A shape takes the width nearest to its own and the first row that holds its M. Of a
-convolution M are the pixels of the output, N its channels and K the taps times the channels of the input.
+convolution M are the pixels of the output, N its channels and K the taps times the channels of the input. "triton short
+K" is Triton's kernel for such products (triton/short_k.py); where nothing near was measured it takes what it is made
+for.
 
 `triton` has the same of Triton's kernels: `gemm`, and `conv`, whose channels are padded. A row's second part is a tile
 as numbers: rows, columns and depth, warps, stages, programs a multiprocessor, parts of K. A shape whose N and K are not
@@ -30,26 +32,28 @@ __all__ = [
     "configurations",
     "disabled",
     "forced",
-    "forced_tile",
     "int8_conv",
     "int8_gemm",
     "runs",
+    "short_k",
     "table",
     "tile",
 ]
 
 FOLDER = pathlib.Path(__file__).parent / "tuned"
 TRITON = "triton"
+SHORT_K = "triton short K"
 # The library's ops refuse longer sums, which s32 may not hold: csrc/cuda/gemm/op.cpp.
 MAX_K = (2**31 - 1) // (255 * 128)
 NEAR = 2.0  # the most that N and K may differ together, in powers of two, from those a tile was measured for
 _disabled = False
-_forced: tuple[int, ...] | None = None
+_forced: tuple[int, ...] | str | None = None
 
 
 @contextlib.contextmanager
-def forced(tile: tuple[int, ...]) -> Iterator[None]:
-    """Give every shape to Triton's kernels and this tile meanwhile, in all threads: for measurements."""
+def forced(tile: tuple[int, ...] | str) -> Iterator[None]:
+    """Give every shape to Triton's kernels and this tile, or to `SHORT_K`, meanwhile, in all threads: for
+    measurements."""
     global _forced
     before, _forced = _forced, tile
     try:
@@ -163,21 +167,34 @@ def int8_conv(
     return _chosen("int8_conv", m, n, taps * channels, out_dtype, residual, capability)
 
 
+def _near(rules: dict[str, Any], n: int, k: int) -> str | None:
+    """The width nearest to a shape's, unless it is far."""
+    width = min(rules, key=lambda width: _distance(width, n, k), default=None)
+    return None if width is None or _distance(width, n, k) > NEAR else width
+
+
 @functools.lru_cache(maxsize=4096)
 def _tile(kind: str, m: int, n: int, k: int, arch: int) -> tuple[int, ...] | None:
     name = architecture(divmod(arch, 10))
     rules = {} if name is None else table(name)["triton"][kind]
-    width = min(rules, key=lambda width: _distance(width, n, k), default=None)
-    if width is None or _distance(width, n, k) > NEAR:
+    width = _near(rules, n, k)
+    if width is None:
         return None
     return next(tuple(found) for most, found in rules[width] if most is None or m <= most)
 
 
-def forced_tile() -> tuple[int, ...] | None:
-    """That of `forced`."""
-    return _forced
-
-
 def tile(kind: str, m: int, n: int, k: int, arch: int) -> tuple[int, ...] | None:
     """The tile measured for Triton's `kind` of kernel, "gemm" or "conv", on compute capability `arch` / 10, or None."""
-    return _forced or _tile(kind, m, n, k, arch)
+    return _forced if isinstance(_forced, tuple) else _tile(kind, m, n, k, arch)
+
+
+@functools.lru_cache(maxsize=4096)
+def _short_k(m: int, n: int, k: int, residual: bool, arch: int) -> bool | None:
+    name = architecture(divmod(arch, 10))
+    rules = table(name)["int8_gemm"] if name is not None and table(name)["device"] else {}
+    return None if _near(rules, n, k) is None else choose(rules, m, n, k, residual) == SHORT_K
+
+
+def short_k(m: int, n: int, k: int, residual: bool, arch: int) -> bool | None:
+    """Whether a product was measured to be fastest by `SHORT_K`; None where nothing near it was measured."""
+    return _short_k(m, n, k, residual, arch) if _forced is None else _forced == SHORT_K

@@ -274,16 +274,16 @@ class TestTune:
 
     def test_the_kernel_of_a_short_k_is_measured_beside_the_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
         sizes = (128 * 56 * 56, 256, 64)
-        calls = tune.short_calls("gemm", self.ON, sizes, lambda: tables._disabled)
-        assert [call() for call in calls.values()] == [True] and list(calls) == [tune.SHORT]
+        calls = tune.short_calls("gemm", self.ON, sizes, lambda: tables.short_k(*sizes, False, 90))
+        assert [call() for call in calls.values()] == [True] and list(calls) == [tables.SHORT_K]
         assert not tune.short_calls("conv", self.ON, sizes, len) and not tune.short_calls(
             "gemm", self.ON, (1, 256, 64), len
         )
         times = tune.Times(tables.FOLDER / "times.json", self.STATE)
         shape = next(shape for shape in self.tuner().every if shape.kind == "gemm")
-        times.add(shape.title, {"sm90 64x64": 3e-6, "[64, 64, 64, 4, 4, 3, 1]": 2e-6, tune.SHORT: 1e-6})
+        times.add(shape.title, {"sm90 64x64": 3e-6, "[64, 64, 64, 4, 4, 3, 1]": 2e-6, tables.SHORT_K: 1e-6})
         table = tune.table_of(self.table(), [shape], times)
-        assert table["int8_gemm"][shape.width] == [[None, "triton"]]
+        assert table["int8_gemm"][shape.width] == [[None, tables.SHORT_K]]
         assert table["triton"]["gemm"][shape.width] == [[None, [64, 64, 64, 4, 4, 3, 1]]]
 
     def test_every_tile_that_is_measured_is_compiled_before(self) -> None:

@@ -25,6 +25,7 @@
 #include <utility>
 
 #include "cpu/arithmetic/kernels.h"
+#include "cpu/attention/kernels.h"
 #include "cpu/conv/kernels.h"
 #include "cpu/conv/winograd.h"
 #include "cpu/normalize/kernels.h"
@@ -46,6 +47,7 @@ Isa current_isa() { return isa_in_force; }
 #define PK_EITHER(Table, name) \
   const Table& name() { return current_isa() == Isa::avx2 ? avx2::name : scalar::name; }
 PK_EITHER(ArithmeticKernels, arithmetic_kernels)
+PK_EITHER(AttentionKernels, attention_kernels)
 PK_EITHER(DepthwiseKernels, depthwise_kernels)
 PK_EITHER(DepthwiseWordsKernels, depthwise_words_kernels)
 PK_EITHER(DotKernels, dot_kernels)

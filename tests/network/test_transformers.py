@@ -154,3 +154,24 @@ def test_masks_of_two_conditions_are_saved(tmp_path: pathlib.Path) -> None:
     fast = pk.optimize(Decoder().eval(), inputs)
     fast.save(tmp_path / "net.pk")
     assert torch.equal(pk.load(tmp_path / "net.pk")(*inputs), fast(*inputs))
+
+
+@pytest.mark.parametrize("kind", ["truth", "numbers"])
+@torch.no_grad()
+def test_a_mask_that_is_a_buffer_is_a_constant_of_the_plan(kind: str, tmp_path: pathlib.Path) -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+            seen = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+            self.register_buffer("mask", seen if kind == "truth" else torch.zeros(seen.shape).masked_fill(~seen, -9e9))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.block(x, self.mask)
+
+    model, x = Decoder().eval(), tokens()
+    fast = pk.optimize(model, (x,))
+    assert fast.planned is not None and len(fast.planned.labels) == 1 and fast.plan().left == []
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    fast.save(tmp_path / "net.pk")
+    assert torch.equal(pk.load(tmp_path / "net.pk")(x), fast(x))

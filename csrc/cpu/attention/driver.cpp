@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "common/check.h"
 #include "cpu/pieces.h"
 
 namespace pykernels {
@@ -13,12 +14,47 @@ constexpr int64_t kScoreBytes = 96 << 10;  // of a block: with the panels of a f
 constexpr int64_t kLeastRows = 64;         // of a task: packing its head's keys and values costs as much as a few rows
 
 int64_t padded(int64_t n) { return round_up(n, kColumns); }
-const float* zeros() {
-  alignas(64) static const float kZeros[kMaxPanels * kColumns] = {};
-  return kZeros;
-}
+
+HeadStrides strides_of(const Strided& t) { return {t.strides[0], t.strides[1], t.strides[2]}; }
 
 }  // namespace
+
+AttentionShape attention_shape(const char* op, const Strided& query, const Strided& key, const Strided& value) {
+  const struct {
+    const char* name;
+    const Strided& tensor;
+  } tensors[] = {{"query", query}, {"key", key}, {"value", value}};
+  for (const auto& [name, t] : tensors) {
+    PK_CHECK(t.dims == 4, op, ": ", name, " must have 4 dimensions, not shape ", shape_of(t.sizes, t.dims));
+    PK_CHECK(t.sizes[0] == query.sizes[0], op, ": ", name, " of shape ", shape_of(t.sizes, 4),
+             " has not the images of query ", shape_of(query.sizes, 4));
+  }
+  AttentionShape s{};
+  s.images = query.sizes[0], s.heads = query.sizes[1], s.queries = query.sizes[2], s.depth = query.sizes[3];
+  s.kv_heads = key.sizes[1], s.keys = key.sizes[2], s.value_depth = value.sizes[3];
+  PK_CHECK(key.sizes[3] == s.depth, op, ": key of shape ", shape_of(key.sizes, 4), " has not the depth of query ",
+           shape_of(query.sizes, 4));
+  PK_CHECK(value.sizes[1] == s.kv_heads && value.sizes[2] == s.keys, op, ": value of shape ", shape_of(value.sizes, 4),
+           " has not the heads and keys of key ", shape_of(key.sizes, 4));
+  PK_CHECK(s.heads == s.kv_heads || (s.kv_heads > 0 && s.heads % s.kv_heads == 0), op, ": query has ", s.heads,
+           " heads, no multiple of key's ", s.kv_heads);
+  s.query = strides_of(query), s.key = strides_of(key), s.value = strides_of(value);
+  return s;
+}
+
+void set_mask(const char* op, AttentionShape* s, const Strided& mask, MaskRow::Kind kind) {
+  const int64_t wanted[] = {s->images, s->heads, s->queries, s->keys}, dims = mask.dims;
+  PK_CHECK(!s->causal, op, ": causal and a mask exclude one another");
+  bool fits = dims >= 1 && dims <= 4 && mask.sizes[dims - 1] == s->keys;
+  for (int64_t d = 0; fits && d < dims; ++d) fits = mask.sizes[d] == 1 || mask.sizes[d] == wanted[4 - dims + d];
+  PK_CHECK(fits, op, ": mask of shape ", shape_of(mask.sizes, dims), " does not spread over ", shape_of(wanted, 4),
+           ", whose last size it must have");
+  int64_t strides[3] = {};
+  for (int64_t d = 0; d < dims - 1; ++d)
+    if (mask.sizes[d] != 1) strides[4 - dims + d] = mask.strides[d];
+  s->mask = kind;
+  s->mask_strides = {strides[0], strides[1], strides[2]};
+}
 
 AttentionDriver::AttentionDriver(const AttentionShape& shape, int64_t threads) : s_(shape) {
   if (s_.images * s_.heads * s_.queries * s_.value_depth == 0) return;
@@ -68,7 +104,7 @@ void AttentionDriver::product(const Rows& a, const Panels& b, int64_t words, flo
   const DotTap tap{0, 0};
   const uint8_t* a_rows[kMaxRows];
   int64_t place[kMaxRows];
-  Finish finish{place, nullptr, zeros(), nullptr, 0.0f, nullptr, -HUGE_VALF, HUGE_VALF};
+  Finish finish{place, nullptr, kNoAddend.data(), nullptr, 0.0f, nullptr, -HUGE_VALF, HUGE_VALF};
   const int64_t most = std::min<int64_t>(dot_.max_rows, a.count);
   const int64_t at_once = dot_.max_panels[most];
   for (int64_t panel = 0; panel < b.count; panel += at_once)

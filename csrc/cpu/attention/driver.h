@@ -4,7 +4,7 @@
 
 #include "cpu/attention/kernels.h"
 #include "cpu/driver.h"
-#include "cpu/tile/kernels.h"
+#include "cpu/tile/driver.h"
 
 namespace pykernels {
 
@@ -23,6 +23,19 @@ struct AttentionShape {
   bool causal = false;         // query i sees keys 0 to i
   float scale;
 };
+
+// Sizes and strides of a tensor.
+struct Strided {
+  const int64_t *sizes, *strides;
+  int64_t dims;
+};
+
+// Of tensors of four dimensions whose rows are dense, without a mask; output and type are the caller's to fill in.
+// Throws where they do not fit one another.
+AttentionShape attention_shape(const char* op, const Strided& query, const Strided& key, const Strided& value);
+// Adds a mask of [keys], [queries, keys], [heads, ...] or [images, ...], where every size but the last may be 1, and
+// which is dense along the keys. Throws where it does not spread over the scores.
+void set_mask(const char* op, AttentionShape* shape, const Strided& mask, MaskRow::Kind kind);
 
 // Operands: query, key, value and the mask (u8, or reals of `type`) or null.
 class AttentionDriver final : public Driver {

@@ -202,39 +202,25 @@ void Builder::pool() {
 // lies as [N, T, H, D].
 void Builder::attention() {
   const auto with_rows = [&](const View& v) {
-    check_real(v.dtype);
-    PK_CHECK(v.dims == 4 && v.dtype == in(0).dtype, "run_plan: an operand of attention has ", v.dims,
-             " dimensions or another dtype");
-    return v.sizes[3] <= 1 || v.strides[3] == 1 ? v : to_contiguous(v);
+    return v.dims == 0 || v.sizes[v.dims - 1] <= 1 || v.strides[v.dims - 1] == 1 ? v : to_contiguous(v);
   };
-  const auto strides_of = [](const View& v) { return HeadStrides{v.strides[0], v.strides[1], v.strides[2]}; };
-  const View q = with_rows(in(0)), k = with_rows(in(1)), v = with_rows(in(2));
-  AttentionShape s{};
-  s.images = q.sizes[0], s.heads = q.sizes[1], s.queries = q.sizes[2], s.depth = q.sizes[3];
-  s.kv_heads = k.sizes[1], s.keys = k.sizes[2], s.value_depth = v.sizes[3];
-  const bool shared = s.heads == s.kv_heads || (s.kv_heads > 0 && s.heads % s.kv_heads == 0);
-  PK_CHECK(k.sizes[0] == s.images && v.sizes[0] == s.images && k.sizes[3] == s.depth && v.sizes[1] == s.kv_heads &&
-               v.sizes[2] == s.keys && shared,
-           "run_plan: query, key and value of shapes ", shape_of(q.sizes.data(), 4), ", ", shape_of(k.sizes.data(), 4),
-           " and ", shape_of(v.sizes.data(), 4), " do not fit one another");
+  const auto strided = [](const View& v) { return Strided{v.sizes.data(), v.strides.data(), v.dims}; };
+  View tensors[4];
+  for (size_t i = 0; i < 3; ++i) {
+    check_real(in(i).dtype);
+    PK_CHECK(in(i).dtype == in(0).dtype, "run_plan: the operands of attention have several dtypes");
+    tensors[i] = with_rows(in(i));
+  }
+  const View &q = tensors[0], &k = tensors[1], &v = tensors[2], &mask = tensors[3];
+  AttentionShape s = attention_shape(name(), strided(q), strided(k), strided(v));
   s.type = real_of(q.dtype);
   s.causal = number(0, 1) != 0;
-  s.query = strides_of(q), s.key = strides_of(k), s.value = strides_of(v);
-  View mask;
   const bool masked = number(0, 1) != 0;
   if (masked) {
-    mask = in(3);
-    const int64_t wanted[] = {s.images, s.heads, s.queries, s.keys}, dims = mask.dims;
-    bool fits = !s.causal && (mask.dtype == Dtype::u8 || mask.dtype == q.dtype) && dims >= 1 && dims <= 4 &&
-                mask.sizes[dims - 1] == s.keys;
-    for (int64_t d = 0; fits && d < dims; ++d) fits = mask.sizes[d] == 1 || mask.sizes[d] == wanted[4 - dims + d];
-    PK_CHECK(fits, "run_plan: a mask of shape ", shape_of(mask.sizes.data(), dims), " does not fit attention");
-    if (s.keys > 1 && mask.strides[dims - 1] != 1) mask = to_contiguous(mask);
-    s.mask = mask.dtype == Dtype::u8 ? MaskRow::Kind::bytes : MaskRow::Kind::reals;
-    int64_t strides[3] = {};
-    for (int64_t d = 0; d < dims - 1; ++d)
-      if (mask.sizes[d] != 1) strides[4 - dims + d] = mask.strides[d];
-    s.mask_strides = {strides[0], strides[1], strides[2]};
+    const Dtype dtype = in(3).dtype;
+    PK_CHECK(dtype == Dtype::u8 || dtype == q.dtype, "run_plan: the mask of attention has a dtype that it cannot have");
+    tensors[3] = with_rows(in(3));
+    set_mask(name(), &s, strided(mask), dtype == Dtype::u8 ? MaskRow::Kind::bytes : MaskRow::Kind::reals);
   }
   s.scale = static_cast<float>(real());
   const int64_t in_memory[] = {s.images, s.queries, s.heads, s.value_depth};

@@ -14,13 +14,6 @@ constexpr int64_t kMaxBlock = 16;
 // Rows of one panel group that wait for one call of the epilogue; they stay in L1.
 constexpr int64_t kMaxRun = 128 * kColumns;
 
-// x + -0 is x, whatever x.
-const auto kNothing = [] {
-  std::array<float, kMaxPanels * kColumns> zeros;
-  zeros.fill(-0.0f);
-  return zeros;
-}();
-
 // Rows so far apart share their places in L1, fewer than a tile has rows.
 constexpr int64_t kAlias = 4096;
 
@@ -304,6 +297,12 @@ struct Held {
 
 }  // namespace
 
+const std::array<float, kMaxPanels * kColumns> kNoAddend = [] {
+  std::array<float, kMaxPanels * kColumns> zeros;
+  zeros.fill(-0.0f);
+  return zeros;
+}();
+
 int64_t l2_bytes() {  // within bounds, since a virtual machine may say anything
   static const int64_t bytes = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 256 << 10, 2 << 20);
   return bytes;
@@ -484,7 +483,7 @@ void TileDriver::run(int64_t task, uint8_t* memory) const {
       Finish f{};
       if (finish) {
         f.multiplier = p.e.multiplier ? p.e.multiplier + panel * kColumns : nullptr;
-        f.addend = p.e.addend ? p.e.addend + panel * kColumns : kNothing.data();
+        f.addend = p.e.addend ? p.e.addend + panel * kColumns : kNoAddend.data();
         f.residual_factor = p.e.residual_factor;
         f.residual = p.e.residual ? static_cast<const uint8_t*>(p.e.residual) + channel * out_bytes : nullptr;
         f.out = static_cast<uint8_t*>(p.e.out) + channel * out_bytes;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "cpu/driver.h"
@@ -37,6 +38,9 @@ struct TileProblem {
 
   int64_t max_rows() const { return tiling.rows > 0 ? std::min<int64_t>(tiling.rows, dot->max_rows) : dot->max_rows; }
 };
+
+// The addend of a Finish that adds nothing: x + -0 is x, whatever x.
+extern const std::array<float, kMaxPanels * kColumns> kNoAddend;
 
 int64_t l2_bytes();  // of a core
 // Bytes of A that a block of tiles may hold: half of L2, the rest is for the weights, which each block reads anew.

@@ -349,7 +349,8 @@ def gemm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, epilogue: Epilogue
         return
     flip = a.dtype == torch.uint8
     arguments = epilogue.arguments(out, flip)
-    if tables.forced_tile() is None and short_k.fits(arch, processors, m, n, k) and short_k.can(arguments):
+    takes = tables.short_k(m, n, k, epilogue.residual is not None, arch) is not False
+    if takes and short_k.fits(arch, processors, m, n, k) and short_k.can(arguments):
         short_k.launch(a, b, out, flip, processors, arguments)
         return
     c = config(arch, processors, m, n, k, epilogue.residual is not None)

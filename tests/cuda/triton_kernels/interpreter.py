@@ -100,18 +100,19 @@ def max_pool_numbered_in_64_bits(x: torch.Tensor, *arguments: Any) -> tuple[torc
 def stand_in(machine: tuple[int, int]) -> Iterator[None]:
     """Launchers take the CPU for this machine, see `pykernels.cuda.triton.gemm.STAND_IN`.
 
-    Their tiles are those of the formula, whatever was measured.
+    Their tiles are those of the formula and short K is taken by rule, whatever was measured.
     """
     from pykernels.cuda import tables
     from pykernels.cuda.triton import gemm
 
     before, gemm.STAND_IN = gemm.STAND_IN, machine
     tile, tables.tile = tables.tile, lambda *_: None
+    short_k, tables._short_k = tables._short_k, lambda *_: None
     gemm.machine.cache_clear()
     try:
         yield
     finally:
-        gemm.STAND_IN, tables.tile = before, tile
+        gemm.STAND_IN, tables.tile, tables._short_k = before, tile, short_k
         gemm.machine.cache_clear()
 
 

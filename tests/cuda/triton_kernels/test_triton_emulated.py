@@ -19,6 +19,7 @@ from test_triton_contract import NAMES, check_call
 from test_triton_conv import Conv, int8_weights, integers
 
 from pykernels import reference
+from pykernels.cuda import tables
 from pykernels.cuda.triton import pack, short_k, topk
 
 pytestmark = emulated.MARKS
@@ -115,6 +116,7 @@ def test_a_short_k(
 ) -> None:
     """Tiles come by TMA several ahead, and leave by TMA while the next one multiplies."""
     monkeypatch.setattr(short_k, "fits", lambda *sizes: True)
+    monkeypatch.setattr(tables, "_short_k", lambda *sizes: None)
     c = Conv(channels, outputs, (1, 1))
     x = integers((1, channels, 29, 31), torch.uint8)
     rest = [0.02, 3, 0.3, 5, torch.uint8, "relu"]

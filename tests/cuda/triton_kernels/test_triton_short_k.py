@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import re
 from typing import Any
@@ -15,6 +16,7 @@ from test_cubin_gemm import TYPES
 from test_triton_conv import Conv, int8_weights, integers
 
 from pykernels import reference
+from pykernels.cuda import tables
 from pykernels.cuda.triton import pack, short_k
 
 MACHINE = (90, 4)
@@ -73,18 +75,33 @@ def launched_short(activation: str, dtype: torch.dtype, forced: bool) -> int:
 
     from interpreter import stand_in
 
-    from pykernels.cuda import tables
     from pykernels.cuda.triton.linear import int8_linear
     from pykernels.cuda.triton.pack import int8_linear_pack
 
     packed = int8_linear_pack(torch.ones(64, 32, dtype=torch.int8), torch.ones(64), torch.zeros(64))
     x = torch.ones(4600, 32, dtype=torch.uint8)
-    with stand_in(MACHINE), mock.patch.object(short_k, "launch") as launch:
-        if forced:
-            tables.tile = lambda *_: (64, 64, 64, 4, 4, 3, 1)
-        with mock.patch.object(tables, "forced_tile", lambda: (1,) if forced else None):
-            int8_linear(x, packed, 64, 0.1, 0, 0.1 if dtype == torch.uint8 else None, 0, dtype, activation)
+    measured = tables.forced((64, 64, 64, 4, 4, 3, 1)) if forced else contextlib.nullcontext()
+    with stand_in(MACHINE), mock.patch.object(short_k, "launch") as launch, measured:
+        int8_linear(x, packed, 64, 0.1, 0, 0.1 if dtype == torch.uint8 else None, 0, dtype, activation)
     return launch.call_count
+
+
+def test_what_was_measured_goes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 9.0 the table has the widths of ResNet-50's layers; what is far from all of them was not measured."""
+    assert tables.short_k(401408, 256, 64, False, 90) is False
+    assert tables.short_k(401408, 16, 16, False, 90) is None
+    assert tables.short_k(401408, 256, 64, False, 80) is None  # a table that was reasoned
+    held = {"device": "one", "int8_gemm": {"256x64": [[1024, "triton"], [None, tables.SHORT_K]]}}
+    monkeypatch.setattr(tables, "table", lambda name: held)
+    tables._short_k.cache_clear()
+    try:
+        assert [tables.short_k(m, 256, 64, True, 90) for m in (1024, 1025)] == [False, True]
+        with tables.forced((64, 64, 64, 4, 4, 3, 1)):
+            assert tables.short_k(4096, 256, 64, False, 90) is False
+        with tables.forced(tables.SHORT_K):
+            assert tables.short_k(1024, 256, 64, False, 90) is True
+    finally:
+        tables._short_k.cache_clear()
 
 
 # ---- machine code ----
