@@ -1,8 +1,8 @@
 """How much accuracy int8 costs, for us and for the rivals that are installed: trained networks on real photographs.
 
-    python benchmarks/accuracy.py               # the 20 labelled photographs of the package foolbox, in two halves
-    python benchmarks/accuracy.py --network mobilenet_v2    # instead of EfficientNet-Lite0
-    python benchmarks/accuracy.py --data DIR    # DIR/calibration and DIR/evaluation, class index first in file names
+    python -m benchmarks.accuracy               # the 20 labelled photographs of the package foolbox, in two halves
+    python -m benchmarks.accuracy --network mobilenet_v2    # instead of EfficientNet-Lite0
+    python -m benchmarks.accuracy --data DIR    # DIR/calibration and DIR/evaluation, class index first in file names
 
 Every column is measured on the evaluation photographs: top-1, top-5, agreement (the share of photographs with the same
 top-1 class as fp32) and the relative error of the logits, |int8 - fp32| / |fp32|. "Simulated" runs the graph with its
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 import tempfile
 import time
 import warnings
@@ -24,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.assets import Photographs, load_folder, load_foolbox_photographs
 from pykernels.bench import zoo
 

@@ -27,12 +27,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import pykernels as pk
-from pykernels.bench.machine import machine
-from pykernels.compress import Report, Row, Stopped
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from benchmarks import accuracy as photographs
 from benchmarks.crepe import crepe, raw_pitch_accuracy, tones
+from pykernels.bench.machine import machine
+from pykernels.compress import Report, Row, Stopped
 
 BATCH, FEW = 128, 10
 
@@ -86,7 +84,7 @@ class Augmented:
 
 def train(images: Any, seed: int, epochs: int, file: Path | None) -> nn.Module:
     """The small residual network of examples/images.py, trained by SGD; read again where `file` has it."""
-    from images import network
+    from examples.images import network
 
     torch.manual_seed(seed)
     model = network(images)
@@ -122,7 +120,7 @@ def accuracy(images: Any) -> Callable[[Any], float]:
 
 def fashion(options: argparse.Namespace) -> None:
     """Twice as quick as the network in int8, and half a point lower at most; distilled against trained on labels."""
-    from images import load
+    from examples.images import load
 
     images = load("fashion-mnist", options.images)
     for seed in options.seeds:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import os
+import pathlib
 from collections.abc import Iterator
 
 # Workers of xdist share the cores: two threads each, so that ops do split their work, and no spinning while they wait.
@@ -15,6 +17,7 @@ import hypothesis
 import pytest
 import torch
 
+import pykernels
 from pykernels import _host
 
 hypothesis.settings.register_profile(
@@ -27,6 +30,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("pykernels")
 
 ISAS = [name for name, available in _host.isas().items() if available]
+
+
+def pytest_collection_finish() -> None:
+    """Ranks and servers that tests start inherit sys.path: the first pykernels there must be the one under test."""
+    found = importlib.machinery.PathFinder.find_spec("pykernels")
+    if found is not None and found.origin is not None and not pathlib.Path(found.origin).samefile(pykernels.__file__):
+        raise pytest.UsageError(f"{pykernels.__file__} is under test, but processes would import {found.origin}")
 
 
 @pytest.fixture(params=ISAS)

@@ -1,8 +1,8 @@
 """What compressed gradients cost in accuracy: a residual network on Fashion-MNIST, several seeds for each hook.
 
-    python benchmarks/comm/convergence.py                                  # three seeds, two ranks: most of an hour
-    python benchmarks/comm/convergence.py --hooks none int8 topk:ratio=0.1 --seeds 5
-    python benchmarks/comm/convergence.py --data digits                    # scikit-learn's digits: seconds
+    python -m benchmarks.comm.convergence                                  # three seeds, two ranks: most of an hour
+    python -m benchmarks.comm.convergence --hooks none int8 topk:ratio=0.1 --seeds 5
+    python -m benchmarks.comm.convergence --data digits                    # scikit-learn's digits: seconds
 
 Two processes train by DistributedDataParallel over gloo, one thread each, with the hooks that users register; "none" is
 DDP's own fp32 all-reduce. Nothing but the hook differs between runs of a seed: weights, images and augmentation are the
@@ -18,7 +18,6 @@ import json
 import math
 import queue
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,7 +29,6 @@ import torch.multiprocessing as multiprocessing
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from examples.images import Images, load, network
 from pykernels import comm
 
