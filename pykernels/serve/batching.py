@@ -12,10 +12,11 @@ answers its load without batches never waits.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -109,6 +110,7 @@ class Queue:
         self.network, self.costs, self.limit, self.target, self.instances = network, costs, limit, target, instances
         self.waiting: deque[Item] = deque()
         self.counts = Counts() if counts is None else counts
+        self.coming = 0  # requests whose bodies are being read
         self.gap = math.inf  # seconds between requests, as an average that forgets
         self.last = -math.inf
 
@@ -118,15 +120,33 @@ class Queue:
         Raises:
             Overloaded: so many wait that it would be refused, or be too late.
         """
-        behind = self.delay()
-        if len(self.waiting) >= self.limit or now + behind > deadline:
-            self.counts.refused += 1
-            raise Overloaded(f"{len(self.waiting)} requests wait already", retry_after=max(1, math.ceil(behind)))
+        if len(self.waiting) >= self.limit or now + self.delay() > deadline:
+            raise self.overloaded()
         self._note(now)
         target = min(deadline, now + (math.inf if self.target is None else self.target))
         item = Item(request, now, deadline, target, asyncio.get_running_loop().create_future())
         self.waiting.append(item)
         return item
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """While a request is read: under overload none of its bytes is, or reading would take the time of answering.
+
+        Raises:
+            Overloaded: as many are being read or wait as could run or wait.
+        """
+        if len(self.waiting) + self.coming >= self.limit + self.costs.most * self.instances:
+            raise self.overloaded()
+        self.coming += 1
+        try:
+            yield
+        finally:
+            self.coming -= 1
+
+    def overloaded(self) -> Overloaded:
+        """What one more request is told."""
+        self.counts.refused += 1
+        return Overloaded(f"{len(self.waiting)} requests wait already", retry_after=max(1, math.ceil(self.delay())))
 
     def cancel(self, item: Item) -> None:
         """Nobody wants the answer any more. What is being computed goes on."""
@@ -324,8 +344,7 @@ class Scheduler:
         if len(requests) > queue.limit:
             raise TooLarge(f"{request.rows} rows are too many: at most {queue.limit * most} are answered at once")
         if len(requests) > queue.limit - len(queue.waiting):
-            queue.counts.refused += 1
-            raise Overloaded(f"{len(queue.waiting)} requests wait already", max(1, math.ceil(queue.delay())))
+            raise queue.overloaded()
         tasks = [asyncio.ensure_future(self.answer(queue, part, deadline)) for part in requests]
         try:
             answers = await asyncio.gather(*tasks)

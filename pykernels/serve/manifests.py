@@ -57,14 +57,17 @@ $grpc_servers
     proxy_set_header Connection "";
     proxy_set_header Host $$host;
     proxy_request_buffering on;  # a whole request can be sent again
-    proxy_connect_timeout 2s;
+    proxy_connect_timeout 1s;  # a node that is gone costs this, and takes few by least_conn; no node is given up,
+    grpc_connect_timeout 1s;   # since a replica that dies makes its node's proxy refuse many requests at once
     proxy_read_timeout 60s;
 
-    # An inference changes nothing, so it may be sent twice. 429 and 503 are answers: more requests make it worse.
-    proxy_next_upstream error timeout http_500 non_idempotent;
-    proxy_next_upstream_tries 2;
-    grpc_next_upstream error timeout http_500 non_idempotent;
-    grpc_next_upstream_tries 2;
+    # An inference changes nothing, so it may be sent again, twice at most. 429 and 503 are answers: more requests make
+    # it worse. 502 is a node's proxy whose replica died: each node is listed twice, so that it can choose another one;
+    # 404 may be one that came back and was not told of replicas yet.
+    proxy_next_upstream error timeout http_500 http_502 http_404 non_idempotent;
+    proxy_next_upstream_tries 3;
+    grpc_next_upstream error timeout http_500 http_502 http_404 non_idempotent;
+    grpc_next_upstream_tries 3;
 
     location / { proxy_pass http://http_nodes; }
     location /v2/repository/ { proxy_pass http://http_nodes; proxy_next_upstream off; }
@@ -191,7 +194,7 @@ def nginx(options: Options, nodes: list[str], port: int, grpc_port: int) -> str:
     """A configuration of nginx in front of these nodes."""
 
     def servers(place: int) -> str:
-        return "\n".join(f"    server {node}:{place} max_fails=3 fail_timeout=2s;" for node in nodes)
+        return "\n".join(f"    server {node}:{place} max_fails=0;" for node in 2 * nodes)
 
     return string.Template(NGINX).substitute(
         request_bytes=options.request_bytes, http_servers=servers(port), grpc_servers=servers(grpc_port)

@@ -46,7 +46,7 @@ def run_example(folder: Path, name: str, ranks: int, codec: str, *options: str) 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["--max-restarts", "1", str(ROOT / "examples" / "train_ddp.py"), "--data", "digits", "--width", "8"]
     command += ["--epochs", "2", "--out", str(folder / name), "--hook", codec, *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", FRESH_STORE: "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", FRESH_STORE: "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as process:

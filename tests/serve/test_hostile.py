@@ -339,6 +339,25 @@ def test_an_overload_is_refused_with_the_time_to_come_again(slow: tuple[Running,
     assert all(int(told["retry-after"]) >= 1 for status, told, _ in answers if status == 429)
 
 
+def test_under_overload_nothing_of_a_request_is_read(slow: tuple[Running, Gate]) -> None:
+    service, _ = slow
+    queue = service.on_loop(service.service.repository.get("line")).queue
+    most = 3 + 4  # may wait, may run at once
+    where = (service.addresses.host, service.addresses.http)
+    begin = b"POST /v2/models/line/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        for _ in range(most):  # who sends slowly
+            connection = stack.enter_context(socket.create_connection(where))
+            connection.sendall(begin)
+        until(lambda: queue.coming == most)
+        connection = stack.enter_context(socket.create_connection(where))
+        connection.sendall(begin)
+        connection.settimeout(PATIENCE)
+        assert connection.recv(100).startswith(b"HTTP/1.1 429 ")
+    until(lambda: queue.coming == 0)
+    assert service.service.budget.used == 0 and queue.counts.refused == 1
+
+
 def test_over_grpc_an_overload_says_so(slow: tuple[Running, Gate]) -> None:
     service, gate = slow
     x = tritonclient.InferInput("input_1", [2, 4], "FP32")

@@ -210,9 +210,10 @@ def _model_routes(routes: APIRouter, path: str, service: Callable[[], Service]) 
 
     @routes.post(f"{path}/infer")
     async def infer(request: Request, name: str, version: str = "") -> Response:
+        model = await service().repository.get(name, version)
         with service().budget.hold() as held:
-            body = await read(request, held, request.headers.get(HEADER))
-            model = await service().repository.get(name, version)
+            with model.queue.reading():
+                body = await read(request, held, request.headers.get(HEADER))
             call = call_of(body, request.headers.get(HEADER))
             return await encoded(request, await while_there(request, response(service(), model, call)))
 

@@ -40,11 +40,12 @@ def router(service: Callable[[], Service]) -> APIRouter:
 
     @routes.post("/invocations")
     async def invocations(request: Request) -> Response:
+        kind = request.headers.get("content-type", "").strip()
+        binary = BINARY.fullmatch(kind)
+        model = await _model(service(), request.headers.get(MODEL))
         with service().budget.hold() as held:
-            kind = request.headers.get("content-type", "").strip()
-            binary = BINARY.fullmatch(kind)
-            body = await read(request, held, None if binary is None else binary[1])
-            model = await _model(service(), request.headers.get(MODEL))
+            with model.queue.reading():
+                body = await read(request, held, None if binary is None else binary[1])
             answer = await while_there(request, _answer(service(), model, body, kind))
             return await encoded(request, answer)
 

@@ -106,8 +106,9 @@ def _model_routes(routes: APIRouter, path: str, service: Callable[[], Service]) 
 
     @routes.post(f"{path}:predict")
     async def predicted(request: Request, name: str, version: str = "") -> Response:
+        model = await service().repository.get(name, version)
         with service().budget.hold() as held:
-            body = await read(request, held)
-            model = await service().repository.get(name, version)
+            with model.queue.reading():
+                body = await read(request, held)
             prediction = parse(Prediction, bytes(body))
             return await encoded(request, await while_there(request, predict(service(), model, prediction)))
