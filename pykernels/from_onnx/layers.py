@@ -188,10 +188,7 @@ def group_normalization(
     num_groups: int,
     stash_type: int = 1,
 ) -> torch.Tensor:
-    """Scale and bias are of channels since opset 21, of groups before."""
-    if scale.numel() == num_groups != x.shape[1]:
-        each = x.shape[1] // num_groups
-        scale, bias = scale.repeat_interleave(each), bias.repeat_interleave(each)
+    """Of opset 21; that of 18, with a scale a group, is withdrawn."""
     return F.group_norm(x, num_groups, scale, bias, epsilon)
 
 

@@ -8,16 +8,24 @@ may be symbols.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
-__all__ = ["ON_SIZES", "OPERATORS", "Operator", "Refused", "on_sizes", "operator"]
+__all__ = ["ON_SIZES", "OPERATORS", "Operator", "Refused", "on_sizes", "operator", "refusals"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Refused(ValueError):
     """Why a node is not understood."""
+
+
+def refusals(found: Iterable[tuple[str, str, str]]) -> str:
+    """What is not understood, from operators, their nodes' names, and why: ``Loop (a, b); Conv (c: auto_pad SAME)``."""
+    kinds: dict[str, list[str]] = {}
+    for kind, name, why in found:
+        kinds.setdefault(kind, []).append(f"{name}: {why}" if why else name)
+    return "; ".join(f"{kind} ({', '.join(nodes)})" for kind, nodes in kinds.items())
 
 
 class Operator(NamedTuple):
