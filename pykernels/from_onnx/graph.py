@@ -191,6 +191,8 @@ class _Reader:
         if isinstance(found, torch.Tensor):
             return found
         target, args = found
+        if kind == "DequantizeLinear" and (same := _moved_bytes(args)) is not None:
+            return same
         held = [self._tensor(value, hint) if isinstance(value, torch.Tensor) else value for value in args]
         return self.graph.call_function(target, tuple(held))
 
@@ -222,6 +224,26 @@ _OWN = frozenset({"Constant", "DequantizeLinear", "QuantizeLinear", "Shape", "Si
 """Operators that the table does not hold."""
 _NOTHING: Any = object()
 """An optional input that is not given."""
+
+
+_MOVES = frozenset({moves.reshape, moves.flatten, moves.transpose, moves.squeeze, moves.unsqueeze, layers.max_pool})
+
+
+def _moved_bytes(args: tuple[Any, ...]) -> fx.Node | None:
+    """What is dequantized by `args`, where it was quantized from values that are multiples of the same scale already.
+
+    Quantizers write such pairs behind every reshape; between the parts of a channel shuffle they hide it.
+    """
+    quantized, *parameters = args
+    ops = torch.ops.quantized_decomposed
+    if not _is_node(quantized) or quantized.target is not ops.quantize_per_tensor.default:
+        return None
+    real, *written = quantized.args
+    source = real
+    while source.op == "call_function" and source.target in _MOVES:
+        source = source.args[0]
+    same = source.target is ops.dequantize_per_tensor.default and parameters == written == list(source.args[1:])
+    return real if same else None
 
 
 def _is_node(value: Any) -> bool:

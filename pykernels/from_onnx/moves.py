@@ -43,7 +43,10 @@ def flatten(x: torch.Tensor, *, axis: int = 1) -> torch.Tensor:
 
 @operator("Transpose")
 def transpose(x: torch.Tensor, *, perm: list[int] | None = None) -> torch.Tensor:
-    return x.permute(perm if perm is not None else list(range(x.dim()))[::-1])
+    perm = perm if perm is not None else list(range(x.dim()))[::-1]
+    moved = [d for d, source in enumerate(perm) if d != source]
+    # two that change places are said so: channel shuffles are found by it
+    return x.transpose(*moved) if len(moved) == 2 else x.permute(perm)
 
 
 @operator("Squeeze", known="axes")

@@ -196,12 +196,19 @@ def cumulative_sum(x: torch.Tensor, axis: Any, *, exclusive: int = 0, reverse: i
     return torch.cumsum(x, axis[0] if isinstance(axis, list) else axis)
 
 
+def _product(x: torch.Tensor, axes: list[int], keepdim: bool) -> torch.Tensor:
+    for axis in sorted((axis % x.dim() for axis in axes), reverse=True):
+        x = torch.prod(x, axis, keepdim)
+    return x
+
+
 _REDUCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "ReduceMean": torch.mean,
     "ReduceSum": torch.sum,
     "ReduceMax": torch.amax,
     "ReduceMin": torch.amin,
     "ReduceLogSumExp": torch.logsumexp,
+    "ReduceProd": _product,
     "ReduceL1": lambda x, dims, keepdim: torch.linalg.vector_norm(x, 1, dims, keepdim),
     "ReduceL2": lambda x, dims, keepdim: torch.linalg.vector_norm(x, 2, dims, keepdim),
     "ReduceSumSquare": lambda x, dims, keepdim: torch.sum(x * x, dims, keepdim),

@@ -124,7 +124,7 @@ def _transpose_dequantized(module: fx.GraphModule, node: fx.Node) -> None:
     parameters = list(source.args[1:])
     if is_call(source, DEQUANTIZE_CHANNEL):
         # sizes that tell dimensions apart say where the axis goes
-        told = node.target(torch.empty(range(2, 2 + values.dim()), device="meta"), *node.args[1:]).shape
+        told = node.target(torch.empty(tuple(range(2, 2 + values.dim())), device="meta"), *node.args[1:]).shape
         parameters[2] = told.index(parameters[2] % values.dim() + 2)
     moved = set_constant(module, node, node.target(values, *node.args[1:]).contiguous(), node.name)
     replace(node, source.target, (moved, *parameters), dict(source.kwargs))
