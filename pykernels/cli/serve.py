@@ -63,8 +63,8 @@ def serve(
     input_shape: Annotated[
         str | None,
         typer.Option(
-            help="Of a model that is optimized first: shape of an example, 1,3,224,224; several inputs: with ';'. An ONNX "
-            "file may say it itself."
+            help="Of a model that is optimized first: shape of an example, 1,3,224,224; several inputs: with ';'. "
+            "An ONNX file may say it itself."
         ),
     ] = None,
     precision: Annotated[str, typer.Option(help="Of a model that is optimized first: fp32, bf16, fp16.")] = "fp32",

@@ -1,8 +1,8 @@
 """From an ONNX file to a torch.fx graph, which `optimize` takes like any other model.
 
-Each node is a call of a function of the table, or of ``torch.ops.quantized_decomposed``; torch.export makes ATen calls of
-them. Sizes are computed by Python while it does, so a free size stays free: see `sizes`. What depends on constants alone
-is computed here.
+Each node is a call of a function of the table, or of ``torch.ops.quantized_decomposed``; torch.export makes ATen calls
+of them. Sizes are computed by Python while it does, so a free size stays free: see `sizes`. What depends on constants
+alone is computed here.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def load(path: str | os.PathLike[str]) -> fx.GraphModule:
 
 
 class _Reader:
-    """Values are constants (tensors), nodes that yield tensors, and nodes that yield sizes: numbers or lists of them."""
+    """Values are constants (tensors), nodes that yield tensors, and nodes that yield sizes: numbers, or lists."""
 
     def __init__(self, graph: Any, tensors: dict[str, torch.Tensor], folder: pathlib.Path) -> None:
         self.source, self.folder = graph, folder
@@ -138,7 +138,8 @@ class _Reader:
             return self._sized(self.graph.call_function(ON_SIZES[kind], tuple(numbers), attributes))
         if any(name and self.read[name] for name in node.output[1:]) and not entry.several:
             raise Refused("more than its first output is read")
-        args, computed = [], not any(_is_node(value) for value in given)
+        args: list[Any] = []
+        computed = not any(_is_node(value) for value in given)
         names = entry.parameters(len(inputs))
         as_numbers = entry.numbers and any(
             _is_node(value) and name != "condition" for name, value in zip(names, inputs, strict=False)

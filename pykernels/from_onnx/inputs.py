@@ -65,13 +65,14 @@ def _values(shape: list[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
 
 
-def check(model: fx.GraphModule, source: Source, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check(model: nn.Module, source: Source, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Whether the file's operators take these inputs; nothing is computed.
 
     Raises:
         ValueError: an input is none of the file's, of another dtype, or of another size where the file has one; or an
             operator is used in a way that is not understood, or cannot take what it gets.
     """
+    assert isinstance(model, fx.GraphModule)
     names = [node.target for node in model.graph.nodes if node.op == "placeholder"]
     given = dict(zip(names, args, strict=False)) | kwargs
     if len(args) > len(names) or set(given) != set(names) or len(given) != len(args) + len(kwargs):
@@ -93,7 +94,7 @@ def _fits(declared: Declared, shape: list[int]) -> bool:
 
 
 def _tried(model: fx.GraphModule, given: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Run the graph on fake tensors: of each node that fails operator, name and reason. What reads it is passed over."""
+    """Run the graph on fake tensors: of each node that fails operator, name, reason. What reads it is passed over."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     values: dict[fx.Node, Any] = {}
     refused = []

@@ -158,7 +158,9 @@ def constant_of_shape(shape: list[Any], *, value: torch.Tensor | None = None) ->
 
 
 @operator("Pad", known="pads value axes")
-def pad(x: torch.Tensor, pads: list[Any], value: Any = None, axes: list[int] | None = None, *, mode: str = "constant") -> Any:
+def pad(
+    x: torch.Tensor, pads: list[Any], value: Any = None, axes: list[int] | None = None, *, mode: str = "constant"
+) -> Any:
     axes = list(range(x.dim())) if axes is None else [axis % x.dim() for axis in axes]
     count = len(axes)
     sides = {axis: (pads[i], pads[i + count]) for i, axis in enumerate(axes)}

@@ -119,7 +119,10 @@ def clip(x: torch.Tensor, low: Any = None, high: Any = None) -> torch.Tensor:
     """What is beyond the dtype bounds nothing."""
     if x.is_floating_point():
         ends = torch.finfo(x.dtype)
-        low, high = (None if low is None or low <= ends.min else low), (None if high is None or high >= ends.max else high)
+        low, high = (
+            (None if low is None or low <= ends.min else low),
+            (None if high is None or high >= ends.max else high),
+        )
     if low is None and high is None:
         return x
     return torch.relu(x) if low == 0 and high is None else torch.clamp(x, low, high)

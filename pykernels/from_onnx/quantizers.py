@@ -1,4 +1,4 @@
-"""QuantizeLinear and DequantizeLinear as calls of ``torch.ops.quantized_decomposed``, which PT2E quantization makes, too."""
+"""QuantizeLinear and DequantizeLinear as calls of ``torch.ops.quantized_decomposed``, as PT2E makes them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def dequantize(
     block_size: int = 0,
     output_dtype: torch.dtype | None = None,
 ) -> Any:
-    """``(x - zero_point) * scale``. Constants of 8 bits stay what they are, under a call; others, the 32 bits of a bias,
+    """``(x - zero_point) * scale``. Constants of 8 bits stay what they are, under a call; a bias of 32 bits and other ones
     are computed."""
     if isinstance(x, torch.Tensor) and x.dtype not in _BYTES:
         if block_size or scale.dtype is not torch.float32:
@@ -56,7 +56,11 @@ def dequantize(
     dtype = x.dtype if isinstance(x, torch.Tensor) else torch.uint8 if zero_point is None else zero_point.dtype
     scale, zeros = _checked(scale, zero_point, dtype, block_size)
     if isinstance(x, torch.Tensor) and dtype is torch.uint8 and bool((zeros == 128).all()):
-        x, dtype, zeros = (x.to(torch.int16) - 128).to(torch.int8), torch.int8, torch.zeros_like(zeros)  # as weights are
+        x, dtype, zeros = (
+            (x.to(torch.int16) - 128).to(torch.int8),
+            torch.int8,
+            torch.zeros_like(zeros),
+        )  # as weights are
     low, high = _BYTES[dtype]
     ops = torch.ops.quantized_decomposed
     if scale.numel() == 1:

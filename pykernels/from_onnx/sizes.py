@@ -54,7 +54,7 @@ def _divide(a: Any, b: Any) -> Any:
 
 
 def _root(a: Any) -> Any:
-    return torch._sym_sqrt(a) if isinstance(a, torch.SymFloat) else math.sqrt(a)
+    return torch.sym_sqrt(a) if isinstance(a, torch.SymFloat) else math.sqrt(a)
 
 
 def _pointwise(name: str, function: Callable[..., Any]) -> None:
@@ -67,7 +67,7 @@ def _pointwise(name: str, function: Callable[..., Any]) -> None:
     on_sizes(name)(on_each)
 
 
-for _name, _function in {
+_POINTWISE: dict[str, Callable[..., Any]] = {
     "Add": operator.add,
     "Sub": operator.sub,
     "Mul": operator.mul,
@@ -89,7 +89,8 @@ for _name, _function in {
     "Or": lambda a, b: a or b,
     "Where": lambda condition, a, b: a if condition else b,
     "Identity": lambda a: a,
-}.items():
+}
+for _name, _function in _POINTWISE.items():
     _pointwise(_name, _function)
 
 

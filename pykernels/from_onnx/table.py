@@ -1,8 +1,8 @@
 """The table of operators: ONNX's name -> a function of torch calls, which `graph` puts into the graph.
 
-A function's positional parameters are the operator's inputs in their order, its keywords the attributes, by the names that
-ONNX's documents give them. It runs when the graph is run or exported, so it may ask its tensors for ranks and sizes; sizes
-may be symbols.
+A function's positional parameters are the operator's inputs in their order, its keywords the attributes, by the names
+that ONNX's documents give them. It runs when the graph is run or exported, so it may ask its tensors for ranks and
+sizes, which may be symbols.
 """
 
 from __future__ import annotations

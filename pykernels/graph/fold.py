@@ -32,7 +32,15 @@ from pykernels.graph.nodes import (
 )
 from pykernels.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL
 
-__all__ = ["DROPOUTS", "fold_batch_norms", "fold_biases", "fold_constants", "remove_dropout", "remove_no_ops", "separate_batch_norms"]
+__all__ = [
+    "DROPOUTS",
+    "fold_batch_norms",
+    "fold_biases",
+    "fold_constants",
+    "remove_dropout",
+    "remove_no_ops",
+    "separate_batch_norms",
+]
 
 _CONVS = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
 _TRANSPOSED = ("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")

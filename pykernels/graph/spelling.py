@@ -230,7 +230,12 @@ def _erf_gate(node: fx.Node) -> fx.Node | None:
     if len(factors) != 2 or abs(number - 0.5) > 1e-6:
         return None
     for x, gate in (factors, factors[::-1]):
-        if is_call(gate, "aten.add") and gate.args[1:] == (1,) and not gate.kwargs and is_call(gate.args[0], "aten.erf"):
+        if (
+            is_call(gate, "aten.add")
+            and gate.args[1:] == (1,)
+            and not gate.kwargs
+            and is_call(gate.args[0], "aten.erf")
+        ):
             scaled = gate.args[0].args[0]
             if len(scaled.args) != 2 or scaled.kwargs or scaled.args[0] is not x:
                 continue

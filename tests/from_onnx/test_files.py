@@ -67,7 +67,9 @@ def test_a_free_batch_stays_free(flat: list[Any] | None, tmp_path: Path) -> None
 def test_a_batch_that_the_file_fixes_stays_fixed(tmp_path: Path) -> None:
     path = saved(classifier(sizes=[1, 3, 6, 6]), tmp_path)
     assert pk.optimize(path).free == [[]]
-    with pytest.raises(ValueError, match=r"declares image: float32\[1, 3, 6, 6\], and it is torch.float32 of sizes \[2, "):
+    with pytest.raises(
+        ValueError, match=r"declares image: float32\[1, 3, 6, 6\], and it is torch.float32 of sizes \[2, "
+    ):
         pk.optimize(path, torch.randn(2, 3, 6, 6))
 
 
@@ -245,7 +247,9 @@ def test_other_opsets_are_refused(opset: int, tmp_path: Path) -> None:
 def test_functions_of_the_file_are_inlined(tmp_path: Path) -> None:
     proto = model([NODE("Twice", ["x"], ["y"], domain="com.example")], {"x": (np.float32, [2])}, ["y"])
     body = [NODE("Add", ["a", "a"], ["b"])]
-    proto.functions.append(helper.make_function("com.example", "Twice", ["a"], ["b"], body, [helper.make_opsetid("", 18)]))
+    proto.functions.append(
+        helper.make_function("com.example", "Twice", ["a"], ["b"], body, [helper.make_opsetid("", 18)])
+    )
     assert torch.equal(load(saved(proto, tmp_path))(torch.tensor([1.0, 2.0])), torch.tensor([2.0, 4.0]))
 
 
@@ -269,7 +273,7 @@ def test_sizes_without_bytes_are_refused(dims: list[int], tmp_path: Path) -> Non
     proto = classifier()
     del proto.graph.initializer[0].dims[:]
     proto.graph.initializer[0].dims.extend(dims)
-    with pytest.raises(ValueError, match="model.onnx: w: "):
+    with pytest.raises(ValueError, match=r"model.onnx: w: "):
         load(saved(proto, tmp_path))
 
 
@@ -283,8 +287,12 @@ def test_sizes_without_bytes_are_refused(dims: list[int], tmp_path: Path) -> Non
     ids=lambda node: node.op_type,
 )
 def test_numbers_do_not_make_tensors_of_any_size(node: Any, tmp_path: Path) -> None:
-    proto = model([node, NODE("ReduceMax", ["c"], ["y"])], {"x": (np.float32, [1, 1])}, ["y"], {"many": np.array([2**20] * 2)})
-    with pytest.raises(ValueError, match=r"model.onnx: not understood: .* \(big: a tensor of sizes \[1048576, 1048576\]"):
+    proto = model(
+        [node, NODE("ReduceMax", ["c"], ["y"])], {"x": (np.float32, [1, 1])}, ["y"], {"many": np.array([2**20] * 2)}
+    )
+    with pytest.raises(
+        ValueError, match=r"model.onnx: not understood: .* \(big: a tensor of sizes \[1048576, 1048576\]"
+    ):
         pk.optimize(saved(proto, tmp_path))
 
 
@@ -343,6 +351,10 @@ def test_a_constant_of_bytes_of_its_own(tmp_path: Path) -> None:
     half = numpy_helper.from_array(np.float16([1, 2]), "h")
     nodes = [NODE("Constant", [], ["h"], value=half), NODE("Cast", ["h"], ["c"], to=1), NODE("Add", ["x", "c"], ["y"])]
     brain = helper.make_tensor("b", TensorProto.BFLOAT16, [2], [0.5, 3.0])
-    nodes += [NODE("Constant", [], ["b"], value=brain), NODE("Cast", ["b"], ["d"], to=1), NODE("Add", ["y", "d"], ["z"])]
+    nodes += [
+        NODE("Constant", [], ["b"], value=brain),
+        NODE("Cast", ["b"], ["d"], to=1),
+        NODE("Add", ["y", "d"], ["z"]),
+    ]
     graph = load(saved(model(nodes, {"x": (np.float32, [2])}, ["z"]), tmp_path))
     assert torch.equal(graph(torch.zeros(2)), torch.tensor([1.5, 5.0]))

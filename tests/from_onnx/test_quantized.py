@@ -42,7 +42,12 @@ def layers(activations: Any, weights: Any, per_channel: bool) -> Any:
     outs = {"w1": (4, 4, 3, 3), "w2": (4, 4, 1, 1), "w3": (4, 5)}
     shift = 0 if weights is np.int8 else 128
     low = 0 if activations is np.uint8 else -128
-    constants: Constants = {"s": np.float32(0.05), "z": activations(low + 120), "sr": np.float32(0.03), "zr": activations(low)}
+    constants: Constants = {
+        "s": np.float32(0.05),
+        "z": activations(low + 120),
+        "sr": np.float32(0.03),
+        "zr": activations(low),
+    }
     nodes = pair("x", "xd", "s", "z")
     for name, shape in outs.items():
         axis, count = (1, shape[1]) if name == "w3" else (0, shape[0])
@@ -132,7 +137,12 @@ def test_a_channel_shuffle_between_quantizers_is_one_copy(tmp_path: Path) -> Non
         NODE("Reshape", ["td", "back"], ["b"]),
         *pair("b", "y", "s", "z"),
     ]
-    constants = {"s": np.float32(0.05), "z": np.uint8(128), "apart": np.array([0, 2, 2, 8, 8]), "back": np.array([0, 4, 8, 8])}
+    constants = {
+        "s": np.float32(0.05),
+        "z": np.uint8(128),
+        "apart": np.array([0, 2, 2, 8, 8]),
+        "back": np.array([0, 4, 8, 8]),
+    }
     proto = model(nodes, X, ["y"], constants, opset=19)
     x = torch.randn(3, 4, 8, 8)
     fast = pk.optimize(saved(proto, tmp_path), x, precision="int8")
