@@ -142,7 +142,8 @@ class _Reader:
         computed = not any(_is_node(value) for value in given)
         names = entry.parameters(len(inputs))
         as_numbers = entry.numbers and any(
-            _is_node(value) and name != "condition" for name, value in zip(names, inputs, strict=False)
+            _is_node(value) and value not in self.sizes and name != "condition"
+            for name, value in zip(names, inputs, strict=False)
         )
         for name, value in zip(names, inputs, strict=False):
             if value is _NOTHING:
@@ -153,6 +154,8 @@ class _Reader:
                 args.append(_listed(value) if isinstance(value, torch.Tensor) else value)
             elif as_numbers and isinstance(value, torch.Tensor) and value.dim() == 0 and name != "condition":
                 args.append(value.item())
+            elif as_numbers and value in self.sizes and name != "condition":
+                args.append(value)
             else:
                 args.append(value if computed else self._tensor(value, node.output[0]))
         if entry.several:

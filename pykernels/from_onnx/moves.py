@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from pykernels.from_onnx import sizes
 from pykernels.from_onnx.table import Refused, operator
 
 __all__: list[str] = []
@@ -98,6 +99,8 @@ def slice_(
 @operator("Gather", numbers=True)
 def gather(x: torch.Tensor, indices: Any, *, axis: int = 0) -> torch.Tensor:
     axis = axis % x.dim()
+    if isinstance(indices, list):
+        indices = sizes.tensor(indices)
     if not isinstance(indices, torch.Tensor):
         return x.select(axis, indices)
     return x[(slice(None),) * axis + (indices.long(),)]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import operator as python
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from pykernels.from_onnx import sizes
 from pykernels.from_onnx.table import Refused, operator
 
 __all__: list[str] = []
@@ -36,8 +37,19 @@ def _unary(name: str, function: Callable[..., torch.Tensor]) -> None:
     operator(name)(apply)
 
 
+def _operands(*values: Any) -> Iterator[Any]:
+    """Numbers as numbers, and so a list of one beside a tensor that has dimensions; other lists as tensors."""
+    rank = max(value.dim() for value in values if isinstance(value, torch.Tensor))
+    for value in values:
+        if isinstance(value, list):
+            yield value[0] if len(value) == 1 and rank else sizes.tensor(value)
+        else:
+            yield value
+
+
 def _binary(name: str, function: Callable[..., torch.Tensor]) -> None:
     def apply(a: Any, b: Any) -> torch.Tensor:
+        a, b = _operands(a, b)
         if not isinstance(a, torch.Tensor):
             if name == "Mul" or name == "Add":
                 return function(b, a)
@@ -57,6 +69,7 @@ for _name, _function in _BINARY.items():
 
 @operator("Div", numbers=True)
 def divide(a: Any, b: Any) -> torch.Tensor:
+    a, b = _operands(a, b)
     tensor = a if isinstance(a, torch.Tensor) else b
     if tensor.is_floating_point():
         return torch.div(a, b)
@@ -65,6 +78,7 @@ def divide(a: Any, b: Any) -> torch.Tensor:
 
 @operator("Mod", numbers=True)
 def modulo(a: Any, b: Any, *, fmod: int = 0) -> torch.Tensor:
+    a, b = _operands(a, b)
     return torch.fmod(a, b) if fmod else torch.remainder(a, b)
 
 
@@ -95,6 +109,7 @@ def minimum(*values: torch.Tensor) -> torch.Tensor:
 
 @operator("Where", numbers=True)
 def where(condition: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+    a, b = _operands(a, b)
     return torch.where(condition, a, b)
 
 

@@ -46,7 +46,7 @@ def dequantize(
     block_size: int = 0,
     output_dtype: torch.dtype | None = None,
 ) -> Any:
-    """``(x - zero_point) * scale``. Constants of 8 bits stay what they are, under a call; a bias of 32 bits and other ones
+    """``(x - zero_point) * scale``. Constants of 8 bits stay what they are, under a call; others, as a bias of 32 bits,
     are computed."""
     if isinstance(x, torch.Tensor) and x.dtype not in _BYTES:
         if block_size or scale.dtype is not torch.float32:

@@ -34,7 +34,7 @@ class Operator(NamedTuple):
     Attributes:
         function: as above.
         known: parameters that must be known before data is: lists of numbers, or of sizes.
-        numbers: constants of no dimensions are passed as Python's numbers.
+        numbers: constants of no dimensions are passed as Python's numbers, and sizes as numbers and lists of them.
         several: it answers with a tuple, and takes the number of outputs as ``outputs``.
     """
 

@@ -70,10 +70,38 @@ def close(path: Path, x: torch.Tensor, tolerance: float = 1e-4) -> pk.Optimized:
     return fast
 
 
-@pytest.mark.parametrize("opset", [13, 18])
-def test_a_u_net(opset: int, tmp_path: Path) -> None:
+class Words(nn.Module):
+    """An embedding, and a block of attention and a gelu between layer norms, as sizes of the input say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(20, 16), nn.LayerNorm(16), nn.Linear(16, 5)
+        self.parts, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.wide, self.back = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, T] of words -> [N, 5]."""
+        y = self.embed(x)
+        n, t, width = y.shape
+        q, k, v = self.parts(self.norm(y)).reshape(n, t, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+        read = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, width)
+        y = y + self.out(read)
+        y = y + self.back(nn.functional.gelu(self.wide(y)))
+        return self.head(y.mean(1))
+
+
+@pytest.mark.parametrize("opset", [14, 18])
+def test_a_transformer(opset: int, tmp_path: Path) -> None:
+    path = exported(Words(), torch.randint(20, (2, 7)), tmp_path / "words.onnx", opset=opset)
+    found = ops(close(path, torch.randint(20, (5, 7))))
+    assert found.count("pykernels.linear") == 5 and "pykernels.softmax" in found
+    assert not {"aten.erf", "aten.stack"} & set(found)  # gelu is part of a layer, the scale a number
+    assert ("pykernels.layer_norm" in found) is (opset > 16)
+
+
+def test_a_u_net(tmp_path: Path) -> None:
     x = torch.randn(3, 3, 16, 16)
-    path = exported(UNet(4), x[:2], tmp_path / "unet.onnx", opset=opset)
+    path = exported(UNet(4), x[:2], tmp_path / "unet.onnx", opset=13)
     found = ops(close(path, x))
     assert not any("conv" in name and "pykernels" not in name for name in found)
 
