@@ -351,7 +351,7 @@ def optimize(
     device = device_of(model, (args, kwargs))
     args, kwargs = to_device((args, kwargs), device)
     if source is not None:
-        from_onnx.check(model, source, args, kwargs)
+        from_onnx.check(model, source, args, kwargs, batch=dynamic_batch and dynamic_shapes is None)
         dynamic_batch = dynamic_batch and source.free_batch
     sizes: dict[str, Any] = {"dynamic_batch": dynamic_batch, "dynamic_shapes": dynamic_shapes}
     edges = _sixteen_bits(model) if precision in ("int8", "auto") and not has_quantizers(model) else None

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pykernels.from_onnx import layers, moves, pointwise, sizes  # noqa: F401  (they fill the table)
 from pykernels.from_onnx.file import dtype_of, read, require, tensor_of
@@ -271,11 +272,25 @@ def _constant(attributes: dict[str, Any]) -> torch.Tensor:
 def _compute(function: Any, args: list[Any], attributes: dict[str, Any]) -> Any:
     try:
         with torch.no_grad():
+            _bound(function, args, attributes)
             return function(*args, **attributes)
     except Refused:
         raise
     except Exception as error:  # of torch, of whatever the file puts together
         raise Refused(reason(error)) from error
+
+
+def _bound(function: Any, args: list[Any], attributes: dict[str, Any]) -> None:
+    """Refuse what would make a large tensor of a few numbers, before it does."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            found = function(*args, **attributes)
+    except Refused:
+        raise
+    except Exception:  # the computation itself says it better, or can do what fakes cannot
+        return
+    for value in found if isinstance(found, tuple) else (found,):
+        moves.bounded(list(value.shape))
 
 
 def _identifier(name: str, otherwise: str) -> str:

@@ -38,6 +38,11 @@ class Source(NamedTuple):
         """Whether the file leaves the batch size, dimension 0 of the first input, free."""
         return any(isinstance(size, str) for one in self.inputs[:1] for size in one.shape[:1])
 
+    @property
+    def apart(self) -> list[Declared]:
+        """Inputs whose dimension 0 is not the batch."""
+        return [one for one in self.inputs if one.shape and one.shape[0] != self.inputs[0].shape[0]]
+
 
 def source_of(model: nn.Module) -> Source | None:
     """The file that `load` made this graph of; None of any other model."""
@@ -45,7 +50,7 @@ def source_of(model: nn.Module) -> Source | None:
 
 
 def example_of(source: Source, shapes: Sequence[Sequence[int]] | None = None) -> tuple[torch.Tensor, ...]:
-    """Random inputs of `shapes`, or of the sizes that the file declares, two where it leaves the batch size free.
+    """Random inputs of `shapes`, or of the sizes that the file declares, two or three where the batch size is free.
 
     Raises:
         ValueError: there are not as many shapes as inputs, or none and the file leaves another size free, too.
@@ -54,7 +59,8 @@ def example_of(source: Source, shapes: Sequence[Sequence[int]] | None = None) ->
     if shapes is None:
         if any(isinstance(size, str) for declared in source.inputs for size in declared.shape[1:]):
             raise ValueError(f"{source.file} leaves sizes free, so an example is needed: {found}")
-        shapes = [[2 if isinstance(size, str) else size for size in declared.shape] for declared in source.inputs]
+        free = 3 if any(declared.shape[0] == 2 for declared in source.apart) else 2
+        shapes = [[free if isinstance(size, str) else size for size in declared.shape] for declared in source.inputs]
     if len(shapes) != len(source.inputs):
         raise ValueError(f"{len(shapes)} shapes for {source.file}, which takes {found}")
     return tuple(_values(list(shape), one.dtype) for shape, one in zip(shapes, source.inputs, strict=True))
@@ -65,8 +71,11 @@ def _values(shape: list[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
 
 
-def check(model: nn.Module, source: Source, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check(model: nn.Module, source: Source, args: tuple[Any, ...], kwargs: dict[str, Any], batch: bool) -> None:
     """Whether the file's operators take these inputs; nothing is computed.
+
+    Args:
+        batch: the inputs will be told by their sizes to share a batch, which then must be no size of other inputs.
 
     Raises:
         ValueError: an input is none of the file's, of another dtype, or of another size where the file has one; or an
@@ -82,6 +91,13 @@ def check(model: nn.Module, source: Source, args: tuple[Any, ...], kwargs: dict[
         if not isinstance(x, torch.Tensor) or x.dtype != declared.dtype or not _fits(declared, list(x.shape)):
             what = f"{x.dtype} of sizes {list(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
             raise ValueError(f"example_inputs: {source.file} declares {declared}, and it is {what}")
+    size = given[names[0]].shape[0] if source.free_batch else None
+    for declared in source.apart if batch and size is not None else []:
+        if given[names[source.inputs.index(declared)]].shape[0] == size:
+            raise ValueError(
+                f"example_inputs: {source.file}: the batch of {size} is the size of {declared}, too, which is no "
+                "batch in the file; take another, or give dynamic_shapes"
+            )
     refused = _tried(model, given)
     if refused:
         raise ValueError(f"{source.file}: not understood: {refusals(refused)}")

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from pykernels.from_onnx import sizes
 from pykernels.from_onnx.table import Refused, operator
 
-__all__: list[str] = []
+__all__ = ["bounded"]
 
 _MOST = 2**28
 """Elements of a tensor that a file may ask for by a number alone."""
 
 
-def _bounded(shape: list[Any]) -> list[Any]:
+def bounded(shape: list[Any]) -> list[Any]:
+    """The shape, where it is no larger than that."""
     if all(isinstance(size, int) for size in shape) and math.prod(shape) > _MOST:
         raise Refused(f"a tensor of sizes {shape}")
     return shape
@@ -116,12 +117,12 @@ def gather_elements(x: torch.Tensor, indices: torch.Tensor, *, axis: int = 0) ->
 def expand(x: torch.Tensor, shape: list[Any]) -> torch.Tensor:
     rank = max(x.dim(), len(shape))
     old, new = [1] * (rank - x.dim()) + list(x.shape), [1] * (rank - len(shape)) + list(shape)
-    return x.expand(_bounded([size if wanted == 1 else wanted for size, wanted in zip(old, new, strict=True)]))
+    return x.expand(bounded([size if wanted == 1 else wanted for size, wanted in zip(old, new, strict=True)]))
 
 
 @operator("Tile", known="repeats")
 def tile(x: torch.Tensor, repeats: list[Any]) -> torch.Tensor:
-    _bounded([size * count for size, count in zip(x.shape, repeats, strict=True)])
+    bounded([size * count for size, count in zip(x.shape, repeats, strict=True)])
     return x.repeat(repeats)
 
 
@@ -149,7 +150,7 @@ def triangle(x: torch.Tensor, k: Any = 0, *, upper: int = 1) -> torch.Tensor:
 @operator("Range", known="start limit delta")
 def range_(start: Any, limit: Any, delta: Any) -> torch.Tensor:
     if all(isinstance(value, (int, float)) for value in (start, limit, delta)):
-        _bounded([math.ceil((limit - start) / delta)])
+        bounded([math.ceil((limit - start) / delta)])
     real = any(isinstance(value, (float, torch.SymFloat)) for value in (start, limit, delta))
     return torch.arange(start, limit, delta, dtype=torch.float32 if real else torch.int64)
 
@@ -157,7 +158,7 @@ def range_(start: Any, limit: Any, delta: Any) -> torch.Tensor:
 @operator("ConstantOfShape", known="shape")
 def constant_of_shape(shape: list[Any], *, value: torch.Tensor | None = None) -> torch.Tensor:
     number, dtype = (0.0, torch.float32) if value is None else (value.reshape(-1)[0].item(), value.dtype)
-    return torch.full(_bounded(shape), number, dtype=dtype)
+    return torch.full(bounded(shape), number, dtype=dtype)
 
 
 @operator("Pad", known="pads value axes")

@@ -101,6 +101,21 @@ def test_other_free_sizes_need_an_example_and_are_fixed_by_it(tmp_path: Path) ->
     torch.testing.assert_close(fast(x), x.mean((2, 3), keepdim=True))
 
 
+def test_a_size_that_is_no_batch_does_not_become_one(tmp_path: Path) -> None:
+    """torch.export is told of a batch by equal sizes, the file says which are one."""
+    nodes = [NODE("MatMul", ["x", "table"], ["y"])]
+    proto = model(nodes, {"x": (np.float32, ["n", 2]), "table": (np.float32, [2, 3])}, ["y"])
+    path = saved(proto, tmp_path)
+    fast = pk.optimize(path)
+    assert fast.free == [[0], []]
+    x, table = torch.randn(5, 2), torch.randn(2, 3)
+    torch.testing.assert_close(fast(x, table), x @ table)
+    with pytest.raises(
+        ValueError, match=r"the batch of 2 is the size of table: float32\[2, 3\], too, which is no batch"
+    ):
+        pk.optimize(path, (torch.randn(2, 2), table))
+
+
 def test_arithmetic_of_sizes(tmp_path: Path) -> None:
     """Half of the channels by their number, spread over a shape that is computed with -1 where the size is kept."""
     constants = {
@@ -294,6 +309,13 @@ def test_numbers_do_not_make_tensors_of_any_size(node: Any, tmp_path: Path) -> N
         ValueError, match=r"model.onnx: not understood: .* \(big: a tensor of sizes \[1048576, 1048576\]"
     ):
         pk.optimize(saved(proto, tmp_path))
+
+
+def test_constants_are_not_padded_to_any_size(tmp_path: Path) -> None:
+    nodes = [NODE("Pad", ["c", "sides"], ["p"], name="wide"), NODE("Add", ["x", "p"], ["y"])]
+    proto = model(nodes, {"x": (np.float32, [1])}, ["y"], {"c": np.float32([1]), "sides": np.array([0, 2**33])})
+    with pytest.raises(ValueError, match=r"not understood: Pad \(wide: a tensor of sizes \[8589934593\]"):
+        load(saved(proto, tmp_path))
 
 
 def test_what_torch_says_of_constants_is_an_error_of_the_file(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ pytest.importorskip("onnxruntime")
 import onnxruntime
 
 import pykernels as pk
+from pykernels.from_onnx import load
 from tests.models import UNet, network
 from tests.networks import ops
 
@@ -145,4 +146,9 @@ def test_the_quantized_networks_of_the_zoo(name: str, per_channel: bool, tmp_pat
     fast, expected = pk.optimize(path, x[:2], precision="int8"), runtime(path, x)
     if name != "unet":  # whose transposed convolution stays with torch
         assert fast.report().conversions == 2
-    assert (fast(x).argmax(1) == expected.argmax(1)).float().mean() > 0.9
+    # Weights are random, so one rounding moves many answers: the file's own arithmetic in floats says how many.
+    with torch.no_grad():
+        found, plain = fast(x), load(path)(x)
+    assert (found - expected).abs().mean() <= 1.2 * (plain - expected).abs().mean()
+    same = [(y.argmax(1) == expected.argmax(1)).float().mean() for y in (found, plain)]
+    assert same[0] >= same[1] - 0.05 and same[0] > 0.8
