@@ -64,7 +64,9 @@ SLICES = [
     emulate("codecs, quantization", 30, *CODECS, *QUANTIZE),
     Slice("slow tests", ["test-slow"], 16),
     sanitize("convolutions, products, pools", 30, *CONV),
-    emulate("networks and modules", 30, "tests/network", "tests/nn", "tests/quantization", "tests/bench"),
+    emulate(
+        "networks and modules", 30, "tests/network", "tests/from_onnx", "tests/nn", "tests/quantization", "tests/bench"
+    ),
     emulate("ranks, compression, command line, contracts", 30, *COMPRESSION, "tests/comm", "tests/test_*.py"),
 ]
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from pykernels import from_onnx
 from pykernels.cuda import registry
 from pykernels.cuda.graphs import CudaGraphs
 from pykernels.graph.alias import writes
@@ -272,8 +273,8 @@ def _builder(modules: dict[str, Any]) -> Callable[[], None]:
 
 
 def optimize(
-    model: nn.Module,
-    example_inputs: tuple[Any, ...] | torch.Tensor | Mapping[str, Any],
+    model: nn.Module | str | os.PathLike[str],
+    example_inputs: tuple[Any, ...] | torch.Tensor | Mapping[str, Any] | None = None,
     precision: str = "fp32",
     calibration: Iterable[Any] | None = None,
     dynamic_batch: bool = True,
@@ -292,9 +293,11 @@ def optimize(
     model changes (a counter, a cache) are state of the result's own from then on; the report names them.
 
     Args:
-        model: the network, or for int8 also a converted PT2E graph module with quantize/dequantize calls.
+        model: the network, or for int8 also a converted PT2E graph module with quantize/dequantize calls; or the path
+            of an ONNX file (docs/optimize.md).
         example_inputs: positional inputs of one call (a lone tensor stands for a tuple of one), or a dictionary of
-            keyword inputs; sizes other than those left free are those the result will accept.
+            keyword inputs; sizes other than those left free are those the result will accept. Without them an ONNX
+            file's own sizes are taken.
         precision: ``fp32`` (the dtypes that the model has); ``bf16`` or ``fp16`` (weights and activations between
             inputs and outputs of the model's dtype); ``int8`` (8-bit weights and activations, see docs/optimize.md); or
             ``auto``: the quickest on this machine's CPU that holds `budget`, int8 and fp32 chosen step by step.
@@ -321,24 +324,35 @@ def optimize(
 
     Raises:
         ValueError: unknown `precision`, `calibration`, `budget` or `validate` given for a precision that has no use for
-            it, a malformed `budget`, ``auto`` without `calibration` or for a model that is quantized or not on the CPU,
+            it, a malformed `budget`, no `example_inputs` where they are needed, an ONNX file that is not understood or
+            does not take them, ``auto`` without `calibration` or for a model that is quantized or not on the CPU,
             or a model on several devices or on one that our ops do not run on.
-        ImportError: ``auto`` without highspy, which the extra ``compress`` installs.
+        ImportError: ``auto`` without highspy, which the extra ``compress`` installs; an ONNX file without onnx.
+        OSError: an ONNX file cannot be read.
         TypeError: an entry of `calibration` does not fit the inputs.
         NotExportable: torch.export cannot capture the model; `pykernels.swap` works on any module.
     """
     if precision not in _PRECISIONS:
         raise ValueError(f"precision: {precision!r} is none of {', '.join(_PRECISIONS)}")
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: an nn.Module is needed, not {type(model).__name__}")
+    if not isinstance(model, (nn.Module, str, os.PathLike)):
+        raise ValueError(f"model: an nn.Module or the path of an ONNX file is needed, not {type(model).__name__}")
     if calibration is not None and precision not in ("int8", "auto"):
         raise ValueError(f"calibration: only int8 and auto are calibrated, precision is {precision!r}")
     if precision != "auto" and (budget is not None or validate is not None):
         name = "budget" if budget is not None else "validate"
         raise ValueError(f"{name}: only precision 'auto' has a use for it, precision is {precision!r}")
-    args, kwargs = inputs_of_call(example_inputs, example_kwargs)
+    model = model if isinstance(model, nn.Module) else from_onnx.load(model)
+    source = from_onnx.source_of(model)
+    if example_inputs is None and example_kwargs is None:
+        if source is None:
+            raise ValueError("example_inputs: inputs of one call are needed")
+        example_inputs = from_onnx.example_of(source)
+    args, kwargs = inputs_of_call(() if example_inputs is None else example_inputs, example_kwargs)
     device = device_of(model, (args, kwargs))
     args, kwargs = to_device((args, kwargs), device)
+    if source is not None:
+        from_onnx.check(model, source, args, kwargs, batch=dynamic_batch and dynamic_shapes is None)
+        dynamic_batch = dynamic_batch and source.free_batch
     sizes: dict[str, Any] = {"dynamic_batch": dynamic_batch, "dynamic_shapes": dynamic_shapes}
     edges = _sixteen_bits(model) if precision in ("int8", "auto") and not has_quantizers(model) else None
     if precision == "auto":

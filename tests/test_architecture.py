@@ -14,6 +14,7 @@ ORDER = (
     "ops",
     "cuda",
     "graph",
+    "from_onnx",
     "network",
     "reference",
     "quantization",
@@ -96,8 +97,8 @@ def test_no_file_imports_what_imports_it() -> None:
 def test_importing_the_package_imports_nothing_that_it_may_not_need() -> None:
     """Triton and extras may not be there; torchao and the benchmarks take seconds."""
     heavy = (
-        "highspy", "matplotlib", "pykernels.bench", "pykernels.cuda.triton", "pykernels.quantization", "torch_pruning",
-        "torchao", "triton",
+        "highspy", "matplotlib", "onnx", "pykernels.bench", "pykernels.cuda.triton", "pykernels.quantization",
+        "torch_pruning", "torchao", "triton",
     )  # fmt: skip
     code = f"import sys, pykernels; print([m for m in sys.modules if m.startswith({heavy})])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -188,7 +188,7 @@ def test_optimize_calibrates_int8_on_photographs_and_tensors(nets: pathlib.Path)
     [
         (["{nets}:build", "--input-shape", "1,x"], "--input-shape: '1,x' is not a list of numbers"),
         (["{nets}:build", "--input-shape", "1,0"], "--input-shape: sizes are whole numbers of at least 1"),
-        (["{nets}", "--input-shape", "1"], "is neither a .pt2 file nor module:callable"),
+        (["{nets}", "--input-shape", "1"], "is neither a .pt2 or .onnx file nor module:callable"),
         (["{nets}:absent", "--input-shape", "1"], "has no attribute 'absent'"),
         (["{nets}:nothing", "--input-shape", "1"], "returned int, not an nn.Module"),
         (["absent.pt2", "--input-shape", "1"], "there is no file absent.pt2"),

@@ -90,6 +90,8 @@ def compress(
             fail(f"{option}: the folder {path.parent} does not exist")
     if chart is not None and chart.suffix.lower() not in CHARTS:
         fail(f"--chart: {chart} must end in {' or '.join(CHARTS)}")
+    if model.endswith(".onnx"):
+        fail("MODEL: compress prunes and trains modules, and an ONNX file has none; `pykernels optimize` takes it")
     shapes = shapes_of(input_shape)
     torch.manual_seed(0)
     network = load_model(model, torch.device("cpu"))

@@ -21,7 +21,6 @@ from pykernels.cli.errors import fail
 from pykernels.cli.model import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    InputShape,
     Mean,
     Model,
     Std,
@@ -30,8 +29,7 @@ from pykernels.cli.model import (
     device_of,
     hush,
     inputs_in,
-    load_model,
-    shapes_of,
+    load_with_example,
 )
 from pykernels.cli.plan import app as plan_app
 from pykernels.cli.serve import serve as serve_command
@@ -109,8 +107,14 @@ def doctor() -> None:
 @app.command()
 def optimize(
     model: Model,
-    input_shape: InputShape,
     output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="Where the optimized network is saved.")],
+    input_shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Shape of the example input, batch first: 1,3,224,224. Several inputs: separate with ';'. "
+            "Not needed for an ONNX file that leaves no size but the batch's free."
+        ),
+    ] = None,
     precision: Annotated[Precision, typer.Option(help="What the network computes in.")] = Precision.fp32,
     calibration: Annotated[
         pathlib.Path | None,
@@ -146,16 +150,14 @@ def optimize(
         fail("--precision auto needs --calibration")
     if not output.parent.is_dir():
         fail(f"--output: the folder {output.parent} does not exist")
-    shapes, place = shapes_of(input_shape), device_of(device)
+    place = device_of(device)
     torch.manual_seed(0)
+    network, examples = load_with_example(model, input_shape, place)
     inputs = None
     if calibration is not None:
-        if len(shapes) != 1:
+        if len(examples) != 1:
             fail("--calibration serves networks of one input; call pykernels.optimize from Python for others")
-        inputs = list(inputs_in("--calibration", calibration, samples, shapes[0], mean, std))
-    network = load_model(model, place)
-    dtype = next((t.dtype for t in network.parameters() if t.is_floating_point()), torch.float32)
-    examples = tuple(torch.randn(shape).to(place, dtype) for shape in shapes)
+        inputs = list(inputs_in("--calibration", calibration, samples, list(examples[0].shape), mean, std))
     hush()
     console = Console(stderr=True)
     with Progress(*columns(), console=console) as progress:

@@ -24,6 +24,7 @@ from rich.progress import (
 )
 from torch.export.passes import move_to_device_pass
 
+from pykernels import from_onnx
 from pykernels.cli.errors import fail
 from pykernels.cuda import registry
 
@@ -40,6 +41,7 @@ __all__ = [
     "hush",
     "inputs_in",
     "load_model",
+    "load_with_example",
     "named",
     "shapes_of",
 ]
@@ -52,7 +54,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="An exported program (.pt2), or module:callable or file.py:callable that returns an nn.Module.",
+        help="An exported program (.pt2), an ONNX file (.onnx), or module:callable or file.py:callable that returns an "
+        "nn.Module.",
     ),
 ]
 InputShape = Annotated[
@@ -103,15 +106,38 @@ def device_of(name: str) -> torch.device:
 
 def load_model(name: str, device: torch.device) -> torch.nn.Module:
     """The network, on `device`."""
+    if name.endswith(".onnx"):
+        try:
+            return from_onnx.load(name).to(device)
+        except (ImportError, OSError, ValueError) as error:
+            fail(f"MODEL: {error}")
     if name.endswith(".pt2"):
         if not pathlib.Path(name).is_file():
             fail(f"MODEL: there is no file {name}")
         return move_to_device_pass(torch.export.load(name), device).module()
-    factory = named("MODEL", name, "a .pt2 file")
+    factory = named("MODEL", name, "a .pt2 or .onnx file")
     found = factory if isinstance(factory, torch.nn.Module) else factory()
     if not isinstance(found, torch.nn.Module):
         fail(f"MODEL: {name} returned {type(found).__name__}, not an nn.Module")
     return found.to(device)
+
+
+def load_with_example(
+    name: str, input_shape: str | None, device: torch.device
+) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    """The network on `device`, and random inputs of the shapes that --input-shape gives, or an ONNX file declares."""
+    if input_shape is None and not name.endswith(".onnx"):
+        fail(f"--input-shape: {name} needs the shape of an example, 1,3,224,224 say")
+    shapes = None if input_shape is None else shapes_of(input_shape)
+    network = load_model(name, device)
+    source = from_onnx.source_of(network)
+    if source is None:
+        dtype = next((t.dtype for t in network.parameters() if t.is_floating_point()), torch.float32)
+        return network, tuple(torch.randn(shape).to(device, dtype) for shape in shapes or [])
+    try:
+        return network, from_onnx.example_of(source, shapes)
+    except ValueError as error:
+        fail(f"--input-shape: {error}")
 
 
 def named(option: str, name: str, otherwise: str | None = None) -> Any:

@@ -19,7 +19,8 @@ from rich.progress import Progress
 
 import pykernels
 from pykernels.cli.errors import fail
-from pykernels.cli.model import bar, columns, load_model, shapes_of
+from pykernels.cli.model import bar, columns, load_with_example
+from pykernels.graph.qdq import has_quantizers
 from pykernels.tune.cores import usable
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def serve(
         list[str],
         typer.Argument(
             metavar="NETWORKS",
-            help="Saved networks, each FILE or NAME=FILE; or one folder of NAME/VERSION/net.pk; or one "
+            help="Saved networks, each FILE or NAME=FILE; or one folder of NAME/VERSION/net.pk; or one ONNX file or "
             "model.py:callable (or module:callable), which is optimized first.",
         ),
     ],
@@ -62,7 +63,8 @@ def serve(
     input_shape: Annotated[
         str | None,
         typer.Option(
-            help="Of a model that is optimized first: shape of an example, 1,3,224,224; several inputs: with ';'."
+            help="Of a model that is optimized first: shape of an example, 1,3,224,224; several inputs: with ';'. "
+            "An ONNX file may say it itself."
         ),
     ] = None,
     precision: Annotated[str, typer.Option(help="Of a model that is optimized first: fp32, bf16, fp16.")] = "fp32",
@@ -184,10 +186,8 @@ def _models(
             name, place = pathlib.Path(network.partition(":")[0]).stem, network
         if name in found:
             fail(f"NETWORKS: {name!r} is there twice; NAME=FILE gives another name")
-        if pathlib.Path(place).suffix == ".onnx":
-            fail(f"NETWORKS: {place}: ONNX files are not read; optimize the PyTorch model")
         path = pathlib.Path(place)
-        if not path.is_file() and ":" in place:
+        if (path.suffix == ".onnx" and path.is_file()) or (not path.is_file() and ":" in place):
             if scratch is None:
                 fail(f"--write-config: {place} would be optimized on every node; `pykernels optimize` saves it once")
             path = scratch / f"{name}.pk"
@@ -203,16 +203,13 @@ def _models(
 def _optimize(model: str, input_shape: str | None, precision: str, path: pathlib.Path) -> None:
     if precision not in ("fp32", "bf16", "fp16"):
         fail(f"--precision: {precision} is none of fp32, bf16, fp16; `pykernels optimize` calibrates for others")
-    if input_shape is None:
-        fail(f"--input-shape: {model} needs the shape of an example, 1,3,224,224 say")
-    shapes = shapes_of(input_shape)
-    network = load_model(model, torch.device("cpu")).eval()
-    dtype = next((t.dtype for t in network.parameters() if t.is_floating_point()), torch.float32)
+    network, examples = load_with_example(model, input_shape, torch.device("cpu"))
+    if has_quantizers(network):
+        precision = "int8"
     with Progress(*columns(), console=console, transient=True) as progress:
         what = f"optimizing {model} to {precision}"
         task = progress.add_task(what, total=None)
         try:
-            examples = tuple(torch.randn(shape).to(dtype) for shape in shapes)
             fast = pykernels.optimize(network, examples, precision, progress=bar(progress, task, what))
             fast.save(path)
         except (RuntimeError, ValueError, TypeError, ImportError) as error:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from pykernels.graph.alias import functionalize, writes
 from pykernels.graph.export import NotExportable, export, shapes_like
-from pykernels.graph.fold import fold_batch_norms, fold_constants, remove_dropout, remove_no_ops
+from pykernels.graph.fold import fold_batch_norms, fold_biases, fold_constants, remove_dropout, remove_no_ops
 from pykernels.graph.nodes import erase_dead, infer
 from pykernels.graph.qdq import raise_quantizers, share_quantizers
 from pykernels.graph.regions import inline_regions
@@ -216,6 +216,7 @@ def canonicalize(
     infer(module)
     if not training:
         fold_constants(module)
+        fold_biases(module)
         fold_batch_norms(module)
         infer(module)
         untranspose(module)

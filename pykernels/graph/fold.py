@@ -5,7 +5,9 @@
 * A batch norm that stands alone becomes ``x * scale + shift`` with a scale and a shift a channel, for images and lines
   a depthwise convolution.
 * Dropout, identity copies and other calls that do nothing in evaluation are removed.
-* Calls whose inputs are all constants are evaluated, except dequantized int8 weights: those stay int8.
+* Calls whose inputs are all constants are evaluated, except dequantized int8 weights: those stay int8, and are
+  transposed as such.
+* A constant that is added to a layer without a bias is its bias.
 """
 
 from __future__ import annotations
@@ -28,8 +30,17 @@ from pykernels.graph.nodes import (
     replace,
     set_constant,
 )
+from pykernels.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL
 
-__all__ = ["DROPOUTS", "fold_batch_norms", "fold_constants", "remove_dropout", "remove_no_ops", "separate_batch_norms"]
+__all__ = [
+    "DROPOUTS",
+    "fold_batch_norms",
+    "fold_biases",
+    "fold_constants",
+    "remove_dropout",
+    "remove_no_ops",
+    "separate_batch_norms",
+]
 
 _CONVS = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
 _TRANSPOSED = ("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")
@@ -93,6 +104,8 @@ def _must_own_memory(node: fx.Node) -> bool:
 def fold_constants(module: fx.GraphModule) -> None:
     """Evaluate calls that read nothing but constants; int8 weights stay int8 under their dequantize."""
     for node in list(module.graph.nodes):
+        if is_call(node, "aten.t", "aten.permute", "aten.transpose"):
+            _transpose_dequantized(module, node)
         inputs = node.all_input_nodes
         if node.op != "call_function" or not inputs or not isinstance(node.target, torch._ops.OpOverload):
             continue
@@ -108,6 +121,45 @@ def fold_constants(module: fx.GraphModule) -> None:
         folded = set_constant(module, node, result, node.name)
         node.replace_all_uses_with(folded)
         module.graph.erase_node(node)
+
+
+def _transpose_dequantized(module: fx.GraphModule, node: fx.Node) -> None:
+    """The transpose of a dequantized constant is the transposed constant, dequantized."""
+    source = node.args[0]
+    values = constant(module, source.args[0]) if is_call(source, DEQUANTIZE, DEQUANTIZE_CHANNEL) else None
+    if values is None:
+        return
+    parameters = list(source.args[1:])
+    if is_call(source, DEQUANTIZE_CHANNEL):
+        # sizes that tell dimensions apart say where the axis goes
+        told = node.target(torch.empty(tuple(range(2, 2 + values.dim())), device="meta"), *node.args[1:]).shape
+        parameters[2] = told.index(parameters[2] % values.dim() + 2)
+    moved = set_constant(module, node, node.target(values, *node.args[1:]).contiguous(), node.name)
+    replace(node, source.target, (moved, *parameters), dict(source.kwargs))
+
+
+def fold_biases(module: fx.GraphModule) -> None:
+    """Give a layer without a bias the constant that is added to it, one number an output channel."""
+    for node in list(module.graph.nodes):
+        if not is_call(node, "aten.add") or len(node.args) != 2 or node.kwargs:
+            continue
+        for layer, other in (node.args, node.args[::-1]):
+            if not is_call(layer, "aten.linear", *_CONVS) or only_user(layer) is not node:
+                continue
+            values, known, added = arguments(layer), facts(layer), constant(module, other)
+            if added is None or known is None or values["bias"] is not None or added.dtype != known.dtype:
+                continue
+            channel = len(known.shape) - 1 if is_call(layer, "aten.linear") else 1
+            sizes = [1] * (len(known.shape) - added.dim()) + list(added.shape)
+            channels = known.shape[channel]
+            if sizes != [channels if d == channel else 1 for d in range(len(known.shape))]:
+                continue
+            bias = set_constant(module, layer, added.reshape(-1), layer.name + "_bias")
+            positions = [argument.name for argument in layer.target._schema.arguments]
+            replace(layer, layer.target, [bias if name == "bias" else values[name] for name in positions])
+            node.replace_all_uses_with(layer)
+            module.graph.erase_node(node)
+            break
 
 
 def fold_batch_norms(module: fx.GraphModule) -> int:

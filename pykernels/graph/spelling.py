@@ -172,7 +172,11 @@ _RULES = {
 
 
 def _spelled_out_activation(node: fx.Node) -> None:
-    """``relu6(x + 3) / 6`` is hardsigmoid, ``x * hardsigmoid(x)`` hardswish, ``x * sigmoid(x)`` silu."""
+    """``relu6(x + 3) / 6`` is hardsigmoid, ``x * hardsigmoid(x)`` hardswish, ``x * sigmoid(x)`` silu, and
+    ``0.5 * x * (1 + erf(x / sqrt(2)))`` gelu."""
+    if is_call(node, "aten.mul") and (x := _erf_gate(node)) is not None:
+        replace(node, aten.gelu.default, (x,))
+        return
     gated = _hard_gate(node)
     if gated is not None:
         x, factor = gated
@@ -208,6 +212,37 @@ def _hard_gate(node: fx.Node) -> tuple[fx.Node, fx.Node | None] | None:
             x = _shifted_relu6(gate, inner)
             if x is not None and isinstance(factor, fx.Node):
                 return x, factor
+    return None
+
+
+def _erf_gate(node: fx.Node) -> fx.Node | None:
+    """The x of a product of x, 0.5 and ``1 + erf(x / sqrt(2))``, in any order."""
+    factors, number = [], 1.0
+    pending = list(node.args)
+    while pending:
+        factor = pending.pop()
+        if isinstance(factor, (int, float)):
+            number *= factor
+        elif is_call(factor, "aten.mul") and only_user(factor) is not None and not factor.kwargs:
+            pending += factor.args
+        else:
+            factors.append(factor)
+    if len(factors) != 2 or abs(number - 0.5) > 1e-6:
+        return None
+    for x, gate in (factors, factors[::-1]):
+        if (
+            is_call(gate, "aten.add")
+            and gate.args[1:] == (1,)
+            and not gate.kwargs
+            and is_call(gate.args[0], "aten.erf")
+        ):
+            scaled = gate.args[0].args[0]
+            if len(scaled.args) != 2 or scaled.kwargs or scaled.args[0] is not x:
+                continue
+            by = scaled.args[1]
+            divided = is_call(scaled, "aten.div") and isinstance(by, float) and abs(by - 2**0.5) < 1e-6
+            if divided or (is_call(scaled, "aten.mul") and isinstance(by, float) and abs(by - 0.5**0.5) < 1e-6):
+                return x
     return None
 
 

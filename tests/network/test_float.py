@@ -35,6 +35,8 @@ def conv(before: int = 3, after: int = 8, **arguments: object) -> nn.Conv2d:
         ("silu", F.silu),
         ("silu", lambda x: x * torch.sigmoid(x)),
         ("gelu", F.gelu),
+        ("gelu", lambda x: x * 0.5 * (1.0 + torch.erf(x / 2**0.5))),
+        ("gelu", lambda x: 0.5 * (x * (torch.erf(x * 0.5**0.5) + 1))),
         ("sigmoid", torch.sigmoid),
         ("tanh", torch.tanh),
     ],
@@ -89,6 +91,28 @@ def test_a_batch_norm_that_stands_alone_is_a_depthwise_scale_and_takes_its_activ
     fast = pk.optimize(model, torch.randn(2, *X))
     assert what(fast) == ["batch_norm + relu", "conv2d"]
     close(fast, model, torch.randn(2, *X))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "added", "fused"),
+    [
+        (nn.Linear(12, 8, bias=False), (3, 12), (8,), True),
+        (nn.Linear(12, 8, bias=False), (3, 12), (1, 1, 8), True),
+        (conv(bias=False), X, (8, 1, 1), True),
+        (conv(bias=False), X, (1, 8, 1, 1), True),
+        (conv(), X, (8, 1, 1), False),
+        (conv(bias=False), X, (12, 1), False),
+        (nn.Linear(12, 8, bias=False), (3, 12), (3, 8), False),
+    ],
+)
+def test_a_constant_for_each_channel_is_the_bias_of_a_layer_without_one(layer, shape, added, fused) -> None:
+    torch.nn.init.normal_(layer.weight)
+    model = Function(lambda m, x: m.added + m.layer(x), layer=layer)
+    model.added = nn.Parameter(torch.randn(added))
+    x = torch.randn(2, *shape)
+    fast = pk.optimize(model, x)
+    assert ("aten.add" not in ops(fast)) is fused
+    close(fast, model, x)
 
 
 def test_a_value_that_two_read_is_not_swallowed() -> None:

@@ -105,7 +105,8 @@ def test_a_cluster_is_told_and_nothing_is_served(net: Path, asked: list[Any], tm
     [
         (["none.pk"], "NETWORKS: there is no file none.pk"),
         (["{net}", "line={net}"], "NETWORKS: 'line' is there twice; NAME=FILE gives another name"),
-        (["net.onnx"], "NETWORKS: net.onnx: ONNX files are not read"),
+        (["net.onnx"], "NETWORKS: there is no file net.onnx"),
+        (["{folder}/bad.onnx"], "bad.onnx: not "),
         (["model.py"], "NETWORKS: model.py: which callable returns the model? model.py:make, say"),
         (["model.py:make"], "--input-shape: model.py:make needs the shape of an example"),
         (["none:make", "--input-shape", "1,4"], "MODEL: none:make: No module named 'none'"),
@@ -120,6 +121,7 @@ def test_a_cluster_is_told_and_nothing_is_served(net: Path, asked: list[Any], tm
 )
 def test_mistakes_are_named(net: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "bad.pk").write_bytes(b"nothing")
+    (tmp_path / "bad.onnx").write_bytes(b"nothing")
     (tmp_path / "empty").mkdir()
     given = [argument.format(net=net, folder=tmp_path) for argument in arguments]
     said = serve(*given, "--in-process", "--port", 0, "--grpc-port", 0, status=1)
