@@ -328,8 +328,8 @@ class _Assembler:
         x, *residual = step.reads
         inputs = [self.quantized(x) if step.quantized else self.plain(x)]
         for node in residual:
-            known = self.quantized(node) if step.quantized and step.kind == "conv2d" else None
-            inputs.append(known or self.plain(node))
+            eight = self.quantized(node) if step.quantized and step.kind == "conv2d" else None
+            inputs.append(self.plain(node) if eight is None else eight)
         self._finish(step, inputs)
 
     def _float_weight(self, node: fx.Node, dtype: torch.dtype) -> torch.Tensor:
