@@ -98,7 +98,7 @@ class Images(nn.Module):
 
 class Attends(nn.Module):
     """Attention with masks of numbers and of truth, and of what came before; two heads share their keys. Before it
-    a norm, to 8 bits where there are some, behind it a sum of floats."""
+    a norm, which writes 8 bits where there are some, behind it a sum of floats."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -70,7 +70,7 @@ class _Assembler:
         self.steps: list[Step] = []
 
     def run(self) -> Network:
-        steps = {step.output: step for step in match(self.module, sums=self.real is None)}
+        steps = {step.output: step for step in match(self.module)}
         inputs: list[Value] = []
         outputs: list[Any] = []
         for node in self.module.graph.nodes:
@@ -325,12 +325,8 @@ class _Assembler:
             step.details.dilation = _pair(values["dilation"], one_d)
             step.details.padding = conv_padding(anchor, pad)
             step.details.groups = values["groups"]
-        x, *residual = step.reads
-        inputs = [self.quantized(x) if step.quantized else self.plain(x)]
-        for node in residual:
-            eight = self.quantized(node) if step.quantized and step.kind == "conv2d" else None
-            inputs.append(self.plain(node) if eight is None else eight)
-        self._finish(step, inputs)
+        read = self.quantized if step.quantized else self.plain
+        self._finish(step, [read(node) for node in step.reads])
 
     def _float_weight(self, node: fx.Node, dtype: torch.dtype) -> torch.Tensor:
         weight = constant(self.module, node)

@@ -114,7 +114,7 @@ class Emitter:
         return self.ours(step.op, self._node(x), params.scale, params.zero_point, result.dtype)
 
     def layer(self, step: Step) -> fx.Node:
-        """``conv2d``, ``qconv2d``, ``linear`` and ``int8_linear``, which adds nothing: the sum follows it."""
+        """``conv2d``, ``qconv2d``, ``linear`` and ``int8_linear``."""
         layer, (x, *residual), (result,) = step.details, step.inputs, step.outputs
         assert isinstance(layer, Layer)
         linear, line = step.kind == "linear", step.kind == "conv2d" and len(x.shape) == 3
@@ -126,20 +126,15 @@ class Emitter:
         if not linear:
             stride, padding, dilation = list(layer.stride), list(layer.padding), list(layer.dilation)
             args += (list(weight.shape[2:]), stride, padding, dilation, layer.groups)
-        activation, order = step.activation, step.residual_order
         if step.quantized:
             out = step.out
             args += (x.quantization.scale, x.quantization.zero_point)
             args += (None, 0) if out is None else (out.scale, out.zero_point)
-            args += (result.dtype,)
-        if step.op == "int8_linear" and more:
-            first, second = ("none", activation) if order == "before" else (activation, "none")
-            return self.ours("add", self.ours(step.op, *args, first), *more, second)
-        args += (activation,)
-        for node, value in zip(more, residual, strict=True):
-            known = value.quantization
-            scale = (1.0, 0) if known is None else (known.scale, known.zero_point)
-            args += (node, *(scale if step.quantized else ()), order)
+            args += (result.dtype, step.activation)
+            for node, value in zip(more, residual, strict=True):
+                args += (node, value.quantization.scale, value.quantization.zero_point, step.residual_order)
+        else:
+            args += (step.activation, *((*more, step.residual_order) if more else ()))
         y = self.ours(step.op, *args)
         return self.call(aten.squeeze.dim, y, 2) if line else y
 

@@ -65,23 +65,16 @@ _ELEMENTWISE = frozenset(ACTIVATIONS) | names(
 
 
 def match(
-    module: fx.GraphModule,
-    *,
-    annotating: bool = False,
-    norms: bool = False,
-    sums: bool = False,
-    apart: frozenset[str] = frozenset(),
+    module: fx.GraphModule, *, annotating: bool = False, norms: bool = False, apart: frozenset[str] = frozenset()
 ) -> list[Step]:
     """The steps of a canonical graph, in the order of their last calls; every call is in exactly one.
 
     Args:
         annotating: the steps of a float graph are those that int8 kernels will run.
         norms: a layer takes the batch norm after it, too: in a graph that trains these are not folded.
-        sums: an int8 layer adds residuals that are floats, too: what it yields is stored in fp32, so a sum has the same
-            bits whether it is rounded in the layer or behind it.
         apart: names of nodes that are never fused to another.
     """
-    return _Matcher(module, annotating, norms, sums, apart).run()
+    return _Matcher(module, annotating, norms, apart).run()
 
 
 def same_shape(a: object, b: object) -> bool:
@@ -144,11 +137,9 @@ def unary(node: fx.Node) -> bool:
 
 
 class _Matcher:
-    def __init__(
-        self, module: fx.GraphModule, annotating: bool, norms: bool, sums: bool, apart: frozenset[str]
-    ) -> None:
+    def __init__(self, module: fx.GraphModule, annotating: bool, norms: bool, apart: frozenset[str]) -> None:
         self.module = module
-        self.annotating, self.norms, self.sums, self.apart = annotating, norms, sums, apart
+        self.annotating, self.norms, self.apart = annotating, norms, apart
         self.order = {node: index for index, node in enumerate(module.graph.nodes)}
         self.taken: set[fx.Node] = set()
         self.steps: list[Step] = []
@@ -234,7 +225,7 @@ class _Matcher:
             norm = self._free_user(node)
             if is_call(norm, "aten.batch_norm"):
                 step.nodes.append(norm)
-        self._absorb_epilogue(step, residuals=not (linear and self.annotating))
+        self._absorb_epilogue(step, residuals=not (linear and (quantized or self.annotating)))
         return step
 
     def _constant_weight(self, node: Any) -> bool:
@@ -260,7 +251,7 @@ class _Matcher:
                 step.operands.append((other, user))
                 step.residual_order = "after" if step.activation != "none" else "before"
             elif step.quantized and is_call(user, QUANTIZE) and (out := qparams(self.module, user)):
-                if out.full_range and (step.kind == "conv2d" or step.residual_order is None):
+                if out.full_range:
                     step.nodes.append(user)
                     step.out = out
                 return
@@ -275,7 +266,7 @@ class _Matcher:
         return name
 
     def _residual(self, step: Step, add: fx.Node) -> fx.Node | None:
-        """The other operand of a plain add of equal shapes; of an int8 layer what it can add: convolutions 8 bits."""
+        """The other operand of a plain add of equal shapes (an 8-bit one when the layer is quantized)."""
         if not _plain(add, "aten.add"):
             return None
         value = step.output
@@ -284,10 +275,8 @@ class _Matcher:
             return None
         if facts(other).dtype != facts(value).dtype:
             return None
-        if step.quantized:
-            floats = quantized_source(self.module, other) is None
-            if not (self.sums if floats else step.kind == "conv2d"):
-                return None
+        if step.quantized and quantized_source(self.module, other) is None:
+            return None
         # What is observed between two 8-bit kernels must be there before the one that reads it.
         if self.annotating and self.order[other] > self.order[next(n for n in step.nodes if is_call(n, *_LAYERS))]:
             return None

@@ -105,65 +105,6 @@ def test_an_8_bit_residual_is_added_in_the_same_pass(expected, tail) -> None:
     assert steps_apart(fast, model, 0.04, torch.randn(3, *X)) <= 1.001
 
 
-@pytest.mark.parametrize(
-    ("expected", "forward"),
-    [
-        ("linear + add", lambda m, y, r: r + y),
-        ("linear + add + gelu", lambda m, y, r: F.gelu(y + r)),
-        ("linear + gelu + add", lambda m, y, r: r + F.gelu(y)),
-        ("conv2d + silu + add", lambda m, y, r: F.silu(y) + r),
-        ("conv2d + add + relu + quantize", lambda m, y, r: q(F.relu(y + r), 0.05, 3)),
-        ("depthwise + add", lambda m, y, r: y + r),
-        ("conv1d + add", lambda m, y, r: y + r),
-    ],
-)
-@torch.no_grad()
-def test_a_float_residual_is_added_in_the_same_pass_with_the_bits_of_two(expected, forward) -> None:
-    layer = expected.split()[0]
-    shape = {"linear": (7, 19), "conv1d": (6, 11)}.get(layer, (6, 5, 7))
-    sizes = {"linear": (19, 19), "conv1d": (6, 6, 3), "depthwise": (6, 1, 3, 3), "conv2d": (6, 6, 3, 3)}[layer]
-    compute = {
-        "linear": F.linear,
-        "conv1d": lambda x, w: F.conv1d(x, w, padding=1),
-        "conv2d": lambda x, w: F.conv2d(x, w, padding=1),
-        "depthwise": lambda x, w: F.conv2d(x, w, padding=1, groups=6),
-    }[layer]
-    w = weight(sizes)
-    fast, _ = lowered(lambda m, x, r: forward(m, compute(q(x, 0.02, 128), m.w()), r), *shape, inputs=2, w=w)
-
-    def apart(m, x, r):
-        y = compute(q(x, 0.02, 128), m.w())
-        return forward(m, y, r), y  # read again, it is not the epilogue's
-
-    two, _ = lowered(apart, *shape, inputs=2, w=w)
-    assert what(fast) == [expected.replace("depthwise", "conv2d")] and len(what(two) + two.report().left) > 1
-    assert fast.plan().left == [] and not fast.report().left
-    for batch in (1, 3):
-        inputs = torch.randn(batch, *shape), torch.randn(batch, *shape)
-        inputs[1].flatten()[:3] = torch.tensor([torch.nan, torch.inf, -0.0])
-        answers = [fast(*inputs), fast.program(*inputs)[0], two(*inputs)[0], two.program(*inputs)[0]]
-        for answer in answers[1:]:
-            assert torch.equal(answer.isnan(), answers[0].isnan())
-            assert torch.equal(answer.nan_to_num(), answers[0].nan_to_num())
-            assert torch.equal(answer.signbit(), answers[0].signbit()) or expected.endswith("quantize")
-
-
-def test_a_residual_that_is_no_tensor_of_that_shape_is_added_behind_an_int8_layer() -> None:
-    for add in (
-        lambda y, r: y + r[:, :1],
-        lambda y, r: y + y,
-        lambda y, r: y + 2,
-        lambda y, r: torch.add(y, r, alpha=2),
-    ):
-        fast, _ = lowered(
-            lambda m, x, r, add=add: add(F.linear(q(x, 0.02, 128), m.w()), r), 7, 8, inputs=2, w=weight((8, 8))
-        )
-        assert what(fast)[0] == "linear"
-        inputs = torch.randn(2, 7, 8), torch.randn(2, 7, 8)
-        with torch.no_grad():
-            assert torch.equal(fast(*inputs), fast.program(*inputs)[0])
-
-
 @pytest.mark.parametrize("read", ["once", "twice"])
 @torch.no_grad()
 def test_a_layer_norm_that_only_a_quantize_reads_writes_bytes(read, isa) -> None:

@@ -114,13 +114,12 @@ def steps(fast: pk.Optimized) -> list[str]:
     return [step if kernel in ("product", step) else f"{step}: {kernel}" for step, kernel in rows]
 
 
-def test_int8_blocks_write_8_bits_and_sums_where_they_are_computed() -> None:
-    """Norms write bytes, and projections add the residual; both are floats where somebody reads these."""
+def test_norms_of_int8_blocks_write_8_bits_where_nobody_reads_floats() -> None:
     attention = ["scaled_dot_product_attention: attention", "quantize"]
-    mlp = ["linear + gelu + quantize", "linear + add"]
+    mlp = ["linear + gelu + quantize", "linear", "add"]
     norm = "layer_norm + quantize: layer_norm"
     _, pre, _ = network("plain", "int8")
-    assert steps(pre) == [norm, "linear", "linear", *attention, "linear + add", norm, *mlp]
+    assert steps(pre) == [norm, "linear", "linear", *attention, "linear", "add", norm, *mlp]
     torch.manual_seed(0)
     x = tokens()
     post = pk.optimize(PostNorm().eval(), (x,), "int8", [(x,)])
@@ -134,7 +133,6 @@ def test_int8_blocks_of_16_bit_floats_round_where_the_ops_do(dtype: torch.dtype,
     x = tokens().to(dtype)
     fast = pk.optimize(Block().eval().to(dtype), (x,), "int8", [(x,)])
     assert steps(fast).count("layer_norm + quantize: layer_norm") == 2
-    assert steps(fast).count("add") == 2, "in one step they would be rounded once"
     assert torch.equal(fast(x), fast.program(x)[0])
 
 
