@@ -97,21 +97,28 @@ class Images(nn.Module):
 
 
 class Attends(nn.Module):
-    """Attention with masks of numbers and of truth, and of what came before; two heads share their keys."""
+    """Attention with masks of numbers and of truth, and of what came before; two heads share their keys. Before it
+    a norm, which writes 8 bits where there are some, behind it a sum of floats."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.query, self.both, self.out = nn.Linear(3, 12), nn.Linear(3, 12), nn.Linear(12, 5)
+        self.norm, self.query, self.both, self.out = (
+            nn.LayerNorm(3),
+            nn.Linear(3, 12),
+            nn.Linear(3, 12),
+            nn.Linear(12, 3),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.flatten(2).transpose(1, 2)
+        residual = x.flatten(2).transpose(1, 2)
+        tokens = self.norm(residual)
         q = self.query(tokens).unflatten(2, (2, -1)).transpose(1, 2)
         k, v = self.both(tokens).unflatten(2, (2, 1, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         first = x.flatten(2)[:, :1, None]
         y = F.scaled_dot_product_attention(q, k, v, first, enable_gqa=True)
         y = y + F.scaled_dot_product_attention(q, k, v, first > 0, enable_gqa=True)
         y = y + F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.out(y.transpose(1, 2).flatten(2))
+        return self.out(y.transpose(1, 2).flatten(2)) + residual
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {

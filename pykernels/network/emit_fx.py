@@ -189,7 +189,10 @@ class Emitter:
             tail += (None, 0) if step.out is None else (step.out.scale, step.out.zero_point)
             tail += (result.dtype,)
         geometry = pytree.tree_map(self._node, step.details.geometry, is_leaf=_is_leaf)
-        return self.ours(step.op, self._node(x), *geometry, *tail)
+        y = self.ours(step.op, self._node(x), *geometry, *tail)
+        if step.out is None or step.quantized:
+            return y
+        return self.ours("quantize_per_tensor", y, step.out.scale, step.out.zero_point, result.dtype)
 
 
 _EMITTERS: dict[str, Callable[[Emitter, Step], fx.Node]] = {

@@ -445,7 +445,9 @@ class _Matcher:
             if values[name] is not None and constant(self.module, values[name]) is None:
                 self.reasons[node] = f"the {name} is computed at run time"
                 return None
-        return Step("layer_norm", [node], [(values["input"], node)])
+        step = Step("layer_norm", [node], [(values["input"], node)])
+        self._quantize_after(step)
+        return step
 
     def _attention(self, node: fx.Node) -> Step | None:
         values = arguments(node)

@@ -105,6 +105,28 @@ def test_an_8_bit_residual_is_added_in_the_same_pass(expected, tail) -> None:
     assert steps_apart(fast, model, 0.04, torch.randn(3, *X)) <= 1.001
 
 
+@pytest.mark.parametrize("read", ["once", "twice"])
+@torch.no_grad()
+def test_a_layer_norm_that_only_a_quantize_reads_writes_bytes(read, isa) -> None:
+    def forward(m, x):
+        y = m.norm(x)
+        z = F.linear(q(y, 0.03, 121), m.w())
+        return z if read == "once" else (z, y)
+
+    norm = nn.LayerNorm(19)
+    norm.weight.data.normal_()
+    fast, _ = lowered(forward, 7, 19, w=weight((5, 19)), norm=norm)
+    assert what(fast) == ["layer_norm + quantize" if read == "once" else "layer_norm", "linear"]
+    assert fast.report().conversions == (0 if read == "once" else 1)
+    assert ops(fast)[:2] == ["pykernels.layer_norm", "pykernels.quantize_per_tensor"], "the graph of ops has two calls"
+    kernels = [row.kernel for row in fast.plan().rows]
+    assert kernels.count("layer_norm") == 1 and kernels.count("quantize") == (read == "twice")
+    for batch in (1, 5):
+        x = torch.randn(batch, 7, 19)
+        for planned, expected in zip(fast.planned.program(x), fast.program(x), strict=True):
+            assert torch.equal(planned, expected)
+
+
 def test_the_last_linear_layer_answers_in_float() -> None:
     fast, model = lowered(lambda m, x: F.linear(q(x, 0.02, 128), m.w()), 32, w=weight((10, 32)))
     assert ops(fast) == ["pykernels.quantize_per_tensor", "pykernels.int8_linear"]

@@ -95,6 +95,47 @@ def test_attention_is_part_of_one_plan(name: str) -> None:
         assert "scaled_dot_product_attention" not in {entry.op for entry in report.left}
 
 
+class PostNorm(nn.Module):
+    """As in BERT, norms stand behind the sums: what they yield is read in 8 bits, and added as a float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            x = self.norm(x + self.down(F.gelu(self.up(x))))
+        return x
+
+
+def steps(fast: pk.Optimized) -> list[str]:
+    """What the kernel calls of the plan stand for, without the modules, and what runs as another call than its name."""
+    rows = [(row.step.rpartition(": ")[2], row.kernel) for row in fast.plan().rows]
+    return [step if kernel in ("product", step) else f"{step}: {kernel}" for step, kernel in rows]
+
+
+def test_norms_of_int8_blocks_write_8_bits_where_nobody_reads_floats() -> None:
+    attention = ["scaled_dot_product_attention: attention", "quantize"]
+    mlp = ["linear + gelu + quantize", "linear", "add"]
+    norm = "layer_norm + quantize: layer_norm"
+    _, pre, _ = network("plain", "int8")
+    assert steps(pre) == [norm, "linear", "linear", *attention, "linear", "add", norm, *mlp]
+    torch.manual_seed(0)
+    x = tokens()
+    post = pk.optimize(PostNorm().eval(), (x,), "int8", [(x,)])
+    assert steps(post) == ["quantize", *mlp, "layer_norm", "quantize", *mlp, "layer_norm"]
+    assert torch.equal(post(x), post.program(x)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_int8_blocks_of_16_bit_floats_round_where_the_ops_do(dtype: torch.dtype, isa: str) -> None:
+    x = tokens().to(dtype)
+    fast = pk.optimize(Block().eval().to(dtype), (x,), "int8", [(x,)])
+    assert steps(fast).count("layer_norm + quantize: layer_norm") == 2
+    assert torch.equal(fast(x), fast.program(x)[0])
+
+
 def test_tokens_and_images_may_vary() -> None:
     model = Block().eval()
     shapes = {"x": {0: Dim("n", max=8), 1: Dim("t", max=64)}}

@@ -28,17 +28,25 @@ void SoftmaxDriver::piece(int64_t begin, int64_t end, uint8_t* memory) const {
   }
 }
 
-LayerNormDriver::LayerNormDriver(int64_t rows, int64_t n, Real type, float eps, int64_t threads)
-    : n_(n), type_(type), eps_(eps) {
+LayerNormDriver::LayerNormDriver(int64_t rows, int64_t n, Real type, float eps, int64_t threads,
+                                 const std::optional<Quantization>& to)
+    : n_(n), type_(type), eps_(eps), to_(to) {
   if (rows == 0 || n == 0) return;
-  scratch = row_scratch(n) * 4;
+  scratch = row_scratch(n) * (to ? 8 : 4);
   set(cut(rows, static_cast<double>(rows) * n, threads, units_of_lines(n)));
 }
 
 void LayerNormDriver::piece(int64_t begin, int64_t end, uint8_t* memory) const {
-  const int64_t at = begin * n_ * real_bytes(type_);
-  kernels_.layer_norm_rows(x_ + at, type_, end - begin, n_, weight_, bias_, eps_, reinterpret_cast<float*>(memory),
-                           out_ + at);
+  auto* row = reinterpret_cast<float*>(memory);
+  const auto normalize = [&](int64_t first, int64_t rows, uint8_t* to) {
+    kernels_.layer_norm_rows(x_ + first * n_ * real_bytes(type_), type_, rows, n_, weight_, bias_, eps_, row, to);
+  };
+  if (!to_) return normalize(begin, end - begin, out_ + begin * n_ * real_bytes(type_));
+  uint8_t* normalized = memory + row_scratch(n_) * 4;
+  for (int64_t r = begin; r < end; ++r) {
+    normalize(r, 1, normalized);
+    bytes_.quantize(normalized, type_, n_, output_of(*to_, out_ + r * n_));
+  }
 }
 
 }  // namespace pykernels

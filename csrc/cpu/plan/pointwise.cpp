@@ -197,11 +197,12 @@ void Builder::softmax() {
   yields(out);
 }
 
-// numbers: whether there is a weight, a bias; reals: epsilon. Operands: x, then these, [n] in fp32.
+// numbers: whether there is a weight, a bias, then dtype and zero point of the output, where that is bytes; reals:
+// epsilon, then the scale of these. Operands: x, then weight and bias, [n] in fp32.
 void Builder::layer_norm() {
   check_real(in(0).dtype);
   PK_CHECK(in(0).dims >= 1, "run_plan: a layer norm's input has no dimension");
-  const View x = to_contiguous(in(0)), out = in_place_of(x, 0, x.dtype);
+  const View x = to_contiguous(in(0));
   const int64_t n = x.sizes[x.dims - 1];
   size_t given = 1;
   View held[2];
@@ -213,10 +214,19 @@ void Builder::layer_norm() {
              "run_plan: the weight or bias of a layer norm has not its features");
     operands[1 + i] = &held[i];
   }
-  const double eps = real();
+  const auto eps = static_cast<float>(real());
+  Dtype to = x.dtype;
+  std::optional<Quantization> bytes;
+  if (step_->numbers.size() > numbers_read_) {
+    to = dtype();
+    check_byte(to);
+    const int64_t zero = zero_point(to);
+    bytes = quantization(to, scale(), zero);
+  }
+  const View out = in_place_of(x, 0, to);
   yields(out);
   if (x.numel() == 0) return;
-  add(std::make_unique<LayerNormDriver>(x.numel() / n, n, real_of(x.dtype), static_cast<float>(eps), threads_), name(),
+  add(std::make_unique<LayerNormDriver>(x.numel() / n, n, real_of(x.dtype), eps, threads_, bytes), name(),
       {operands[0], operands[1], operands[2]}, out);
 }
 

@@ -109,6 +109,9 @@ def unary(planner: Planner, step: Step) -> None:
         *parameters, eps = step.details.geometry
         numbers, reals, last = [int(value is not None) for value in parameters], [eps], False
         operands += [planner.read(value) for value in parameters if value is not None]
+        if step.out is not None:
+            numbers += [DTYPES[step.outputs[0].dtype], step.out.zero_point]
+            reals.append(step.out.scale)
     planner.result(step, planner.add(step.kind, operands, numbers, reals), last)
 
 
