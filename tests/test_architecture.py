@@ -22,6 +22,7 @@ ORDER = (
     "optimize",
     "tune",
     "comm",
+    "parallel",
     "bench",
     "prune",
     "distil",

@@ -11,29 +11,18 @@ from pykernels.comm.dense import (
     Int8State,
     OneBitState,
 )
-from pykernels.comm.hooks import (
-    auto_hook,
-    bf16_hook,
-    fp8_hook,
-    fp16_hook,
-    fp32_hook,
-    int2_hook,
-    int4_hook,
-    int8_hook,
-    onebit_hook,
-    powersgd_hook,
-    randomk_hook,
-    topk_hook,
-    two_level_hook,
-)
 from pykernels.comm.local_sgd import DiLoCo, nesterov, plain_average
 from pykernels.comm.plain import Fp32State
 from pykernels.comm.powersgd import PowerSGDState
 from pykernels.comm.register import HOOKS, Handle, register
 from pykernels.comm.sparse import RandomKState, TopKState
-from pykernels.comm.state import CommState, compress_all, one_dimensional
+from pykernels.comm.state import CommState, compress_all, hook, one_dimensional
 from pykernels.comm.stats import Stats
 from pykernels.comm.two_level import TwoLevelState
+
+# One function, whatever the state: torch's convention wants a hook beside it.
+int8_hook = int4_hook = int2_hook = onebit_hook = fp8_hook = bf16_hook = fp16_hook = hook
+topk_hook = randomk_hook = powersgd_hook = two_level_hook = fp32_hook = auto_hook = hook
 
 __all__ = [
     "HOOKS",
