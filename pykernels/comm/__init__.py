@@ -1,5 +1,7 @@
 """Gradients over slow links: compression codecs with error feedback as hooks of DistributedDataParallel."""
 
+from typing import Any
+
 from pykernels.comm.auto import AutoState, AutoStats, Choice
 from pykernels.comm.dense import (
     Bf16State,
@@ -11,6 +13,7 @@ from pykernels.comm.dense import (
     Int8State,
     OneBitState,
 )
+from pykernels.comm.functional import all_gather, all_reduce, all_to_all, reduce_scatter
 from pykernels.comm.local_sgd import DiLoCo, nesterov, plain_average
 from pykernels.comm.plain import Fp32State
 from pykernels.comm.powersgd import PowerSGDState
@@ -46,6 +49,9 @@ __all__ = [
     "Stats",
     "TopKState",
     "TwoLevelState",
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
     "auto_hook",
     "bf16_hook",
     "compress_all",
@@ -61,7 +67,17 @@ __all__ = [
     "plain_average",
     "powersgd_hook",
     "randomk_hook",
+    "reduce_scatter",
     "register",
     "topk_hook",
     "two_level_hook",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``comm.tensor_parallel``, which stands in :mod:`pykernels.parallel`, a room above this one."""
+    if name == "tensor_parallel":
+        from pykernels.parallel import tensor_parallel
+
+        return tensor_parallel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

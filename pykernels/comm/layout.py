@@ -162,11 +162,12 @@ def lay_out_rows(runs: Sequence[Run], codec: str, block: int, world: int, traile
     return Layout(tuple(sections), world * numel, world, stride)
 
 
-def lay_out_tensor(shape: Sequence[int], codec: str, block: int) -> Layout:
-    """The layout of one contiguous tensor in a message of its own.
+def lay_out_tensor(shape: Sequence[int], codec: str, block: int, world: int = 1) -> Layout:
+    """The layout of a contiguous tensor [world, *shape] whose part r is for rank r, or comes from it.
 
     Records begin at rows: of the last dimension, or of as many of the last ones as it takes to have ``LEAST_ROW``
     elements. A row's records are equally long, at most `block`. Where there is no scale rows do not matter.
+    ``shard_segments`` say where a decoded part lies in a tensor [*shape].
     """
     numel, row = math.prod(shape), 1
     for size in reversed(shape):
@@ -181,5 +182,8 @@ def lay_out_tensor(shape: Sequence[int], codec: str, block: int) -> Layout:
         row = numel
     size = -(-row // block) * record_bytes(codec, block)
     rows = numel // row if row else 0
-    segments = _table([(r * row, row, r * size) for r in range(rows)])
-    return Layout((Section(codec, block, segments, segments, numel, ()),), numel, 1, rows * size)
+    part = [(r * row, row, r * size) for r in range(rows)]
+    stride = _align(rows * size) if world > 1 else rows * size
+    everywhere = [(r * numel + first, n, r * stride + byte) for r in range(world) for first, n, byte in part]
+    section = Section(codec, block, _table(everywhere), _table(part), numel, ())
+    return Layout((section,), world * numel, world, stride)

@@ -55,15 +55,15 @@ class Wire:
         self.shards = list(shards) if shards is not None else [None] * len(layout.sections)
         self.stochastic, self.checksum = stochastic, checksum
 
-    def encode(self, source: torch.Tensor, payload: torch.Tensor, seed: int = 0) -> None:
-        """Fill `payload`, uint8 [payload_bytes], with the records of `source`."""
+    def encode(self, source: torch.Tensor, payload: torch.Tensor, seed: int = 0, shard: bool = False) -> None:
+        """Fill `payload`, uint8 [payload_bytes], with the records of `source`; or one `shard` of [shard_bytes]."""
         for section in self.layout.sections:
             mine = section.codec == self.codec
             compress.compress_encode(
                 source,
                 self.worker if mine else None,
                 payload,
-                section.segments,
+                section.shard_segments if shard else section.segments,
                 section.codec,
                 section.block,
                 stochastic=mine and self.stochastic,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pickle
 import socket
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from training import backward, gradients, network, same_everywhere
 
 from pykernels import comm
+from pykernels.bench.zoo import torchvision_models
 
 
 def free_port() -> int:
@@ -37,6 +39,13 @@ def as_torchrun_does(rank: int, world: int, port: int) -> None:
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test",
     }
+
+
+def package(name: str) -> Any:
+    """A trainer's package, if it is installed; most import torchvision where they find it, which may not load."""
+    if importlib.util.find_spec("torchvision") is not None:
+        torchvision_models()
+    return pytest.importorskip(name)
 
 
 # ---- by hand ----
@@ -97,6 +106,7 @@ def test_a_state_is_pickled_before_it_is_used() -> None:
 
 def lightning(rank: int, port: int) -> tuple[bool, int, float]:
     """Whether ranks agree after training, the steps that went through the hook, and how many times fewer bytes."""
+    package("pytorch_lightning")
     from pytorch_lightning import LightningModule, Trainer
     from pytorch_lightning.overrides.distributed import _register_ddp_comm_hook
     from pytorch_lightning.strategies import DDPStrategy
@@ -134,7 +144,7 @@ def lightning(rank: int, port: int) -> tuple[bool, int, float]:
 
 
 def test_pytorch_lightning() -> None:
-    pytest.importorskip("pytorch_lightning")
+    package("pytorch_lightning")
     for alike, steps, ratio in run_ranks(2, lightning, free_port()):
         assert alike and steps == 4 and ratio > 3
 
@@ -143,32 +153,30 @@ def test_pytorch_lightning() -> None:
 
 
 def accelerated(rank: int, port: int) -> tuple[bool, int, float]:
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-
-    handles = []
-
-    class Int8(DistributedDataParallelKwargs):
-        def register_comm_hook(self, model: DDP) -> None:
-            handles.append(comm.register(model, "int8"))
+    package("accelerate")
+    from accelerate import Accelerator
 
     as_torchrun_does(rank, 2, port)
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[Int8()])
-    model, optimizer = accelerator.prepare(network(), torch.optim.SGD(network().parameters(), 0.05))
+    state, net = comm.Int8State(None), network()
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), 0.05))
+    model.register_comm_hook(state, comm.int8_hook)
     for step in range(3):
         optimizer.zero_grad()
         backward(model, rank, step)
         optimizer.step()
-    stats = handles[0].stats()
+    stats = state.stats()
     return same_everywhere(gradients(model)), stats.steps, stats.ratio
 
 
 def test_accelerate() -> None:
-    pytest.importorskip("accelerate")
+    package("accelerate")
     for alike, steps, ratio in run_ranks(2, accelerated, free_port()):
         assert alike and steps == 3 and ratio > 3
 
 
 def hugging_face(rank: int, port: int, folder: str) -> tuple[bool, int, float]:
+    package("transformers")
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Net(nn.Module):
@@ -198,7 +206,7 @@ def hugging_face(rank: int, port: int, folder: str) -> tuple[bool, int, float]:
 
 
 def test_the_trainer_of_transformers(tmp_path: Any) -> None:
-    pytest.importorskip("accelerate")
-    pytest.importorskip("transformers")
+    package("accelerate")
+    package("transformers")
     for alike, steps, ratio in run_ranks(2, hugging_face, free_port(), str(tmp_path)):
         assert alike and steps == 4 and ratio > 3
