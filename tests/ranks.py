@@ -58,3 +58,15 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
     bad = "\n".join(f"rank {rank}: {answer}" for rank, (good, answer) in enumerate(answers) if not good)
     assert not bad, bad
     return [found[rank][1] for rank in range(world)]
+
+
+def alike(x: torch.Tensor) -> bool:
+    """On a rank: whether all hold the same bits."""
+    everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, x.contiguous())
+    return all(torch.equal(x, other) for other in everyone)
+
+
+def error(found: torch.Tensor, true: torch.Tensor) -> float:
+    """Relative, of all elements together."""
+    return float((found - true).norm() / true.norm())

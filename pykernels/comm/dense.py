@@ -129,7 +129,7 @@ class DenseState(CommState):
         exchange: Exchange = slot
         others = self.world - 1
         self._meter.sent(2 * others / self.world * buffer.nbytes, 2 * others * exchange.wire.layout.shard_bytes)
-        yield from exchange.average(buffer, (self.group, self.gather_group), self._meter, partial(self._draw, index))
+        yield from exchange.all_reduce(buffer, (self.group, self.gather_group), self._meter, partial(self._draw, index))
         with self._meter.timed("decode"):
             exchange.wire.decode(exchange.payload, buffer)
 
@@ -196,7 +196,7 @@ class DenseState(CommState):
         outputs = [output] * len(layout.sections)
         exchange = Exchange(wire, source.device)  # its messages are made anew, for memory's sake
         walk(
-            exchange.sum_shards(source, outputs, factor, self.group, self._meter, seed=self._draw(index, 0)),
+            exchange.reduce_scatter(source, outputs, factor, self.group, self._meter, seed=self._draw(index, 0)),
             self._meter,
         )
 

@@ -18,8 +18,10 @@ from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed._functional_collectives import _resolve_group_name
 
 from pykernels.comm import collectives
+from pykernels.comm.lanes import walk
 from pykernels.comm.layout import Layout, Run, lay_out, lay_out_tensor
-from pykernels.comm.wire import Wire
+from pykernels.comm.stats import Meter
+from pykernels.comm.wire import Exchange, Wire
 from pykernels.ops.compress import CODECS
 
 LEAST = 8192  # elements: what is smaller takes its time to be sent off, not to be sent
@@ -78,13 +80,9 @@ def _all_reduce(x: torch.Tensor, codec: str, block: int, least: int, group: str)
         wire.decode_shards(received, [out], 1.0)
     else:
         wire = Wire(_shards(x.numel(), codec, block, world, ranks.rank()), codec)
-        sent, received = (_bytes(x, wire.layout.payload_bytes) for _ in range(2))
-        reduced = _bytes(x, wire.layout.shard_bytes)
-        wire.encode(x, sent)
-        collectives.all_to_all(received, sent, ranks).wait()
-        wire.reduce(received, reduced, 1.0)
-        collectives.all_gather(sent, reduced, ranks).wait()
-        wire.decode(sent, out)
+        exchange, meter = Exchange(wire, x.device), Meter()
+        walk(exchange.all_reduce(x, (ranks, ranks), meter, factor=1.0), meter)
+        wire.decode(exchange.payload, out)
     return out
 
 
@@ -114,11 +112,8 @@ def _reduce_scatter(x: torch.Tensor, codec: str, block: int, least: int, group: 
     if _plain(x, codec, least, world):
         dist.reduce_scatter_tensor(out, x, group=ranks)
         return out
-    wire = Wire(_parts(tuple(out.shape), codec, block, world), codec)
-    sent, received = (_bytes(x, wire.layout.payload_bytes) for _ in range(2))
-    wire.encode(x, sent)
-    collectives.all_to_all(received, sent, ranks).wait()
-    wire.decode_shards(received, [out], 1.0)
+    exchange, meter = Exchange(Wire(_parts(tuple(out.shape), codec, block, world), codec), x.device), Meter()
+    walk(exchange.reduce_scatter(x, [out], 1.0, ranks, meter), meter)
     return out
 
 

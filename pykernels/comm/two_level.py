@@ -139,8 +139,10 @@ class TwoLevelState(DenseState):
         crossing = 2 * (self.hosts - 1) * outer.wire.layout.shard_bytes
         self._meter.sent(2 * (self.world - 1) / self.world * buffer.nbytes, crossing)
         factor = 1.0 / self.ranks_per_host
-        yield from inner.sum_shards(buffer, levels.parts, factor, self._inner, self._meter, ("host", "host", "host"))
-        yield from outer.average(levels.part, self._outer, self._meter, partial(self._draw, index))
+        yield from inner.reduce_scatter(
+            buffer, levels.parts, factor, self._inner, self._meter, ("host", "host", "host")
+        )
+        yield from outer.all_reduce(levels.part, self._outer, self._meter, partial(self._draw, index))
         yield "host", all_gather(levels.gathered, outer.sent, self._inner_gather)
         with self._meter.timed("decode"):
             levels.whole.decode(levels.gathered, buffer)

@@ -145,14 +145,15 @@ class Exchange:
         """uint8 [shard_bytes]: the average of this rank's shard."""
         return self.sent.new_zeros(self.wire.layout.shard_bytes)
 
-    def average(
+    def all_reduce(
         self,
         source: torch.Tensor,
         groups: tuple[dist.ProcessGroup, dist.ProcessGroup],
         meter: Meter,
-        seed: Callable[[int], int],
+        seed: Callable[[int], int] = lambda encoding: 0,
+        factor: float | None = None,
     ) -> Way:
-        """Leave in ``payload`` what all ranks will decode: the average.
+        """Leave in ``payload`` what all ranks will decode: `factor` times the sum, the average if None.
 
         Args:
             source: as the layout counts its elements.
@@ -164,10 +165,11 @@ class Exchange:
             self.wire.encode(source, self.payload, seed(0))
         yield "exchange", all_to_all(self.received, self.payload, groups[0])
         with meter.timed("reduce"):
-            self.wire.reduce(self.received, self.reduced, 1.0 / self.wire.layout.world, seed(1))
+            share = 1.0 / self.wire.layout.world if factor is None else factor
+            self.wire.reduce(self.received, self.reduced, share, seed(1))
         yield "gather", all_gather(self.payload, self.reduced, groups[1])
 
-    def sum_shards(
+    def reduce_scatter(
         self,
         source: torch.Tensor,
         outputs: Sequence[torch.Tensor],

@@ -39,24 +39,20 @@ class StageHandle:
         # Payloads stay until the next step's take their places, since a send may be under way until the step ends.
         self._payloads: dict[tuple[str, str, int, int], torch.Tensor] = {}
         self._arriving: dict[tuple[str, int], list[tuple[Wire, torch.Tensor, torch.Tensor]]] = {}
-        self._wrap("get_fwd_recv_ops", self._receive, FORWARD)
-        self._wrap("get_bwd_recv_ops", self._receive, BACKWARD)
-        self._wrap("get_fwd_send_ops", self._send, FORWARD)
-        self._wrap("get_bwd_send_ops", self._send, BACKWARD)
-        self._wrap("forward_one_chunk", self._compute, FORWARD)
-        self._wrap("backward_one_chunk", self._compute, BACKWARD)
-
-    def _wrap(self, name: str, around: Callable[..., Any], direction: str) -> None:
-        setattr(self.stage, name, partial(around, getattr(self.stage, name), direction))
+        self._methods = {
+            "get_fwd_recv_ops": partial(self._receive, stage.get_fwd_recv_ops, FORWARD),
+            "get_bwd_recv_ops": partial(self._receive, stage.get_bwd_recv_ops, BACKWARD),
+            "get_fwd_send_ops": partial(self._send, stage.get_fwd_send_ops, FORWARD),
+            "get_bwd_send_ops": partial(self._send, stage.get_bwd_send_ops, BACKWARD),
+            "forward_one_chunk": partial(self._compute, stage.forward_one_chunk, FORWARD),
+            "backward_one_chunk": partial(self._compute, stage.backward_one_chunk, BACKWARD),
+        }
+        vars(stage).update(self._methods)  # before those of its class
 
     def remove(self) -> None:
         """Send everything uncompressed again. All ranks do it between the same steps."""
-        for name in [name for name, value in vars(self.stage).items() if getattr(value, "func", None) in self._around]:
-            delattr(self.stage, name)
-
-    @property
-    def _around(self) -> tuple[Callable[..., Any], ...]:
-        return self._receive, self._send, self._compute
+        for name in self._methods:
+            vars(self.stage).pop(name, None)
 
     def _wire(self, direction: str, tensor: torch.Tensor) -> Wire | None:
         """How `tensor` travels; None for as it is. Both ends know its shape and dtype, and come to the same answer."""
@@ -172,7 +168,7 @@ def register_stage(
             raise ValueError(f"pykernels: {name} must be one of {', '.join(STAGE_CODECS)}, not {codec!r}")
     if block <= 0 or block % 32 or block > 32768:
         raise ValueError(f"pykernels: block must be a multiple of 32 up to 32768, not {block}")
-    if isinstance(vars(stage).get("forward_one_chunk"), partial):
+    if "forward_one_chunk" in vars(stage):
         raise RuntimeError(f"pykernels: stage {stage.stage_index} is registered already: remove() its handle first")
     group = stage.group if stage.group is not None else dist.group.WORLD
     assert group is not None  # a stage cannot be made without one

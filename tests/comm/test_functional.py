@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import alike, error, run_ranks
 
 from pykernels import comm
 
@@ -34,17 +34,6 @@ def expected(name: str, everyone: list[torch.Tensor], rank: int) -> torch.Tensor
         "all_to_all": lambda: torch.cat(parts),
     }
     return answers[name]()
-
-
-def error(found: torch.Tensor, true: torch.Tensor) -> float:
-    return float((found - true).norm() / true.norm())
-
-
-def alike(x: torch.Tensor) -> bool:
-    """Whether all ranks hold the same bits."""
-    everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, x)
-    return all(torch.equal(x, other) for other in everyone)
 
 
 def computes(rank: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import alike, error, run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -29,16 +29,6 @@ def tokens() -> torch.Tensor:
 
 def weights() -> torch.Tensor:
     return torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(2))
-
-
-def error(found: torch.Tensor, true: torch.Tensor) -> float:
-    return float((found - true).norm() / true.norm())
-
-
-def alike(x: torch.Tensor) -> bool:
-    everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, x.contiguous())
-    return all(torch.equal(x, other) for other in everyone)
 
 
 def whole(parameter: torch.Tensor | None) -> torch.Tensor:
