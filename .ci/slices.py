@@ -57,6 +57,7 @@ QUANTIZE = (
     "tests/ops/test_quantize_contract.py",
 )
 COMPRESSION = ("tests/compress", "tests/precision", "tests/prune", "tests/serve", "tests/tune")
+RANKS = ("tests/comm", "tests/parallel")
 SLICES = [
     Slice("the emulated device", ["test-emulated"], 30, tool="nvcc"),
     emulate("convolutions, products, pools", 30, *CONV),
@@ -67,7 +68,7 @@ SLICES = [
     emulate(
         "networks and modules", 30, "tests/network", "tests/from_onnx", "tests/nn", "tests/quantization", "tests/bench"
     ),
-    emulate("ranks, compression, command line, contracts", 30, *COMPRESSION, "tests/comm", "tests/test_*.py"),
+    emulate("ranks, compression, command line, contracts", 30, *COMPRESSION, *RANKS, "tests/test_*.py"),
 ]
 
 

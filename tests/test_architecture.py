@@ -23,6 +23,7 @@ ORDER = (
     "optimize",
     "tune",
     "comm",
+    "parallel",
     "bench",
     "prune",
     "distil",

@@ -1,5 +1,7 @@
 """Gradients over slow links: compression codecs with error feedback as hooks of DistributedDataParallel."""
 
+from typing import Any
+
 from pykernels.comm.auto import AutoState, AutoStats, Choice
 from pykernels.comm.dense import (
     Bf16State,
@@ -11,29 +13,19 @@ from pykernels.comm.dense import (
     Int8State,
     OneBitState,
 )
-from pykernels.comm.hooks import (
-    auto_hook,
-    bf16_hook,
-    fp8_hook,
-    fp16_hook,
-    fp32_hook,
-    int2_hook,
-    int4_hook,
-    int8_hook,
-    onebit_hook,
-    powersgd_hook,
-    randomk_hook,
-    topk_hook,
-    two_level_hook,
-)
+from pykernels.comm.functional import all_gather, all_reduce, all_to_all, reduce_scatter
 from pykernels.comm.local_sgd import DiLoCo, nesterov, plain_average
 from pykernels.comm.plain import Fp32State
 from pykernels.comm.powersgd import PowerSGDState
 from pykernels.comm.register import HOOKS, Handle, register
 from pykernels.comm.sparse import RandomKState, TopKState
-from pykernels.comm.state import CommState, compress_all, one_dimensional
+from pykernels.comm.state import CommState, compress_all, hook, one_dimensional
 from pykernels.comm.stats import Stats
 from pykernels.comm.two_level import TwoLevelState
+
+# One function, whatever the state: torch's convention wants a hook beside it.
+int8_hook = int4_hook = int2_hook = onebit_hook = fp8_hook = bf16_hook = fp16_hook = hook
+topk_hook = randomk_hook = powersgd_hook = two_level_hook = fp32_hook = auto_hook = hook
 
 __all__ = [
     "HOOKS",
@@ -57,6 +49,9 @@ __all__ = [
     "Stats",
     "TopKState",
     "TwoLevelState",
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
     "auto_hook",
     "bf16_hook",
     "compress_all",
@@ -72,7 +67,17 @@ __all__ = [
     "plain_average",
     "powersgd_hook",
     "randomk_hook",
+    "reduce_scatter",
     "register",
     "topk_hook",
     "two_level_hook",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``comm.tensor_parallel``, which stands in :mod:`pykernels.parallel`, a room above this one."""
+    if name == "tensor_parallel":
+        from pykernels.parallel import tensor_parallel
+
+        return tensor_parallel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

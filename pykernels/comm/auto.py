@@ -21,6 +21,7 @@ from pykernels.comm.dense import (
     Int8State,
     OneBitState,
 )
+from pykernels.comm.lanes import Way
 from pykernels.comm.layout import Run
 from pykernels.comm.measure import codec_speed, link_cost, slowest
 from pykernels.comm.model import Link, Speed, Times, predict
@@ -99,15 +100,20 @@ class AutoState(CommState):
             raise ValueError(f"pykernels: facts: no speed of {', '.join(sorted(set(candidates) - set(facts[1])))}")
         super().__init__(*args, **kwargs)
         self._members: dict[str, Fp32State | DenseState] = {
-            codec: Fp32State(self.group, within=self)
+            codec: Fp32State(within=self)
             if codec == "fp32"
-            else DENSE[codec](self.group, error_feedback=error_feedback, within=self)
+            else DENSE[codec](error_feedback=error_feedback, within=self)
             for codec in dict.fromkeys(candidates)
         }
-        self._seen: dict[int, tuple[int, ...]] = {}
         self.choices: dict[int, Choice] = {}
+        self._facts, self._device = facts, device or torch.device("cpu")
+
+    def _connect(self) -> None:
+        super()._connect()
+        for member in self._members.values():
+            member.connect()
         if self.world > 1:
-            self.link, self.speeds = facts if facts is not None else self._measure(device or torch.device("cpu"))
+            self.link, self.speeds = self._facts if self._facts is not None else self._measure(self._device)
 
     def _measure(self, device: torch.device) -> tuple[Link, dict[str, Speed]]:
         link = link_cost(self.group, device)
@@ -137,20 +143,21 @@ class AutoState(CommState):
             best = "fp32"
         return Choice(best, sum(run.numel for run in runs), predicted)
 
-    def average(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def new_slot(self, bucket: GradBucket, runs: list[Run]) -> tuple[CommState, Any]:
         index = bucket.index()
-        parameters = tuple(map(id, bucket.parameters()))
-        if self._seen.get(index) != parameters:
-            runs = self.runs(bucket)
-            choice = self._choose(runs)
-            self.agree(f"bucket {index}", [choice.codec, *((run.key, run.numel) for run in runs)])
-            for member in self._members.values():
-                member.forget_bucket(index)
-            if not getattr(self._members[choice.codec], "error_feedback", False):
-                self.feedback.settle(runs, bucket.buffer(), self.world)
-            self._seen[index] = parameters
-            self.choices[index] = choice
-        return self._members[self.choices[index].codec].average(bucket)
+        choice = self._choose(runs)
+        self.agree(f"bucket {index}", choice.codec, runs)
+        for member in self._members.values():
+            member.forget_bucket(index)
+        chosen = self._members[choice.codec]
+        if not getattr(chosen, "error_feedback", False):
+            self.feedback.settle(runs, bucket.buffer(), self.world)
+        self.choices[index] = choice
+        return chosen, chosen.slot(bucket)
+
+    def way(self, index: int, buffer: torch.Tensor, slot: tuple[CommState, Any]) -> Way:
+        chosen, kept = slot
+        return chosen.way(index, buffer, kept)
 
     def _begin_step(self) -> None:
         super()._begin_step()
@@ -165,6 +172,6 @@ class AutoState(CommState):
         )
 
     def forget_buckets(self) -> None:
-        self._seen.clear()
+        super().forget_buckets()
         for member in self._members.values():
             member.forget_buckets()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,3 +36,22 @@ def new_group(ranks: list[int], like: dist.ProcessGroup) -> dist.ProcessGroup:
     options: Any = like._get_backend(like._device_types[0]).options
     group: dist.ProcessGroup = dist.new_group(ranks, timeout=options._timeout, use_local_synchronization=True)
     return group
+
+
+def agree(group: dist.ProcessGroup, what: str, mine: Sequence[object], say: Any, advice: str) -> list[Any]:
+    """What each rank says. Raises on every rank, by name and with `advice`, if `mine` is not the same on all.
+
+    Collective and slow: for beginnings only.
+    """
+    answers: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(answers, (list(mine), say), group=group)
+    first = answers[0][0]
+    for rank, (theirs, _) in enumerate(answers):
+        for place in range(max(len(theirs), len(first))):
+            one = first[place] if place < len(first) else "nothing"
+            other = theirs[place] if place < len(theirs) else "nothing"
+            if one != other:
+                raise RuntimeError(
+                    f"pykernels: {what} differs between ranks: rank 0 has {one}, rank {rank} has {other}. {advice}"
+                )
+    return [said for _, said in answers]

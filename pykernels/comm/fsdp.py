@@ -151,6 +151,7 @@ def _reduce_shards(model: FSDPModule, groups: list[Group], make: type[CommState]
     ]
     exempt = {row_key(run.key, row): run.exempt for group in groups for run in group.runs for row in range(world)}
     state = make(groups[0].shards, named, exempt=lambda name, _: exempt[name], **options)
+    state.connect()
     for group in groups:
         scatter: Any = ReduceScatter(state, group)  # has the interface of a private class of torch
         group.module.set_custom_reduce_scatter(scatter)
@@ -166,6 +167,7 @@ def _average_replicas(
     named: Any = [pair for group in groups for pair in zip(group.names, group.parameters, strict=True)]
     exempt = {run.key: run.exempt for group in groups for run in group.runs}
     state = make(replicas, named, exempt=lambda name, _: exempt[name], **options)
+    state.connect()
     order: dict[int, int] = {}  # of the groups, as the first backward pass meets them
 
     def hook_of(group: Group) -> Any:

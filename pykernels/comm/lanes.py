@@ -11,10 +11,16 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.distributed as dist
+
+from pykernels.comm.stats import Meter
+
+Averaged = torch.futures.Future[torch.Tensor]
+Way = Iterator[tuple[str, dist.Work]]  # a bucket's way: it yields what it waits for, and what that phase is called
 
 
 class Lane:
@@ -38,56 +44,63 @@ class Lane:
         self._tasks.put(None)
 
 
-Averaged = torch.futures.Future[torch.Tensor]
-Step = Callable[[], "Step | None"]  # a part of a bucket's way, which returns the next one, or None at the end
+def walk(way: Way, meter: Meter) -> None:
+    """Go a whole way here and now: on a CPU the thread waits, on a GPU the current stream."""
+    for phase, work in way:
+        with meter.timed(phase):
+            work.wait()
 
 
 class Lanes:
-    """Runs the steps of buckets: step i of every bucket in lane i."""
+    """Lets buckets go their ways: lane i waits for the i-th work of each and runs what follows it.
 
-    def __init__(self, count: int) -> None:
-        self._count = count
+    Args:
+        count: the most works that a way yields.
+        meter: of the times that are waited.
+    """
+
+    def __init__(self, count: int, meter: Meter) -> None:
+        self._count, self._meter = count, meter
         self._lanes: list[Lane] = []
         self._error: Exception | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def run(self, bucket: torch.Tensor, first: Step) -> Averaged:
-        """Begin with `first`; the future holds `bucket` when no step is left, or what a step raised.
+    def run(self, bucket: torch.Tensor, way: Way) -> Averaged:
+        """The future holds `bucket` when its way is gone, or what was raised on it.
 
         After an error nothing is sent any more, since the ranks may be out of step: every bucket meets the same error.
-        On a CPU the bucket's first step runs here and now, on a GPU all of them, on the side stream.
+        On a CPU the way begins here and now; on a GPU all of it is launched, on the side stream.
         """
         future, checked = promise(bucket.device)
         if bucket.is_cuda:
-            step: Step | None = first
-            while step is not None:
-                step = step()
+            walk(way, self._meter)
             future.set_result(bucket)
             return checked
-        if self._error is not None:
-            raise self._error
         if not self._lanes:
             self._lanes = [Lane(f"pykernels comm {i}") for i in range(self._count)]
-        self._follow(0, first(), bucket, future)
+        self._advance(0, None, way, bucket, future)
+        if self._error is not None:
+            raise self._error
         return checked
 
-    def _follow(self, lane: int, step: Step | None, bucket: torch.Tensor, future: Averaged) -> None:
-        if step is None:
-            future.set_result(bucket)
-            return
-
-        def task() -> None:
-            try:
-                if self._error is not None:
-                    raise self._error
-                following = step()
-            except Exception as error:  # whatever a step meets is what the caller of backward must see
-                self._error = error
-                future.set_exception(error)  # type: ignore[arg-type]  # torch annotates it with the result's type
-                return
-            self._follow(lane + 1, following, bucket, future)
-
-        self._lanes[lane].submit(task)
+    def _advance(
+        self, lane: int, waited: tuple[str, dist.Work] | None, way: Way, bucket: torch.Tensor, future: Averaged
+    ) -> None:
+        """Wait, go on to the next work, and leave that to `lane`. Never raises: an error goes where backward waits."""
+        try:
+            if self._error is not None:
+                raise self._error
+            if waited is not None:
+                with self._meter.timed(waited[0]):
+                    waited[1].wait()
+            following = next(way, None)
+            if following is None:
+                future.set_result(bucket)
+            else:
+                self._lanes[lane].submit(lambda: self._advance(lane + 1, following, way, bucket, future))
+        except BaseException as error:  # of any kind: the thread must live, and the caller of backward must see it
+            self._error = error if isinstance(error, Exception) else RuntimeError(f"pykernels: {error!r} in a hook")
+            future.set_exception(self._error)  # type: ignore[arg-type]  # torch annotates it with the result's type
 
     def side_stream(self, device: torch.device) -> AbstractContextManager[object]:
         """On a GPU, a stream of our own that waits for the current one; nothing on a CPU."""

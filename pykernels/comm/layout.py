@@ -11,13 +11,15 @@ bucket costs two collectives whatever it holds::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from pykernels.ops.compress import record_bytes
+from pykernels.ops.compress import CODECS, record_bytes
 
+LEAST_ROW = 128  # elements: in shorter rows the scales and the padding would weigh
 RAW_BLOCK = 32  # fp32 records of 128 bytes: padding costs little where parameters are small
 
 
@@ -158,3 +160,30 @@ def lay_out_rows(runs: Sequence[Run], codec: str, block: int, world: int, traile
         everywhere = [(r * numel + at, n, r * stride + byte) for r in range(world) for at, n, byte in mine]
         sections.append(Section(kind, size, _table(everywhere), _table(mine), numel, ()))
     return Layout(tuple(sections), world * numel, world, stride)
+
+
+def lay_out_tensor(shape: Sequence[int], codec: str, block: int, world: int = 1) -> Layout:
+    """The layout of a contiguous tensor [world, *shape] whose part r is for rank r, or comes from it.
+
+    Records begin at rows: of the last dimension, or of as many of the last ones as it takes to have ``LEAST_ROW``
+    elements. A row's records are equally long, at most `block`. Where there is no scale rows do not matter.
+    ``shard_segments`` say where a decoded part lies in a tensor [*shape].
+    """
+    numel, row = math.prod(shape), 1
+    for size in reversed(shape):
+        if row >= LEAST_ROW:
+            break
+        row *= size
+    if not CODECS[codec].header:
+        row, block = numel, RAW_BLOCK
+    records = max(1, -(-row // block))
+    block = min(block, -(-row // (32 * records)) * 32 or 32)
+    if row % block == 0:
+        row = numel
+    size = -(-row // block) * record_bytes(codec, block)
+    rows = numel // row if row else 0
+    part = [(r * row, row, r * size) for r in range(rows)]
+    stride = _align(rows * size) if world > 1 else rows * size
+    everywhere = [(r * numel + first, n, r * stride + byte) for r in range(world) for first, n, byte in part]
+    section = Section(codec, block, _table(everywhere), _table(part), numel, ())
+    return Layout((section,), world * numel, world, stride)

@@ -109,7 +109,8 @@ class DiLoCo:
             return name in buffers or exempt(name, tensor)
 
         named: Any = self._tensors.items()
-        self.state = HOOKS[codec][0](process_group, named, exempt=exempted, **options)
+        self.state = HOOKS[codec](process_group, named, exempt=exempted, **options)
+        self.state.connect()
         self.every = every
         self.rounds = 0  # exchanges so far
         self._steps = 0  # since the last exchange

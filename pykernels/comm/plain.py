@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch._C._distributed_c10d import GradBucket
 
 from pykernels.comm.collectives import all_reduce
+from pykernels.comm.lanes import Way
 from pykernels.comm.state import CommState
 
 
 class Fp32State(CommState):
-    """State of the plain all-reduce; the arguments of :class:`CommState`. Gradients travel in their own dtype."""
+    """No compression: the all-reduce that DistributedDataParallel makes without a hook, in the gradients' own dtype.
+    The arguments are those of :class:`CommState`."""
 
     codec = "fp32"
 
-    def average(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        buffer = bucket.buffer()
+    def way(self, index: int, buffer: torch.Tensor, slot: None) -> Way:
         sent = 2 * (self.world - 1) / self.world * buffer.nbytes
         self._meter.sent(sent, sent)
         buffer.mul_(1.0 / self.world)  # before the sum, as DistributedDataParallel does: fp16 would overflow
-        averaged: Any = all_reduce(buffer, self.group).get_future()
-        future: torch.futures.Future[torch.Tensor] = averaged.then(lambda done: done.value()[0])
-        return future
-
-    def forget_bucket(self, index: int) -> None:
-        """There is nothing to drop."""
-
-    def forget_buckets(self) -> None:
-        pass
+        yield "exchange", all_reduce(buffer, self.group)

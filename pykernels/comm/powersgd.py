@@ -21,11 +21,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch._C._distributed_c10d import GradBucket
 
 from pykernels.comm.collectives import all_reduce
-from pykernels.comm.lanes import Step, promise
+from pykernels.comm.lanes import Averaged, Way, promise
 from pykernels.comm.layout import Run
 from pykernels.comm.state import CommState
 
@@ -45,7 +44,6 @@ class Matrix:
 class Slot:
     """What a bucket keeps: its matrices, what else is in it as (first, elements), and residual + gradient in fp32."""
 
-    runs: list[Run]
     matrices: list[Matrix]
     others: list[tuple[int, int]]
     worker: torch.Tensor
@@ -58,12 +56,14 @@ class Pending:
 
     buffers: list[torch.Tensor] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
-    futures: list[torch.futures.Future[torch.Tensor]] = field(default_factory=list)
+    futures: list[Averaged] = field(default_factory=list)
     products: list[torch.Tensor] = field(default_factory=list)  # P of every matrix, then what is not compressed
 
 
 class PowerSGDState(CommState):
-    """State of the PowerSGD hook; the arguments of :class:`CommState`, and
+    """Products of thin matrices instead of gradient matrices: r * (n + m) numbers instead of n * m.
+
+    The arguments of :class:`CommState`, and
 
     Args:
         rank: columns of P and Q.
@@ -98,11 +98,7 @@ class PowerSGDState(CommState):
         self.start_step = start_step
         self.seed = seed
         self._q: dict[str, torch.Tensor] = {}  # fp32 [columns, rank] by parameter, equal on all ranks
-        self._slots: dict[int, Slot] = {}
         self._pending = Pending()
-
-    def forget_buckets(self) -> None:
-        self._slots.clear()
 
     def extra_state(self) -> dict[str, Any]:
         return {"q": {key: q.cpu().clone() for key, q in self._q.items()}}
@@ -110,16 +106,9 @@ class PowerSGDState(CommState):
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         self._q = {key: q.clone() for key, q in state["q"].items()}
 
-    def _slot(self, bucket: GradBucket) -> Slot:
-        runs = self.runs(bucket)
-        slot = self._slots.get(bucket.index())
-        if slot is None or slot.runs != runs:
-            slot = self._slots[bucket.index()] = self._new_slot(bucket, runs)
-        return slot
-
-    def _new_slot(self, bucket: GradBucket, runs: list[Run]) -> Slot:
+    def new_slot(self, bucket: GradBucket, runs: list[Run]) -> Slot:
         options = f"powersgd, rank {self.approximation_rank}, min_compression {self.min_compression}, {self.start_step}"
-        self.agree(f"bucket {bucket.index()}", [options, *((run.key, run.numel, run.exempt) for run in runs)])
+        self.agree(f"bucket {bucket.index()}", options, runs)
         buffer = bucket.buffer()
         matrices, others = [], []
         for run, parameter in zip(runs, bucket.parameters(), strict=True):
@@ -135,12 +124,12 @@ class PowerSGDState(CommState):
                 self._q[run.key] = torch.randn(columns, rank, generator=generator)
             self._q[run.key] = self._q[run.key].to(buffer.device)
         worker = self.feedback.attach_worker(runs, buffer.numel(), buffer.device)
-        return Slot(runs, matrices, others, worker, torch.empty_like(worker))
+        return Slot(matrices, others, worker, torch.empty_like(worker))
 
-    def average(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def average(self, bucket: GradBucket) -> Averaged:
         buffer = bucket.buffer()
         future, checked = promise(buffer.device)
-        slot = self._slot(bucket)
+        slot: Slot = self.slot(bucket)
         pending = self._pending
         with self._lanes.side_stream(buffer.device), self._meter.timed("encode"):
             torch.add(slot.worker, buffer, out=slot.total)
@@ -152,8 +141,7 @@ class PowerSGDState(CommState):
         if bucket.is_last():
             self._pending = Pending()
             with self._lanes.side_stream(buffer.device):
-                first = self._all if self.step < self.start_step else self._products
-                done = self._lanes.run(buffer, lambda: first(pending))
+                done = self._lanes.run(buffer, self.way(bucket.index(), buffer, pending))
                 done.add_done_callback(lambda finished: _settle(pending, finished))
         return checked
 
@@ -161,78 +149,63 @@ class PowerSGDState(CommState):
         sent = 2 * (self.world - 1) / self.world
         self._meter.sent(sent * sum(buffer.nbytes for buffer in pending.buffers), sent * 4 * numel)
 
-    def _all(self, pending: Pending) -> Step:
+    def way(self, index: int, buffer: torch.Tensor, slot: Pending) -> Way:
+        """That of all buckets of a step."""
+        return self._all(slot) if self.step < self.start_step else self._products(slot)
+
+    def _all(self, pending: Pending) -> Way:
         """Before start_step: everything as it is; residuals, still zero or restored, are sent, too."""
         message = torch.cat([slot.total for slot in pending.slots])
         self._sent(pending, message.numel())
-        work = all_reduce(message, self.group)
+        yield "exchange", all_reduce(message, self.group)
+        with self._meter.timed("decode"):
+            good = message.isfinite().all()
+            parts = message.div_(self.world).split([slot.total.numel() for slot in pending.slots])
+            for buffer, slot, part in zip(pending.buffers, pending.slots, parts, strict=True):
+                buffer.copy_(part)
+                slot.worker.mul_(~good)
 
-        def decode() -> None:
-            with self._meter.timed("exchange"):
-                work.wait()
-            with self._meter.timed("decode"):
-                good = message.isfinite().all()
-                parts = message.div_(self.world).split([slot.total.numel() for slot in pending.slots])
-                for buffer, slot, part in zip(pending.buffers, pending.slots, parts, strict=True):
-                    buffer.copy_(part)
-                    slot.worker.mul_(~good)
-
-        return decode
-
-    def _products(self, pending: Pending) -> Step:
+    def _products(self, pending: Pending) -> Way:
         plain = [slot.total[first : first + n] for slot in pending.slots for first, n in slot.others]
         shapes = [p.shape for p in pending.products]
         message = torch.cat([*(p.flatten() for p in pending.products), *plain])
-        work = all_reduce(message, self.group)
-
-        def second() -> Step:
-            with self._meter.timed("exchange"):
-                work.wait()
-            with self._meter.timed("reduce"):
-                sizes = [shape.numel() for shape in shapes]
-                parts = message.split([*sizes, *(part.numel() for part in plain)])
-                ps = [part.view(shape) for part, shape in zip(parts, shapes, strict=False)]
-                orthonormalize(ps)
-                matrices = [(slot, m) for slot in pending.slots for m in slot.matrices]
-                qs = [_view(slot.total, m).t() @ p for (slot, m), p in zip(matrices, ps, strict=True)]
-                thin = torch.cat([q.flatten() for q in qs]) if qs else message.new_empty(0)
-            self._sent(pending, message.numel() + thin.numel())
-            following = all_reduce(thin, self.gather_group)
-            return lambda: self._decode(pending, ps, parts[len(ps) :], thin, following)
-
-        return second
+        yield "exchange", all_reduce(message, self.group)
+        with self._meter.timed("reduce"):
+            sizes = [shape.numel() for shape in shapes]
+            parts = message.split([*sizes, *(part.numel() for part in plain)])
+            ps = [part.view(shape) for part, shape in zip(parts, shapes, strict=False)]
+            orthonormalize(ps)
+            matrices = [(slot, m) for slot in pending.slots for m in slot.matrices]
+            qs = [_view(slot.total, m).t() @ p for (slot, m), p in zip(matrices, ps, strict=True)]
+            thin = torch.cat([q.flatten() for q in qs]) if qs else message.new_empty(0)
+        self._sent(pending, message.numel() + thin.numel())
+        yield "gather", all_reduce(thin, self.gather_group)
+        with self._meter.timed("decode"):
+            self._decode(pending, ps, parts[len(ps) :], thin)
 
     def _decode(
-        self,
-        pending: Pending,
-        ps: list[torch.Tensor],
-        plain: tuple[torch.Tensor, ...],
-        thin: torch.Tensor,
-        work: dist.Work,
+        self, pending: Pending, ps: list[torch.Tensor], plain: tuple[torch.Tensor, ...], thin: torch.Tensor
     ) -> None:
-        with self._meter.timed("gather"):
-            work.wait()
-        with self._meter.timed("decode"):
-            thin.div_(self.world)
-            good = thin.isfinite().all()  # NaN and infinity of any rank reach every rank
-            begin = place = other = 0
-            for buffer, slot in zip(pending.buffers, pending.slots, strict=True):
-                for m in slot.matrices:
-                    size = m.columns * m.rank
-                    q = thin[begin : begin + size].view(m.columns, m.rank)
-                    total = _view(slot.total, m)
-                    average = ps[place] @ q.t()
-                    self._q[m.key] = torch.where(good, q, self._q[m.key])
-                    left = _view(slot.worker, m)
-                    left.copy_(torch.where(good, total - average, left))
-                    _view(buffer, m).copy_(average)
-                    begin, place = begin + size, place + 1
-                for first, n in slot.others:
-                    buffer[first : first + n] = plain[other] / self.world
-                    other += 1
+        thin.div_(self.world)
+        good = thin.isfinite().all()  # NaN and infinity of any rank reach every rank
+        begin = place = other = 0
+        for buffer, slot in zip(pending.buffers, pending.slots, strict=True):
+            for m in slot.matrices:
+                size = m.columns * m.rank
+                q = thin[begin : begin + size].view(m.columns, m.rank)
+                total = _view(slot.total, m)
+                average = ps[place] @ q.t()
+                self._q[m.key] = torch.where(good, q, self._q[m.key])
+                left = _view(slot.worker, m)
+                left.copy_(torch.where(good, total - average, left))
+                _view(buffer, m).copy_(average)
+                begin, place = begin + size, place + 1
+            for first, n in slot.others:
+                buffer[first : first + n] = plain[other] / self.world
+                other += 1
 
 
-def _settle(pending: Pending, finished: torch.futures.Future[torch.Tensor]) -> None:
+def _settle(pending: Pending, finished: Averaged) -> None:
     """Give each bucket its future, or all of them what went wrong."""
     try:
         finished.value()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Mapping
+from functools import singledispatch
 from typing import Any
 
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from pykernels.comm import hooks
 from pykernels.comm.auto import AutoState
 from pykernels.comm.dense import (
     Bf16State,
@@ -24,23 +25,26 @@ from pykernels.comm.fsdp import register_sharded
 from pykernels.comm.plain import Fp32State
 from pykernels.comm.powersgd import PowerSGDState
 from pykernels.comm.sparse import RandomKState, TopKState
-from pykernels.comm.state import PYTHON_REDUCER, CommState
+from pykernels.comm.state import PYTHON_REDUCER, CommState, hook
 from pykernels.comm.stats import Stats
 from pykernels.comm.two_level import TwoLevelState
 
-HOOKS: dict[str, tuple[type[CommState], Callable[..., Any]]] = {
-    "int8": (Int8State, hooks.int8_hook),
-    "int4": (Int4State, hooks.int4_hook),
-    "int2": (Int2State, hooks.int2_hook),
-    "onebit": (OneBitState, hooks.onebit_hook),
-    "fp8": (Fp8State, hooks.fp8_hook),
-    "bf16": (Bf16State, hooks.bf16_hook),
-    "fp16": (Fp16State, hooks.fp16_hook),
-    "topk": (TopKState, hooks.topk_hook),
-    "randomk": (RandomKState, hooks.randomk_hook),
-    "powersgd": (PowerSGDState, hooks.powersgd_hook),
-    "fp32": (Fp32State, hooks.fp32_hook),
-    "auto": (AutoState, hooks.auto_hook),
+HOOKS: dict[str, type[CommState]] = {
+    kind.codec: kind
+    for kind in (
+        Int8State,
+        Int4State,
+        Int2State,
+        OneBitState,
+        Fp8State,
+        Bf16State,
+        Fp16State,
+        TopKState,
+        RandomKState,
+        PowerSGDState,
+        Fp32State,
+        AutoState,
+    )
 }
 
 
@@ -67,56 +71,78 @@ class Handle:
         self.state.load_state_dict(state)
 
 
-def register(
-    model: DistributedDataParallel | FSDPModule,
-    codec: str = "int8",
-    *,
-    ranks_per_host: int | None = None,
-    **options: Any,
-) -> Handle:
-    """Compress the gradients that `model` sends between ranks.
+# What is registered elsewhere: modules that extend `register` when they are imported, by the classes they do it for.
+ELSEWHERE = {"torch.distributed.pipelining.stage._PipelineStageBase": "pykernels.parallel.pipeline"}
 
-    Every rank calls it at the same point, once a model. Works with gradients in fp32, bf16 and fp16, on CPUs (gloo) and
-    GPUs (NCCL), with ``no_sync``, ``join``, ``find_unused_parameters``, ``static_graph`` and automatic mixed precision.
 
-    Args:
-        model: wrapped in DistributedDataParallel and not yet trained with another hook, or sharded by ``fully_shard``
-            (FSDP2; see :func:`pykernels.comm.fsdp.register_sharded` for what differs).
-        codec: one of ``HOOKS``.
-        ranks_per_host: average in fp32 inside a host of so many consecutive ranks, and through a dense codec between
-            hosts only.
-        options: of the codec's state, e.g. ``error_feedback=False`` or ``block=128``; see its class.
+@singledispatch
+def register(model: Any, *args: Any, **options: Any) -> Any:
+    """Compress what `model` sends between ranks; every rank calls it at the same point, once a model.
+
+    ``register(model, codec="int8", ranks_per_host=None, **options)`` for a model that is wrapped in
+    DistributedDataParallel: :func:`register_replicated`; ``register(model, codec="int8", replicas=None, **options)``
+    after ``fully_shard``: :func:`pykernels.comm.fsdp.register_sharded`; ``register(stage, forward="int8",
+    backward="int8")`` for a stage of a pipeline: :func:`pykernels.parallel.register_stage`.
 
     Returns:
         A handle to take statistics from, and to save and restore.
 
     Raises:
-        TypeError: `model` is neither; an option the codec does not have.
+        TypeError: `model` is none of these; an option the codec does not have.
         ValueError: an unknown codec, or an option out of range.
         RuntimeError: `model` has a hook already.
     """
-    if not isinstance(model, DistributedDataParallel | FSDPModule):
-        raise TypeError(
-            f"pykernels: model must be a DistributedDataParallel, not {type(model).__name__}: wrap it first, or apply "
-            "fully_shard"
-        )
+    for kind in type(model).__mro__:
+        if (module := ELSEWHERE.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
+            importlib.import_module(module)
+            return register.dispatch(type(model))(model, *args, **options)
+    raise TypeError(
+        f"pykernels: model must be a DistributedDataParallel, not {type(model).__name__}: wrap it first, apply "
+        "fully_shard, or give a stage of a pipeline"
+    )
+
+
+def _state_of(codec: str) -> type[CommState]:
     if codec not in HOOKS:
         raise ValueError(f"pykernels: codec must be one of {', '.join(HOOKS)}, not {codec!r}")
-    make, hook = HOOKS[codec]
-    if isinstance(model, FSDPModule):
-        if ranks_per_host is not None:
-            raise ValueError("pykernels: ranks_per_host: only for DDP; with fully_shard give replicas= a process group")
-        return Handle(register_sharded(model, make, **options))
+    return HOOKS[codec]
+
+
+@register.register
+def _(model: FSDPModule, codec: str = "int8", *, ranks_per_host: None = None, **options: Any) -> Handle:
+    if ranks_per_host is not None:
+        raise ValueError("pykernels: ranks_per_host: only for DDP; with fully_shard give replicas= a process group")
+    return Handle(register_sharded(model, _state_of(codec), **options))
+
+
+@register.register
+def register_replicated(
+    model: DistributedDataParallel, codec: str = "int8", *, ranks_per_host: int | None = None, **options: Any
+) -> Handle:
+    """Compress the gradients of a DDP model.
+
+    Works with gradients in fp32, bf16 and fp16, on CPUs (gloo) and GPUs (NCCL), with ``no_sync``, ``join``,
+    ``find_unused_parameters``, ``static_graph`` and automatic mixed precision.
+
+    Args:
+        model: not yet trained with another hook.
+        codec: one of ``HOOKS``.
+        ranks_per_host: average in fp32 inside a host of so many consecutive ranks, and through a dense codec between
+            hosts only.
+        options: of the codec's state, e.g. ``error_feedback=False`` or ``block=128``; see its class.
+    """
+    make = _state_of(codec)
     if ranks_per_host is not None:
         if not issubclass(make, DenseState):
             raise ValueError(f"pykernels: ranks_per_host: only with a dense codec, not {codec}")
         if model._use_python_reducer:
             raise ValueError(f"pykernels: ranks_per_host: not in a compiled backward pass: {PYTHON_REDUCER}")
-        make, hook = TwoLevelState, hooks.two_level_hook
+        make = TwoLevelState
         options = {**options, "codec": codec, "ranks_per_host": ranks_per_host}
     if codec == "auto":
         options.setdefault("device", next(model.parameters()).device)
     state = make(model.process_group, model.module.named_parameters(), **options)
+    state.connect()
     if model._use_python_reducer and state.world > 1:
         state.prepare_traced()
     model.register_comm_hook(state, hook)

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch._C._distributed_c10d import GradBucket
 
 from pykernels.comm.collectives import all_gather, all_reduce
 from pykernels.comm.feedback import ErrorFeedback
-from pykernels.comm.lanes import Step
+from pykernels.comm.lanes import Way
 from pykernels.comm.layout import RAW_BLOCK, Run
 from pykernels.comm.state import CommState
 from pykernels.ops import compress, sparse
@@ -38,7 +37,6 @@ class Slot:
         message, gathered: made anew whenever k changes.
     """
 
-    runs: list[Run]
     segments: torch.Tensor
     raw: torch.Tensor
     chosen_from: int
@@ -75,10 +73,6 @@ class SparseState(CommState):
         self.ratio = ratio
         self.warmup_steps = warmup_steps
         self.velocity = ErrorFeedback()
-        self._slots: dict[int, Slot] = {}
-
-    def forget_buckets(self) -> None:
-        self._slots.clear()
 
     @property
     def current_ratio(self) -> float:
@@ -88,16 +82,8 @@ class SparseState(CommState):
         stage = WARMUP_STAGES * max(0, self.step) // self.warmup_steps
         return float(self.ratio ** ((stage + 1) / (WARMUP_STAGES + 1)))
 
-    def _slot(self, bucket: GradBucket) -> Slot:
-        runs = self.runs(bucket)
-        slot = self._slots.get(bucket.index())
-        if slot is None or slot.runs != runs:
-            slot = self._slots[bucket.index()] = self._new_slot(bucket, runs)
-        return slot
-
-    def _new_slot(self, bucket: GradBucket, runs: list[Run]) -> Slot:
-        options = f"{self.codec}, {self.options()}"
-        self.agree(f"bucket {bucket.index()}", [options, *((run.key, run.numel, run.exempt) for run in runs)])
+    def new_slot(self, bucket: GradBucket, runs: list[Run]) -> Slot:
+        self.agree(f"bucket {bucket.index()}", f"{self.codec}, {self.options()}", runs)
         buffer = bucket.buffer()
         raw, end = [], 0
         for run in runs:
@@ -106,7 +92,6 @@ class SparseState(CommState):
                 end += -(-run.numel // RAW_BLOCK) * RAW_BLOCK * 4
         chosen = [(run.first, run.numel, 0) for run in runs if not run.exempt]
         return Slot(
-            runs,
             torch.tensor(chosen, dtype=torch.int64).reshape(-1, 3),
             torch.tensor(raw, dtype=torch.int64).reshape(-1, 3),
             sum(numel for _, numel, _ in chosen),
@@ -116,6 +101,10 @@ class SparseState(CommState):
         )
 
     keeps_velocity = False
+
+    def selected(self, slot: Slot) -> int:
+        """How many gradients of a bucket are sent in this step."""
+        return min(slot.chosen_from, max(1, round(self.current_ratio * slot.chosen_from)))
 
     @abstractmethod
     def options(self) -> str:
@@ -133,7 +122,9 @@ class SparseState(CommState):
 
 
 class TopKState(SparseState):
-    """State of the top-k hook; the arguments of :class:`SparseState`, and
+    """The largest hundredth (by default) of the gradients: a 50th of the bytes for two ranks, more ranks send more.
+
+    The arguments of :class:`SparseState`, and
 
     Args:
         threshold: send only gradients (with what is left of earlier ones) of at least this magnitude; 0 for the k
@@ -157,10 +148,8 @@ class TopKState(SparseState):
     def options(self) -> str:
         return f"ratio {self.ratio}, warmup_steps {self.warmup_steps}, threshold {self.threshold}, {self.momentum}"
 
-    def average(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        buffer = bucket.buffer()
-        slot = self._slot(bucket)
-        k = min(slot.chosen_from, max(1, round(self.current_ratio * slot.chosen_from)))
+    def way(self, index: int, buffer: torch.Tensor, slot: Slot) -> Way:
+        k = self.selected(slot)
         size = 8 * k + slot.raw_bytes
         if slot.message is None or slot.message.numel() != size:
             slot.message = torch.zeros(size, dtype=torch.uint8, device=buffer.device)
@@ -169,31 +158,23 @@ class TopKState(SparseState):
         assert gathered is not None
         others = self.world - 1
         self._meter.sent(2 * others / self.world * buffer.nbytes, others * size)
-
-        def encode() -> Step:
-            with self._meter.timed("encode"):
-                sparse.sparse_encode(
-                    buffer, slot.worker, slot.velocity, message, slot.segments, k, self.threshold, self.momentum
-                )
-                compress.compress_encode(buffer, None, message[8 * k :], slot.raw, "fp32", RAW_BLOCK)
-            work = all_gather(gathered, message, self.group)
-            return lambda: decode(work)
-
-        def decode(work: dist.Work) -> None:
-            with self._meter.timed("gather"):
-                work.wait()
-            with self._meter.timed("decode"):
-                payloads = gathered.view(self.world, size)
-                buffer.zero_()
-                sparse.sparse_decode(payloads[:, : 8 * k], buffer, k, 1.0 / self.world)
-                compress.compress_decode(payloads[:, 8 * k :], buffer, slot.raw, "fp32", RAW_BLOCK, 1.0 / self.world)
-
-        with self._lanes.side_stream(buffer.device):
-            return self._lanes.run(buffer, encode)
+        with self._meter.timed("encode"):
+            sparse.sparse_encode(
+                buffer, slot.worker, slot.velocity, message, slot.segments, k, self.threshold, self.momentum
+            )
+            compress.compress_encode(buffer, None, message[8 * k :], slot.raw, "fp32", RAW_BLOCK)
+        yield "gather", all_gather(gathered, message, self.group)
+        with self._meter.timed("decode"):
+            payloads = gathered.view(self.world, size)
+            buffer.zero_()
+            sparse.sparse_decode(payloads[:, : 8 * k], buffer, k, 1.0 / self.world)
+            compress.compress_decode(payloads[:, 8 * k :], buffer, slot.raw, "fp32", RAW_BLOCK, 1.0 / self.world)
 
 
 class RandomKState(SparseState):
-    """State of the random-k hook; the arguments of :class:`SparseState`, and
+    """Gradients at random positions, the same on every rank: with 1 %, a hundredth of the bytes.
+
+    The arguments of :class:`SparseState`, and
 
     Args:
         seed: of the positions, which all ranks draw alike, so that an all-reduce of the values is all there is to send.
@@ -208,10 +189,8 @@ class RandomKState(SparseState):
     def options(self) -> str:
         return f"ratio {self.ratio}, warmup_steps {self.warmup_steps}, seed {self.seed}"
 
-    def average(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        buffer = bucket.buffer()
-        slot = self._slot(bucket)
-        k = min(slot.chosen_from, max(1, round(self.current_ratio * slot.chosen_from)))
+    def way(self, index: int, buffer: torch.Tensor, slot: Slot) -> Way:
+        k = self.selected(slot)
         size = 4 * k + slot.raw_bytes
         if slot.message is None or slot.message.numel() != size:
             slot.message = torch.zeros(size, dtype=torch.uint8, device=buffer.device)
@@ -219,21 +198,11 @@ class RandomKState(SparseState):
         values = message.view(torch.float32)
         sent = 2 * (self.world - 1) / self.world
         self._meter.sent(sent * buffer.nbytes, sent * size)
-        seed = zlib.crc32(repr((self.seed, self.step, bucket.index())).encode())
-
-        def encode() -> Step:
-            with self._meter.timed("encode"):
-                sparse.randomk_encode(buffer, slot.worker, values[:k], slot.segments, k, seed)
-                compress.compress_encode(buffer, None, message[4 * k :], slot.raw, "fp32", RAW_BLOCK)
-            work = all_reduce(values, self.group)
-            return lambda: decode(work)
-
-        def decode(work: dist.Work) -> None:
-            with self._meter.timed("gather"):
-                work.wait()
-            with self._meter.timed("decode"):
-                sparse.randomk_decode(values[:k], buffer, slot.segments, k, seed, 1.0 / self.world)
-                compress.compress_decode(message[None, 4 * k :], buffer, slot.raw, "fp32", RAW_BLOCK, 1.0 / self.world)
-
-        with self._lanes.side_stream(buffer.device):
-            return self._lanes.run(buffer, encode)
+        seed = zlib.crc32(repr((self.seed, self.step, index)).encode())
+        with self._meter.timed("encode"):
+            sparse.randomk_encode(buffer, slot.worker, values[:k], slot.segments, k, seed)
+            compress.compress_encode(buffer, None, message[4 * k :], slot.raw, "fp32", RAW_BLOCK)
+        yield "gather", all_reduce(values, self.group)
+        with self._meter.timed("decode"):
+            sparse.randomk_decode(values[:k], buffer, slot.segments, k, seed, 1.0 / self.world)
+            compress.compress_decode(message[None, 4 * k :], buffer, slot.raw, "fp32", RAW_BLOCK, 1.0 / self.world)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass
@@ -47,6 +47,17 @@ class Meter:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.total = Stats()
+
+    def __getstate__(self) -> Stats:
+        return self.snapshot()
+
+    def __setstate__(self, total: Stats) -> None:
+        self._lock, self.total = threading.Lock(), total
+
+    def snapshot(self, norms: Mapping[str, float] | None = None) -> Stats:
+        """A copy of the sums, with residual `norms`."""
+        with self._lock:
+            return replace(self.total, seconds=dict(self.total.seconds), residual_norms=dict(norms or {}))
 
     def sent(self, gradient_bytes: float, wire_bytes: float) -> None:
         with self._lock:

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import GradBucket
 
-from pykernels.comm.collectives import all_gather, all_to_all, new_group
+from pykernels.comm.collectives import all_gather, new_group
 from pykernels.comm.dense import DenseState
 from pykernels.comm.feedback import ErrorFeedback
-from pykernels.comm.lanes import Step
+from pykernels.comm.lanes import Way
 from pykernels.comm.layout import Layout, Piece, Run, Section, lay_out
-from pykernels.ops import compress
+from pykernels.comm.wire import Exchange, Wire
 
 
 @dataclass
@@ -31,23 +32,16 @@ class Levels:
     Attributes:
         inner: the bucket among the ranks of a host, all of it in fp32.
         outer: this rank's part of it among the hosts.
-        decode: codec, block and segments of all that the ranks of the host got: where it goes in the bucket.
-        part, worker: fp32, this rank's part and its residual.
-        shards: by section of `outer`, the residual of what this rank averages for all.
+        whole: all that the ranks of the host got: where it goes in the bucket.
+        part: fp32, this rank's part; parts: the same by section of `inner`.
+        gathered: what the ranks of the host got, as bytes.
     """
 
-    runs: list[Run]
-    inner: Layout
-    outer: Layout
-    decode: list[tuple[str, int, torch.Tensor]]
+    inner: Exchange
+    outer: Exchange
+    whole: Wire
     part: torch.Tensor
-    worker: torch.Tensor | None
-    shards: list[torch.Tensor | None]
-    inner_sent: torch.Tensor
-    inner_received: torch.Tensor
-    outer_sent: torch.Tensor
-    outer_received: torch.Tensor
-    reduced: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
     gathered: torch.Tensor
 
 
@@ -59,7 +53,7 @@ class TwoLevelState(DenseState):
         ranks_per_host: of consecutive ranks, as torchrun numbers them; it divides the number of ranks.
 
     Raises:
-        ValueError: `ranks_per_host` does not divide the number of ranks.
+        ValueError: `ranks_per_host` does not divide the number of ranks (when the ranks connect).
     """
 
     lanes = 4
@@ -73,23 +67,19 @@ class TwoLevelState(DenseState):
         super().__init__(*args, **kwargs)
         if self.checksum:
             raise ValueError("pykernels: checksum: not with ranks_per_host")
-        if ranks_per_host < 1 or self.world % ranks_per_host:
-            raise ValueError(
-                f"pykernels: ranks_per_host must divide the number of ranks, {self.world}, not {ranks_per_host}"
-            )
         self.ranks_per_host = ranks_per_host
-        self.hosts = self.world // ranks_per_host
-        self.host, self.place = divmod(self.rank, ranks_per_host)
-        ranks = dist.get_process_group_ranks(self.group)
-        mates = ranks[self.host * ranks_per_host : (self.host + 1) * ranks_per_host]
-        peers = ranks[self.place :: ranks_per_host]
-        self._inner, self._inner_gather = (new_group(mates, self.group) for _ in range(2))
-        self._outer, self._outer_gather = (new_group(peers, self.group) for _ in range(2))
         self.part_feedback = ErrorFeedback()
-        self._levels: dict[int, Levels] = {}
 
-    def forget_buckets(self) -> None:
-        self._levels.clear()
+    def _connect(self) -> None:
+        size = self.ranks_per_host
+        if size < 1 or self.world % size:
+            raise ValueError(f"pykernels: ranks_per_host must divide the number of ranks, {self.world}, not {size}")
+        self.hosts = self.world // size
+        self.host, self.place = divmod(self.rank, size)
+        ranks = dist.get_process_group_ranks(self.group)
+        mates, peers = ranks[self.host * size : (self.host + 1) * size], ranks[self.place :: size]
+        self._inner, self._inner_gather = (new_group(mates, self.group) for _ in range(2))
+        self._outer = new_group(peers, self.group), new_group(peers, self.group)
 
     def rescale(self, factor: float) -> None:
         super().rescale(factor)
@@ -102,38 +92,26 @@ class TwoLevelState(DenseState):
         same = state["world"] == self.world and state["ranks_per_host"] == self.ranks_per_host
         self.part_feedback.load({}, state["part"] if same else {}, False)
 
-    def _bucket_levels(self, bucket: GradBucket) -> Levels:
-        runs = self.runs(bucket)
-        levels = self._levels.get(bucket.index())
-        if levels is None or levels.runs != runs:
-            levels = self._levels[bucket.index()] = self._new_levels(bucket, runs)
-        return levels
+    def options(self) -> str:
+        return f"{super().options()}, ranks_per_host {self.ranks_per_host}"
 
-    def _new_levels(self, bucket: GradBucket, runs: list[Run]) -> Levels:
-        options = f"{self.codec}, block {self.block}, ranks_per_host {self.ranks_per_host}"
-        history = self.agree(
-            f"bucket {bucket.index()}",
-            [options, *((run.key, run.numel, run.exempt) for run in runs)],
-            vote=self.feedback.has_history,
-        )
+    def new_slot(self, bucket: GradBucket, runs: list[Run]) -> Levels:
         device = bucket.buffer().device
+        history = self._agree_on(f"bucket {bucket.index()}", runs, device)
         inners = [lay_out(runs, "fp32", self.block, self.ranks_per_host, place) for place in range(self.ranks_per_host)]
         inner = inners[self.place]
         outer = self._outer_layout(_parts(inner, runs))
         # The same records once more, for each rank of the host, at their places in the bucket: what is decoded.
         everywhere = [self._outer_layout(_parts(part, runs, in_bucket=True)) for part in inners]
         stride = max(layout.payload_bytes for layout in everywhere)
-        tables: dict[tuple[str, int], list[torch.Tensor]] = {}
-        for place, layout in enumerate(everywhere):
-            for section in layout.sections:
-                shift = torch.tensor([0, 0, place * stride])
-                tables.setdefault((section.codec, section.block), []).append(section.segments + shift)
+        numels = [section.shard_numel for section in inner.sections]
         worker: torch.Tensor | None = None
         shards: list[torch.Tensor | None] = [None] * len(outer.sections)
-        numel = sum(section.shard_numel for section in inner.sections)
         if self.error_feedback:
             pieces = [piece for piece, exempt in _pieces(inner, runs) if not exempt]
-            worker = self.part_feedback.attach_shard(runs, pieces, numel, device, self._inner if history else None)
+            worker = self.part_feedback.attach_shard(
+                runs, pieces, sum(numels), device, self._inner if history else None
+            )
             shards = [
                 self.feedback.attach_shard(
                     runs, _named(section), section.shard_numel, device, self.group if history else None
@@ -142,113 +120,46 @@ class TwoLevelState(DenseState):
                 else None
                 for section in outer.sections
             ]
-
-        def zeros(size: int) -> torch.Tensor:
-            return torch.zeros(size, dtype=torch.uint8, device=device)
-
+        part = torch.zeros(sum(numels), device=device)
         return Levels(
-            runs,
-            inner,
-            outer,
-            [(codec, block, torch.cat(parts)) for (codec, block), parts in tables.items()],
-            torch.zeros(numel, device=device),
-            worker,
-            shards,
-            zeros(inner.payload_bytes),
-            zeros(inner.payload_bytes),
-            zeros(stride),
-            zeros(outer.payload_bytes),
-            zeros(outer.shard_bytes),
-            zeros(self.ranks_per_host * stride),
+            Exchange(Wire(inner, "fp32"), device),
+            Exchange(self._over(outer, f"bucket {bucket.index()}", worker, shards), device, stride),
+            Wire(_together(everywhere, stride), self.codec),
+            part,
+            part.split(numels),
+            torch.zeros(self.ranks_per_host * stride, dtype=torch.uint8, device=device),
         )
 
     def _outer_layout(self, parts: Sequence[Run]) -> Layout:
         return lay_out(parts, self.codec, self.block, self.hosts, self.host)
 
-    def average(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        buffer, index = bucket.buffer(), bucket.index()
-        levels = self._bucket_levels(bucket)
+    def way(self, index: int, buffer: torch.Tensor, slot: Any) -> Way:
+        levels: Levels = slot
         inner, outer = levels.inner, levels.outer
-        crossing = 2 * (self.hosts - 1)
-        self._meter.sent(2 * (self.world - 1) / self.world * buffer.nbytes, crossing * outer.shard_bytes)
+        crossing = 2 * (self.hosts - 1) * outer.wire.layout.shard_bytes
+        self._meter.sent(2 * (self.world - 1) / self.world * buffer.nbytes, crossing)
+        factor = 1.0 / self.ranks_per_host
+        yield from inner.reduce_scatter(
+            buffer, levels.parts, factor, self._inner, self._meter, ("host", "host", "host")
+        )
+        yield from outer.all_reduce(levels.part, self._outer, self._meter, partial(self._draw, index))
+        yield "host", all_gather(levels.gathered, outer.sent, self._inner_gather)
+        with self._meter.timed("decode"):
+            levels.whole.decode(levels.gathered, buffer)
 
-        def scatter() -> Step:
-            with self._meter.timed("host"):
-                for section in inner.sections:
-                    compress.compress_encode(
-                        buffer, None, levels.inner_sent, section.segments, section.codec, section.block
-                    )
-            work = all_to_all(levels.inner_received, levels.inner_sent, self._inner)
-            return lambda: encode(work)
 
-        def encode(work: dist.Work) -> Step:
-            with self._meter.timed("host"):
-                work.wait()
-                received = levels.inner_received.view(self.ranks_per_host, inner.shard_bytes)
-                begin = 0
-                for section in inner.sections:
-                    compress.compress_decode(
-                        received,
-                        levels.part[begin : begin + section.shard_numel],
-                        section.shard_segments,
-                        section.codec,
-                        section.block,
-                        1.0 / self.ranks_per_host,
-                    )
-                    begin += section.shard_numel
-            sent = levels.outer_sent[: outer.payload_bytes]
-            with self._meter.timed("encode"):
-                for section in outer.sections:
-                    mine = section.codec == self.codec
-                    compress.compress_encode(
-                        levels.part,
-                        levels.worker if mine else None,
-                        sent,
-                        section.segments,
-                        section.codec,
-                        section.block,
-                        stochastic=mine and self.stochastic,
-                        seed=self._draw(index, 0) if self.stochastic else 0,
-                    )
-            following = all_to_all(levels.outer_received, sent, self._outer)
-            return lambda: reduce(following)
-
-        def reduce(work: dist.Work) -> Step:
-            with self._meter.timed("exchange"):
-                work.wait()
-            with self._meter.timed("reduce"):
-                received = levels.outer_received.view(self.hosts, outer.shard_bytes)
-                for section, residual in zip(outer.sections, levels.shards, strict=True):
-                    mine = section.codec == self.codec
-                    compress.compress_reduce(
-                        received,
-                        residual,
-                        levels.reduced,
-                        section.shard_segments,
-                        section.codec,
-                        section.block,
-                        1.0 / self.hosts,
-                        stochastic=mine and self.stochastic,
-                        seed=self._draw(index, 1) if self.stochastic else 0,
-                    )
-            following = all_gather(levels.outer_sent[: outer.payload_bytes], levels.reduced, self._outer_gather)
-            return lambda: share(following)
-
-        def share(work: dist.Work) -> Step:
-            with self._meter.timed("gather"):
-                work.wait()
-            following = all_gather(levels.gathered, levels.outer_sent, self._inner_gather)
-            return lambda: decode(following)
-
-        def decode(work: dist.Work) -> None:
-            with self._meter.timed("host"):
-                work.wait()
-            with self._meter.timed("decode"):
-                for codec, block, segments in levels.decode:
-                    compress.compress_decode(levels.gathered[None], buffer, segments, codec, block)
-
-        with self._lanes.side_stream(buffer.device):
-            return self._lanes.run(buffer, scatter)
+def _together(layouts: Sequence[Layout], stride: int) -> Layout:
+    """The records of several messages, `stride` bytes apart, as one."""
+    tables: dict[tuple[str, int], list[torch.Tensor]] = {}
+    for place, layout in enumerate(layouts):
+        for section in layout.sections:
+            shift = torch.tensor([0, 0, place * stride])
+            tables.setdefault((section.codec, section.block), []).append(section.segments + shift)
+    nothing = torch.empty(0, 3, dtype=torch.int64)
+    sections = tuple(
+        Section(codec, block, torch.cat(parts), nothing, 0, ()) for (codec, block), parts in tables.items()
+    )
+    return Layout(sections, max(layout.numel for layout in layouts), len(layouts), stride)
 
 
 def _pieces(inner: Layout, runs: Sequence[Run]) -> list[tuple[Piece, bool]]:

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from training import backward, gradients, network, same_everywhere, train
 
 from pykernels import comm
-from pykernels.comm import dense
+from pykernels.comm import wire
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW_CODECS = ["none", "int8"]
@@ -148,13 +148,13 @@ def damage(rank: int, where: str) -> tuple[str, float]:
     comm.register(model, "int8", checksum=True)
     backward(model, rank, 0)
     if rank == 1:
-        original = getattr(dense, where)
+        original = getattr(wire, where)
 
         def damaging(output: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
             source[100] ^= 4
             return original(output, source, group)
 
-        setattr(dense, where, damaging)
+        setattr(wire, where, damaging)
     return complaint(model, rank, 1)
 
 

@@ -27,7 +27,8 @@ def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args
     except BaseException:
         answer = False, traceback.format_exc()
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     (pathlib.Path(folder) / f"{rank}.pkl").write_bytes(pickle.dumps(answer))
 
 
@@ -52,7 +53,20 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
         for rank in range(world):
             if (file := pathlib.Path(folder) / f"{rank}.pkl").exists():
                 found[rank] = pickle.loads(file.read_bytes())
-    for rank in range(world):
-        good, answer = found.get(rank, (False, "no answer: it died, or did not end in time"))
-        assert good, f"rank {rank}: {answer}"
+    silent = False, "no answer: it died, or did not end in time"
+    answers = [found.get(rank, silent) for rank in range(world)]
+    bad = "\n".join(f"rank {rank}: {answer}" for rank, (good, answer) in enumerate(answers) if not good)
+    assert not bad, bad
     return [found[rank][1] for rank in range(world)]
+
+
+def alike(x: torch.Tensor) -> bool:
+    """On a rank: whether all hold the same bits."""
+    everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, x.contiguous())
+    return all(torch.equal(x, other) for other in everyone)
+
+
+def error(found: torch.Tensor, true: torch.Tensor) -> float:
+    """Relative, of all elements together."""
+    return float((found - true).norm() / true.norm())

@@ -1,0 +1,113 @@
+"""Linear layers split over ranks with compressed collectives, against the whole network in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import alike, error, run_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+
+from pykernels.comm import tensor_parallel
+
+pytestmark = pytest.mark.xdist_group("two ranks of tests/parallel")
+WIDTH, INNER, TOKENS = 256, 512, 24
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, INNER), nn.GELU(), nn.Linear(INNER, WIDTH))
+
+
+def tokens() -> torch.Tensor:
+    return torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def weights() -> torch.Tensor:
+    return torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(2))
+
+
+def whole(parameter: torch.Tensor | None) -> torch.Tensor:
+    assert parameter is not None
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def splits(rank: int) -> dict[str, Any]:
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    answers: dict[str, Any] = {}
+    reference = network()
+    x = tokens().requires_grad_()
+    true = reference(x)
+    true.backward(weights())
+
+    def judge(what: str, model: nn.Module, bound: float, sequence: bool = False) -> None:
+        """Its answer and every gradient, and whether the ranks are alike; of a sequence each rank has its tokens."""
+        mine = slice(None) if not sequence else slice(rank * TOKENS // world, (rank + 1) * TOKENS // world)
+        y = tokens()[:, mine].clone().requires_grad_()
+        found = model(y)
+        found.backward(weights()[:, mine])
+        answers[f"{what}: answer"] = error(found, true[:, mine]), bound
+        answers[f"{what}: gradient of the input"] = error(y.grad, x.grad[:, mine]), bound
+        for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+            if not (sequence and name.startswith("0.")):  # torch leaves the sum over a norm's tokens to its user
+                answers[f"{what}: gradient of {name}"] = error(whole(p.grad), q.grad), bound
+        answers[f"{what}: ranks"] = sequence or (alike(found.detach()) and alike(y.grad))
+
+    plan: dict[str, Any] = {"1": "colwise", "3": "rowwise"}
+    for codec, bound in (("fp32", 1e-5), ("int8", 0.02)):
+        judge(codec, parallelize_module(network(), mesh, tensor_parallel(plan, codec, least=0)), bound)
+    judge("small", parallelize_module(network(), mesh, tensor_parallel(plan, "int4", least=1 << 20)), 1e-5)
+    sequences = {
+        "0": SequenceParallel(use_local_output=True),
+        "1": ColwiseParallel(input_layouts=Shard(1)),
+        "3": RowwiseParallel(output_layouts=Shard(1)),
+    }
+    for codec, bound in (("fp32", 1e-5), ("int8", 0.02)):
+        model = parallelize_module(network(), mesh, tensor_parallel(sequences, codec, least=0))
+        judge(f"sequences {codec}", model, bound, sequence=True)
+
+    model = parallelize_module(network(), mesh, tensor_parallel(plan, "int8", least=0))
+    answers["checkpoint"] = torch.equal(whole(model.state_dict()["3.weight"]), reference.state_dict()["3.weight"])
+
+    for word, bad in {
+        "output_layouts": {"1": ColwiseParallel(output_layouts=Replicate())},
+        "input_layouts": {"3": RowwiseParallel(input_layouts=Replicate())},
+        "from the front": {"3": RowwiseParallel(output_layouts=Shard(-1))},
+        "colwise, rowwise": {"1": "columns"},
+        "LayerNorm": {"0": "colwise"},
+    }.items():
+        with pytest.raises(ValueError) as raised:
+            parallelize_module(network(), mesh, tensor_parallel(bad))
+        answers[f"refused: {word}"] = word in str(raised.value)
+    return answers
+
+
+def test_layers_that_are_split_answer_as_whole_ones(found: list[dict[str, Any]]) -> None:
+    for answers in (answers["splits"] for answers in found):
+        for what, answer in answers.items():
+            if isinstance(answer, tuple):
+                assert answer[0] < answer[1], (what, answer)
+            else:
+                assert answer, what
+
+
+def compiled(rank: int) -> bool:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = parallelize_module(network(), mesh, tensor_parallel({"1": "colwise", "3": "rowwise"}, "int8", least=0))
+    one, two = (tokens().requires_grad_() for _ in range(2))
+    eager, found = model(one), torch.compile(model, fullgraph=True, backend="aot_eager")(two)
+    for y in (eager, found):
+        y.backward(weights())
+    assert one.grad is not None and two.grad is not None
+    return torch.equal(eager, found) and torch.equal(one.grad, two.grad)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_answers_with_the_same_bits() -> None:
+    assert run_ranks(2, compiled) == [True, True]
