@@ -17,7 +17,6 @@ pytest.importorskip("onnxruntime")
 import onnxruntime
 
 import pykernels as pk
-from pykernels.from_onnx import load
 from tests.models import UNet, network
 from tests.networks import ops
 
@@ -137,7 +136,7 @@ def test_the_networks_of_the_zoo(name: str, dynamo: bool, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("per_channel", [True, False], ids=["per channel", "per tensor"])
-@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "unet"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "shufflenet_v2_x0_5", "unet"])
 def test_the_quantized_networks_of_the_zoo(name: str, per_channel: bool, tmp_path: Path) -> None:
     module, x = network(name)
     samples = [torch.randn(8, *x.shape[1:]) for _ in range(4)]
@@ -146,9 +145,8 @@ def test_the_quantized_networks_of_the_zoo(name: str, per_channel: bool, tmp_pat
     fast, expected = pk.optimize(path, x[:2], precision="int8"), runtime(path, x)
     if name != "unet":  # whose transposed convolution stays with torch
         assert fast.report().conversions == 2
-    # Weights are random, so one rounding moves many answers: the file's own arithmetic in floats says how many.
+    # Deep networks make much of one sum that is rounded to the next step, and the two round some sums differently (one
+    # rounding or two). So: no further from the floats than ONNX Runtime.
     with torch.no_grad():
-        found, plain = fast(x), load(path)(x)
-    assert (found - expected).abs().mean() <= 1.2 * (plain - expected).abs().mean()
-    same = [(y.argmax(1) == expected.argmax(1)).float().mean() for y in (found, plain)]
-    assert same[0] >= same[1] - 0.05 and same[0] > 0.8
+        found, exact = fast(x), module(x)
+    assert (found - exact).norm() <= 1.1 * (expected - exact).norm()
