@@ -22,7 +22,7 @@ from pykernels.serve import manifests
 from pykernels.serve.environment import ENVIRONMENT
 from pykernels.serve.service import Options
 
-__all__ = ["Cluster", "cluster", "unusable"]
+__all__ = ["DASHBOARD", "Cluster", "cluster", "unusable"]
 
 PORT, GRPC_PORT, REDIS, HEAD, DASHBOARD = 8000, 8001, 7000, 6380, 8265
 PATIENCE = 300.0  # seconds for anything to happen on a busy machine

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import pykernels as pk
-from benchmarks.serve.cluster import Cluster, cluster, unusable, wait
+from benchmarks.serve.cluster import DASHBOARD, Cluster, cluster, unusable, wait
 from benchmarks.serve.load import Load, told
 from pykernels.serve.service import Options
 
@@ -72,7 +72,7 @@ def head(made: Cluster, options: Options) -> None:
     made.lose(0)
     time.sleep(SETTLE)
     made.head()
-    wait(lambda: made.answers(0, path="api/version", port=8265), "Ray's head")
+    wait(lambda: made.answers(0, DASHBOARD, "api/version"), "Ray's head")
     wait(lambda: all(made.answers(host) for host in made.workers), "replicas")
 
 

@@ -68,8 +68,11 @@ class Load:
             yield asked
         finally:
             self._stop.set()
-            asked += [Asked(*each) for each in self._found.get()] if self._process.is_alive() else []
+            found = self._found.get() if self._process.is_alive() else None
             self._process.join()
+        if found is None:
+            raise RuntimeError("the clients died")
+        asked += [Asked(*each) for each in found]
 
 
 def told(asked: list[Asked]) -> dict[int | str, int]:

@@ -30,6 +30,7 @@ _DTYPES = {
     "INT64": torch.int64,
     "BOOL": torch.bool,
 }
+_MOST = 1 << 48  # elements: more are no tensor's, and torch counts in 64 bits
 _DATA = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data", "raw_data")
 
 
@@ -104,7 +105,7 @@ def tensor_of(tensor: Any, folder: pathlib.Path) -> torch.Tensor:
     onnx = require()
     name, shape = tensor.name or "a constant", list(tensor.dims)
     dtype = dtype_of(tensor.data_type, name)
-    if any(size < 0 for size in shape):
+    if any(size < 0 for size in shape) or math.prod(max(size, 1) for size in shape) > _MOST:  # zeros hide the others
         raise ValueError(f"{name}: its sizes are {shape}")
     length = math.prod(shape) * dtype.itemsize
     if tensor.data_location == onnx.TensorProto.EXTERNAL:

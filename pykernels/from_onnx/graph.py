@@ -262,10 +262,12 @@ def _listed(value: torch.Tensor) -> Any:
 
 
 def _constant(attributes: dict[str, Any]) -> torch.Tensor:
-    (name, value), *more = attributes.items()
+    if len(attributes) != 1:
+        raise Refused("its value is not one attribute")
+    ((name, value),) = attributes.items()
     dtypes = {"value_float": torch.float32, "value_floats": torch.float32}
-    if more or name not in ("value", "value_float", "value_floats", "value_int", "value_ints"):
-        raise Refused(", ".join(attributes))
+    if name not in ("value", "value_float", "value_floats", "value_int", "value_ints"):
+        raise Refused(name)
     return value if name == "value" else torch.tensor(value, dtype=dtypes.get(name, torch.int64))
 
 

@@ -227,6 +227,12 @@ def test_everything_that_is_not_understood_is_named_at_once(tmp_path: Path) -> N
     )
 
 
+def test_a_constant_of_nothing_is_refused(tmp_path: Path) -> None:
+    nodes = [NODE("Constant", [], ["c"], name="empty"), NODE("Add", ["x", "c"], ["y"])]
+    with pytest.raises(ValueError, match=r"not understood: Constant \(empty: its value is not one attribute\)"):
+        load(saved(model(nodes, {"x": (np.float32, [1])}, ["y"]), tmp_path))
+
+
 def test_a_subgraph_is_refused(tmp_path: Path) -> None:
     branch = helper.make_graph([NODE("Relu", ["x"], ["b"])], "branch", [], [helper.make_tensor_value_info("b", 1, [2])])
     nodes = [NODE("If", ["q"], ["y"], name="choice", then_branch=branch, else_branch=branch)]
@@ -283,9 +289,11 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         pk.optimize(tmp_path / "none.onnx")
 
 
-@pytest.mark.parametrize("dims", [[10**9, 10**9], [-1, 3], [3]])
+@pytest.mark.parametrize("dims", [[10**9, 10**9], [-1, 3], [3], [2**62, 2**62, 0]])
 def test_sizes_without_bytes_are_refused(dims: list[int], tmp_path: Path) -> None:
     proto = classifier()
+    if 0 in dims:
+        proto.graph.initializer[0].raw_data = b""
     del proto.graph.initializer[0].dims[:]
     proto.graph.initializer[0].dims.extend(dims)
     with pytest.raises(ValueError, match=r"model.onnx: w: "):
