@@ -155,6 +155,7 @@ def test_bombs_are_not_unpacked(service: Running) -> None:
         (b"{}", "br", 501),
         (b"{}", "gzip, gzip", 501),
     ],
+    ids=["none", "truncated", "followed", "another", "unknown", "twice"],  # gzip's bytes hold the time
 )
 def test_damaged_and_unknown_compression(service: Running, body: bytes, coding: str, status: int) -> None:
     assert post(service, body, **{"Content-Encoding": coding})[0] == status
