@@ -1,7 +1,7 @@
 """Runs a function on several ranks at once: processes of this machine, joined by gloo.
 
-Ranks are forked from a process that has imported what they need (multiprocessing's fork server) and does nothing else, so
-each is as new as a program that has just begun, without the seconds that importing takes.
+Ranks are forked from a process that has imported what they need (multiprocessing's fork server) and does nothing else,
+so each is as new as a program that has just begun, without the seconds that importing takes.
 """
 
 from __future__ import annotations

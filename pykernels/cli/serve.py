@@ -57,7 +57,13 @@ def serve(
         pathlib.Path | None, typer.Option(help="Holds a token that every request but those for health must bring.")
     ] = None,
     control: Annotated[bool, typer.Option("--control", help="Clients may load and unload models.")] = False,
-    queue: Annotated[int, typer.Option(min=1, help="How many requests of a model may wait; more get 429.")] = 256,
+    queue: Annotated[
+        int, typer.Option(min=1, help="How many requests of a model, or jobs, may wait; more get 429.")
+    ] = 256,
+    jobs: Annotated[
+        str | None,
+        typer.Option(help="redis://HOST:PORT/NUMBER takes jobs: requests that are submitted, polled and fetched."),
+    ] = None,
     request_mb: Annotated[int, typer.Option(min=1, help="The most of one request, decompressed.")] = 64,
     mapped_mb: Annotated[int, typer.Option(min=1, help="The most of the files of networks that are mapped.")] = 16384,
     input_shape: Annotated[
@@ -85,7 +91,10 @@ def serve(
 
     [cyan]pykernels serve resnet=resnet.pk detector=det.pk --replicas 4 --threads 1 --max-batch 16 --p99-ms 50[/]
     """
-    _needs((*NEEDED, "yaml") if write_config is not None else NEEDED if in_process else (*NEEDED, "ray"))
+    if in_process and jobs is not None:
+        fail("--jobs: is for Ray Serve, not for --in-process")
+    needed = NEEDED if jobs is None else (*NEEDED, "celery", "redis")
+    _needs((*needed, "yaml") if write_config is not None else needed if in_process else (*needed, "ray"))
     threads, replicas, max_batch = _sizes(setup, threads, replicas, max_batch)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("pykernels").setLevel(logging.INFO)
@@ -106,6 +115,7 @@ def serve(
                 mapped_bytes=mapped_mb << 20,
                 token_file=None if token_file is None else str(token_file.resolve()),
                 control=control,
+                jobs=jobs,
             )
         except (OSError, ValueError) as error:
             fail(_option(str(error)))
@@ -231,6 +241,7 @@ def _option(message: str) -> str:
         "setup": "--replicas, --threads",
         "p99_ms": "--p99-ms",
         "token_file": "--token-file",
+        "jobs": "--jobs",
         "host and port": "--host, --port",
     }
     name, separator, rest = message.partition(": ")

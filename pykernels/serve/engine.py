@@ -10,16 +10,19 @@ import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 
+from pykernels.serve import jobs
 from pykernels.serve.application import application
 from pykernels.serve.cores import pin
-from pykernels.serve.environment import NAME, STUBS
-from pykernels.serve.errors import Refused
+from pykernels.serve.environment import JOBS, NAME, STUBS
+from pykernels.serve.errors import Overloaded, Refused, Unavailable
+from pykernels.serve.protocols import http, http_v2
 from pykernels.serve.protocols.grpc_v2 import OPEN, UNARY, Answers, authorization
 from pykernels.serve.service import Options, Service
 
@@ -42,15 +45,35 @@ class Replica:
         pin(serve.get_replica_context().rank.local_rank, self.options.threads * self.options.instances)
         self.service = Service(self.options)
         self.answers = Answers(lambda: self.service)
+        url = self.options.jobs
+        self.jobs = None if url is None else jobs.Jobs(url, self.options.queue)
         await self.service.start()
 
     def __serve_build_asgi_app__(self) -> Any:
-        return application(lambda: self.service)
+        taken = self.jobs
+        return application(lambda: self.service, None if taken is None else lambda: taken)
 
     async def check_health(self) -> None:
         """Ray asks this again and again; a replica that fails is replaced."""
         if not self.service.live:
             raise RuntimeError(self.service.scheduler.death)
+
+    async def job(self, name: str, version: str, header: str | None, body: bytes) -> jobs.Answer:
+        """A job's answer, for the consumers.
+
+        Raises:
+            Overloaded, Unavailable: not now.
+        """
+        try:
+            model = await self.service.repository.get(name, version)
+            with self.service.budget.hold() as held:
+                held.grow(len(body))
+                answer = await http_v2.response(self.service, model, http_v2.call_of(bytearray(body), header))
+        except (Overloaded, Unavailable):
+            raise
+        except Refused as refused:
+            answer = http.error(refused)
+        return answer.status_code, dict(answer.headers), bytes(answer.body)
 
     async def ModelInfer(self, request: Any, grpc_context: RayServegRPCContext) -> Any:
         return await self._told(grpc_context, lambda: self.answers.ModelInfer(request, None))
@@ -140,6 +163,7 @@ def run(
 
     stop = threading.Event()
     ray.init(
+        address="local",  # one of its own, beside any that runs here
         num_cpus=replicas * options.threads * options.instances,
         include_dashboard=False,
         log_to_driver=False,
@@ -155,13 +179,16 @@ def run(
             grpc_options={"port": grpc_port, "grpc_servicer_functions": [STUBS]},
         )
         serve.run(bind(options, replicas), name=NAME, route_prefix="/")
+        if options.jobs is not None:
+            serve.run(jobs.bind(options.jobs, jobs.at_once(options, replicas)), name=JOBS, route_prefix=None)
         if started is not None:
             started(port, grpc_port)
         stop.wait()
     finally:
         # Replicas answer what they have taken. `serve.shutdown` would wait half a minute for its controller besides.
-        with contextlib.suppress(Exception):
-            serve.delete(NAME)
+        applications = [NAME] if options.jobs is None else [NAME, JOBS]
+        with contextlib.suppress(Exception), ThreadPoolExecutor() as threads:
+            list(threads.map(serve.delete, applications))
         ray.shutdown()
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from pykernels.serve.environment import ENVIRONMENT, NAME, STUBS
+from pykernels.serve.environment import ENVIRONMENT, JOBS, NAME, STUBS
+from pykernels.serve.jobs import at_once
 from pykernels.serve.service import Options
 
 __all__ = ["nginx", "ray_service", "serve_config", "write"]
@@ -99,18 +100,28 @@ def serve_config(options: Options, replicas: int, port: int, grpc_port: int) -> 
         options: what is served; paths are those of every node.
         replicas: how many, of `options.instances` instances each.
     """
+    applications: list[dict[str, Any]] = [
+        {
+            "name": NAME,
+            "route_prefix": "/",
+            "import_path": "pykernels.serve.engine:build",
+            "args": {**dataclasses.asdict(options), "replicas": replicas},
+        }
+    ]
+    if options.jobs is not None:
+        applications.append(
+            {
+                "name": JOBS,
+                "route_prefix": None,
+                "import_path": "pykernels.serve.jobs:build",
+                "args": {"url": options.jobs, "at_once": at_once(options, replicas)},
+            }
+        )
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": port},
         "grpc_options": {"port": grpc_port, "grpc_servicer_functions": [STUBS]},
-        "applications": [
-            {
-                "name": NAME,
-                "route_prefix": "/",
-                "import_path": "pykernels.serve.engine:build",
-                "args": {**dataclasses.asdict(options), "replicas": replicas},
-            }
-        ],
+        "applications": applications,
     }
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 
@@ -43,6 +44,7 @@ class Options:
         refresh: seconds between two looks into the folder.
         token_file: holds the token that every request but those for health must bring; None for no token.
         control: whether clients may load and unload models.
+        jobs: address of the Redis that holds jobs, ``redis://HOST:PORT/NUMBER``; None for no jobs.
 
     Raises:
         ValueError: a number is out of range.
@@ -60,6 +62,7 @@ class Options:
     refresh: float = 5.0
     token_file: str | None = None
     control: bool = False
+    jobs: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("threads", "instances", "batch", "queue", "request_bytes", "memory_bytes", "mapped_bytes"):
@@ -70,6 +73,10 @@ class Options:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: must be a finite number above 0, not {value!r}")
+        if self.jobs is not None:
+            address = urlsplit(self.jobs)
+            if address.scheme not in ("redis", "rediss") or not address.hostname:
+                raise ValueError(f"jobs: must be redis://HOST:PORT/NUMBER, not {self.jobs!r:.80}")
         if not self.models:
             raise ValueError("models: there are none")
 

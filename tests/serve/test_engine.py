@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +14,7 @@ import pytest
 import torch
 import tritonclient.grpc
 import tritonclient.http
+from deployed import Deployed, deploy
 from torch import nn
 from tritonclient.utils import InferenceServerException
 
@@ -36,71 +33,10 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Deployed:
-    """What `pykernels serve` started."""
-
-    def __init__(self, process: subprocess.Popen[str], http: str, grpc: str) -> None:
-        self.process, self.http, self.grpc = process, http, grpc
-
-    def replicas(self) -> list[int]:
-        """Processes of replicas that descend from this one."""
-        parents = {}
-        names = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                names[int(folder.name)] = (folder / "cmdline").read_bytes()
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-
-        def ours(pid: int) -> bool:
-            while pid in parents:
-                if pid == self.process.pid:
-                    return True
-                pid = parents[pid]
-            return False
-
-        return sorted(
-            pid for pid, name in names.items() if name.startswith(b"ray::ServeReplica:pykernels") and ours(pid)
-        )
-
-    def ask(self, x: torch.Tensor) -> torch.Tensor:
-        body = json.dumps({"instances": x.tolist()}).encode()
-        answer = urllib.request.urlopen(f"http://{self.http}/v1/models/line:predict", body, timeout=60)
-        return torch.tensor(json.load(answer)["predictions"])
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def deployed(net: Path) -> Iterator[Deployed]:
-    http, grpc = free_ports(2)
-    options = f"--replicas {REPLICAS} --max-batch 4 --port {http} --grpc-port {grpc}".split()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pykernels", "serve", net, *options],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    try:
-        assert process.stdout is not None
-        while "http://" not in (line := process.stdout.readline()):
-            assert line, "it ended before it served"
-        yield Deployed(process, f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    with deploy(net, "--replicas", str(REPLICAS), "--max-batch", "4") as found:
+        yield found
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])

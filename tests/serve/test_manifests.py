@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import os
 import shutil
@@ -40,8 +41,17 @@ def test_the_serve_config_gives_the_options_back(written: Path, options: Options
     assert Options(**arguments) == options
 
 
-def test_the_serve_config_is_what_ray_takes(written: Path) -> None:
+def test_jobs_are_an_application_of_their_own(options: Options) -> None:
+    jobs = dataclasses.replace(options, jobs="redis://redis:6379/0")
+    _, consumers = manifests.serve_config(jobs, 3, 8000, 8001)["applications"]
+    assert consumers["route_prefix"] is None
+    assert consumers["args"] == {"url": "redis://redis:6379/0", "at_once": 24}
+
+
+def test_the_serve_config_is_what_ray_takes(written: Path, options: Options) -> None:
     schema = pytest.importorskip("ray.serve.schema", reason="Ray is not installed")
+    jobs = dataclasses.replace(options, jobs="redis://redis:6379/0")
+    schema.ServeDeploySchema.model_validate(manifests.serve_config(jobs, 3, 8000, 8001))
     schema.ServeDeploySchema.model_validate(yaml.safe_load((written / "serve.yaml").read_text()))
     service = yaml.safe_load((written / "rayservice.yaml").read_text())
     schema.ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
