@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import importlib.util
 import ipaddress
@@ -26,7 +25,7 @@ from pykernels.tune.cores import usable
 if TYPE_CHECKING:
     from pykernels.serve.service import Options
 
-NEEDED = ("fastapi", "grpc", "prometheus_client", "tritonclient", "uvicorn")
+NEEDED = ("fastapi", "grpc", "prometheus_client", "tritonclient", "uvicorn", "uvloop")
 console = Console(stderr=True, soft_wrap=True)
 
 
@@ -141,7 +140,7 @@ def _run(options: Options, host: str, port: int, grpc_port: int, in_process: boo
     if in_process:
         from pykernels.serve.in_process import serve as serve_here
 
-        asyncio.run(serve_here(options, host, port, grpc_port, started))
+        serve_here(options, host, port, grpc_port, started)
         return
     from pykernels.serve.environment import ENVIRONMENT
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import grpc
 import uvicorn
+import uvloop
 from tritonclient.grpc import service_pb2_grpc
 
 from pykernels.serve.application import application
@@ -109,10 +110,10 @@ async def running(
         listener.close()
 
 
-async def serve(
+def serve(
     options_: Options, host: str, port: int, grpc_port: int | None, started: Callable[[int, int], None] | None = None
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain.
+    """Serve until SIGTERM or SIGINT, then drain. The event loop is uvloop's, as Ray's is.
 
     Args:
         started: called with the ports of HTTP and gRPC when it listens.
@@ -120,11 +121,14 @@ async def serve(
     Raises:
         OSError, ValueError: as `running`.
     """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with running(options_, host, port, grpc_port) as (addresses, _):
-        if started is not None:
-            started(addresses.http, addresses.grpc)
-        await stop.wait()
+
+    async def until_told() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        async with running(options_, host, port, grpc_port) as (addresses, _):
+            if started is not None:
+                started(addresses.http, addresses.grpc)
+            await stop.wait()
+
+    uvloop.run(until_told())

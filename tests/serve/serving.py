@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import uvloop
 from torch import nn
 
 import pykernels as pk
@@ -94,7 +95,7 @@ def serving(**options: Any) -> Iterator[Running]:
                 ready.set_exception(error)
             raise
 
-    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
+    thread = threading.Thread(target=lambda: uvloop.run(run()), daemon=True)
     thread.start()
     try:
         yield ready.result(PATIENCE)
