@@ -4,8 +4,10 @@
     python -m benchmarks.serve.in_process --network resnet18 --seconds 10
 
 Latency: one client, one request at a time, of one instance of one thread: p50 and p99 of the call itself, of HTTP and
-of gRPC, taken in turn. "added" is the difference of the medians; "server CPU" is what the server's process computed for
-a request, the network included, which other processes on the machine change little. Throughput: as many clients as fill
+of gRPC, taken in turn. First of a network that only averages its input, so that nearly all is the protocol's; then of
+the network. "added" is the difference of the medians; "server CPU" is what the server's process computed for a request,
+the network included. A call after a pause is slower than one that follows another, server or not: "rested" is a
+call after 3 ms of sleep, which are not counted. Throughput: as many clients as fill
 batches, against `pykernels.Instances` with the same threads and the same batch, in turn. Clients run in processes of
 their own on the same cores: what they take of the machine counts against the server.
 """
@@ -25,12 +27,22 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import nn
 
 import pykernels as pk
 from pykernels.bench import zoo
+from pykernels.bench.machine import machine
 
 ROUNDS = 5
+PAUSE = 0.003  # seconds
 INPUT = "x"  # as torchvision's networks call it
+
+
+class Mean(nn.Module):
+    """Next to nothing to compute."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3))
 
 
 @contextlib.contextmanager
@@ -80,13 +92,14 @@ def cpu(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def timed(call: Callable[[torch.Tensor], object], x: torch.Tensor, seconds: float) -> list[float]:
-    """Seconds of each call, one after the other."""
+def timed(call: Callable[[torch.Tensor], object], x: torch.Tensor, seconds: float, pause: float = 0.0) -> list[float]:
+    """Seconds of each call, one after the other, with a pause between."""
     with torch.no_grad():
         call(x)
         found: list[float] = []
         begin = time.perf_counter()
         while time.perf_counter() - begin < seconds:
+            time.sleep(pause)
             before = time.perf_counter()
             call(x)
             found.append(time.perf_counter() - before)
@@ -101,6 +114,7 @@ def latency(net: pathlib.Path, x: torch.Tensor, seconds: float) -> None:
     ):
         calls: dict[str, Callable[[torch.Tensor], object]] = {
             "the network": lambda x: fast(x),
+            "rested": lambda x: fast(x),
             "Instances": alone,
             "HTTP": client("http", http),
             "gRPC": client("grpc", grpc),
@@ -110,7 +124,7 @@ def latency(net: pathlib.Path, x: torch.Tensor, seconds: float) -> None:
         for _ in range(ROUNDS):
             for what, call in calls.items():
                 before = cpu(pid)
-                taken[what] += timed(call, x, seconds / ROUNDS)
+                taken[what] += timed(call, x, seconds / ROUNDS, PAUSE if what == "rested" else 0.0)
                 spent[what] += cpu(pid) - before
     base = statistics.median(taken["the network"])
     print(f"{'':12}  p50 ms  p99 ms  added p50 ms  server CPU ms")
@@ -182,9 +196,12 @@ def main() -> None:
     x = torch.randn(1, 3, 224, 224)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        net = pathlib.Path(folder) / "net.pk"
+        mean, net = pathlib.Path(folder) / "mean.pk", pathlib.Path(folder) / "net.pk"
+        pk.optimize(Mean(), (x,)).save(mean)
         pk.optimize(zoo.build(arguments.network).eval(), (x,)).save(net)
-        print(f"{arguments.network}, fp32, {x.numel() * 4 / 1e3:.0f} KB a request")
+        print(f"{x.numel() * 4 / 1e3:.0f} KB a request, {machine()}\n\nnothing but an average")
+        latency(mean, x, arguments.seconds)
+        print(f"\n{arguments.network}, fp32")
         latency(net, x, arguments.seconds)
         throughput(net, x, arguments.seconds, arguments.batch)
 
