@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch.fx import GraphModule
 
@@ -111,6 +110,8 @@ def _planned(network: Network) -> Planned:
 
 def _alone(mixture: Mixture, int8: Network, inputs: Sequence[Any]) -> Network:
     """A network of conversions, of every value, and of the layers that write some, in 8 bits and in floats."""
+    import sympy
+
     sizes: dict[Any, int] = {}
     for given, x in zip(int8.inputs, inputs, strict=True):
         sizes.update(zip(given.shape or (), x.shape if isinstance(x, torch.Tensor) else (), strict=True))

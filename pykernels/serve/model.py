@@ -8,7 +8,7 @@ import statistics
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,9 +21,10 @@ from pykernels.serve.signature import Request, Signature, examples
 from pykernels.tune import Workers
 from pykernels.tune.instances import check
 
-__all__ = ["Limits", "Model", "ready"]
+__all__ = ["UNTRIED", "Limits", "Model", "ready", "try_batches"]
 
 SLICE, CALLS = 0.02, 30  # each size is timed for so many seconds on each instance, once at least, and so often at most
+UNTRIED = "its batches have not been tried yet"
 PATIENCE = 600.0  # seconds for one size: whoever takes longer hangs
 
 
@@ -75,22 +76,33 @@ class Model:
         return request._replace(rows=None, key=tuple(tuple(x.shape) for x in request.inputs))
 
 
-async def ready(name: str, version: int, path: Path, workers: Workers, limits: Limits, counts: Counts) -> Model:
-    """Map a network, check that it can be served, and make its plans ready on every instance for every batch size.
-
-    Requests are put together only where a batch gave the bits that its rows gave one by one, for random inputs of each
-    size: parts of a network that are left to torch need not, and a network may look at its whole batch.
+async def ready(
+    name: str, version: int, path: Path, workers: Workers, limits: Limits, counts: Counts, tried: bool = True
+) -> Model:
+    """Map a network, check that it can be served, and make its plans ready on every instance: for every batch size
+    (`try_batches`), or for single rows alone, with requests that stay apart, where it is not to be `tried`.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is no network of ours, its calls write into something, or its inputs or outputs are no tensors.
     """
     network, size = await asyncio.to_thread(_load, path)
-    on_instance = workers.submit(Signature.of, network)
-    signature = await asyncio.wrap_future(on_instance)
-    apart, costs = await _measure(network, signature, workers, limits.batch)
+    signature = await asyncio.wrap_future(workers.submit(Signature.of, network))
+    apart, costs = await _measure(network, signature, workers, limits.batch if tried else 0)
     queue = Queue(network, costs, limits.queue, limits.target, workers.setup.instances, counts)
     return Model(name, version, network, signature, queue, apart, size)
+
+
+async def try_batches(model: Model, workers: Workers, limits: Limits) -> Model:
+    """The same model, its plans ready for every batch size, with a queue that puts requests together.
+
+    That happens only where a batch gave the bits that its rows gave one by one, for random inputs of each size: parts
+    of a network that are left to torch need not, and a network may look at its whole batch.
+    """
+    apart, costs = await _measure(model.network, model.signature, workers, limits.batch)
+    old = model.queue
+    queue = Queue(model.network, costs, limits.queue, limits.target, workers.setup.instances, old.counts)
+    return replace(model, queue=queue, apart=apart)
 
 
 def _load(path: Path) -> tuple[Optimized, int]:
@@ -100,17 +112,20 @@ def _load(path: Path) -> tuple[Optimized, int]:
 
 
 async def _measure(network: Optimized, signature: Signature, workers: Workers, most: int) -> tuple[str | None, Costs]:
-    """Why requests must stay apart, if they must, and seconds a call by batch size."""
+    """Why requests must stay apart, if they must, and seconds a call by batch size, up to `most`; 0 tries nothing."""
     if not signature.batched:
         seconds, _ = await _timed(network, examples(network, ones=signature.ones), workers)
         return "its batch size is not free", Costs({1: seconds})
     if any(spec.shape[:1] != (-1,) for spec in signature.outputs):
         seconds, _ = await _timed(network, examples(network, 1, ones=signature.ones), workers)
         return "an output does not have the batch's rows", Costs({1: seconds})
-    rows = await asyncio.to_thread(examples, network, most, ones=signature.ones)
+    if not most:
+        seconds, _ = await _timed(network, examples(network, 1, ones=signature.ones), workers)
+        return UNTRIED, Costs({1: seconds})
+    rows = await asyncio.to_thread(examples, network, max(most, 2), ones=signature.ones)
     single: list[list[torch.Tensor]] = []
     costs: dict[int, float] = {}
-    for size in sizes(most):
+    for size in sizes(max(most, 2)):  # where single rows are wanted, larger requests are cut
         seconds, answers = await _timed(network, [x[:size].contiguous() for x in rows], workers)
         costs[size] = seconds
         while len(single) < size:
@@ -118,7 +133,7 @@ async def _measure(network: Optimized, signature: Signature, workers: Workers, m
             single.append(await asyncio.wrap_future(workers.submit(_call, network, row)))
         if not await asyncio.to_thread(_joined, answers, single[:size]):
             return f"a batch of {size} does not give the bits of its rows one by one", Costs({1: costs[1]})
-    return None, Costs(costs)
+    return None, Costs({size: seconds for size, seconds in costs.items() if size <= most})
 
 
 async def _timed(
@@ -130,10 +145,11 @@ async def _timed(
     def one() -> tuple[float, list[torch.Tensor]]:
         try:
             together.wait(PATIENCE)
-            answer = _call(network, inputs)  # the plans are made ready
+            begin = time.perf_counter()
+            answer = _call(network, inputs)  # the plans are made ready, which is next to nothing in a long call
+            times = [time.perf_counter() - begin]
             together.wait(PATIENCE)
-            times: list[float] = []
-            while not times or (sum(times) < SLICE and len(times) < CALLS):
+            while sum(times) < SLICE and len(times) < CALLS:
                 begin = time.perf_counter()
                 _call(network, inputs)
                 times.append(time.perf_counter() - begin)

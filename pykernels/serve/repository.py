@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from pykernels.serve.batching import Counts
 from pykernels.serve.errors import Invalid, NotFound, Unavailable
-from pykernels.serve.model import Limits, Model, ready
+from pykernels.serve.model import UNTRIED, Limits, Model, ready, try_batches
 from pykernels.tune import Workers
 
 __all__ = ["Entry", "Repository", "State", "models_in", "named"]
@@ -90,7 +90,8 @@ class Repository:
 
     A request that names no version gets the highest one that is ready; a new one takes over when it is. Mapped networks
     are let go, the one used longest ago first, when their files are larger than `limit` together; what waits for one
-    that goes is still answered.
+    that goes is still answered. Where nothing else answers for a model, it is ready as soon as single rows are, and
+    takes batches when those have been tried, too.
 
     Args:
         source: a folder of ``name/version/net.pk``, or files by name.
@@ -108,6 +109,7 @@ class Repository:
         self.counts: dict[tuple[str, int], Counts] = {}  # also of those that are not mapped now
         self.unloaded: set[str] = set()  # names that a client took out of service
         self._one_at_a_time = asyncio.Lock()
+        self._completing: set[asyncio.Task[None]] = set()
 
     def index(self) -> list[State]:
         """Every version that there is, by name and version."""
@@ -198,6 +200,16 @@ class Repository:
             except Exception as error:  # the folder may be unreachable for a while, say; the next look may do
                 log.warning("models: %s", error)
 
+    async def settled(self) -> None:
+        """Until what is mapped takes batches."""
+        while self._completing:
+            await asyncio.wait(self._completing)
+
+    def close(self) -> None:
+        """Give up what is not settled."""
+        for task in self._completing:
+            task.cancel()
+
     async def get(self, name: str, version: str = "") -> Model:
         """A model that is ready; it is mapped when it is not.
 
@@ -283,23 +295,43 @@ class Repository:
             assert entry.failure is not None
             raise Unavailable(f"model {entry.name!r} version {entry.version} cannot be loaded: {entry.failure[0]}")
         if entry.loading is None:
-            entry.loading = asyncio.create_task(self._map(entry))
+            alone = not any(name == entry.name for name, _ in self.mapped)
+            entry.loading = asyncio.create_task(self._map(entry, tried=not alone))
             entry.loading.add_done_callback(lambda task: task.cancelled() or task.exception())  # it is somebody's
         try:
             model = await asyncio.shield(entry.loading)  # others may wait for it, too
         finally:
             if entry.loading is not None and entry.loading.done():
                 entry.loading = None
-        if self.entries.get(key) is entry:
+        if self.entries.get(key) is entry and key not in self.mapped:
             self.mapped[key] = model
             self._evict(key)
-        return model
+            if model.apart == UNTRIED:
+                task = asyncio.create_task(self._complete(model))
+                self._completing.add(task)
+                task.add_done_callback(self._completing.discard)
+        return self.mapped.get(key, model)
 
-    async def _map(self, entry: Entry) -> Model:
+    async def _complete(self, model: Model) -> None:
+        """Put a model that takes batches in the place of one that takes single rows."""
+        key = model.name, model.version
+        async with self._one_at_a_time:
+            try:
+                whole = await try_batches(model, self.workers, self.limits)
+            except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+                log.warning("model %s version %d goes on without batches: %s", *key, error)
+                return
+        if self.mapped.get(key) is model:
+            self.mapped[key] = whole
+        log.info(
+            "model %s version %d takes %s", *key, "batches" if whole.apart is None else f"no batches: {whole.apart}"
+        )
+
+    async def _map(self, entry: Entry, tried: bool = True) -> Model:
         counts = self.counts.setdefault((entry.name, entry.version), Counts())
         async with self._one_at_a_time:
             try:
-                model = await ready(entry.name, entry.version, entry.path, self.workers, self.limits, counts)
+                model = await ready(entry.name, entry.version, entry.path, self.workers, self.limits, counts, tried)
             except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
                 entry.failure = str(error) or type(error).__name__, time.monotonic()
                 log.warning("model %s version %d cannot be loaded: %s", entry.name, entry.version, error)

@@ -155,6 +155,7 @@ class Service:
     async def close(self) -> None:
         """Refuse what comes, answer what is there, end the threads."""
         await self.scheduler.drain()
+        self.repository.close()
         if self._watch is not None:
             self._watch.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -87,6 +87,7 @@ def serving(**options: Any) -> Iterator[Running]:
     async def run() -> None:
         try:
             async with running(Options(**options), port=0, grpc_port=0) as (addresses, service):
+                await service.repository.settled()
                 ready.set_result(Running(addresses, service, asyncio.get_running_loop()))
                 while not ended.is_set():
                     await asyncio.sleep(0.01)

@@ -16,7 +16,7 @@ from torch import nn
 import pykernels as pk
 from pykernels.serve import repository as module
 from pykernels.serve.errors import Invalid, NotFound, Unavailable
-from pykernels.serve.model import Limits
+from pykernels.serve.model import UNTRIED, Limits
 from pykernels.serve.repository import Repository
 from pykernels.tune import Workers
 from tests.networks import Function
@@ -264,7 +264,24 @@ def test_a_start_with_nothing_to_serve_is_refused(tmp_path: Path, nets: list[Pat
     run(lambda: refused({"a": tmp_path / "bad.pk"}, ValueError, "models: model 'a' version 1 cannot be loaded"))
 
 
-def test_networks_whose_rows_depend_on_each_other_are_not_put_together(tmp_path: Path, workers: Workers) -> None:
+def test_a_model_answers_before_its_batches_are_tried(nets: list[Path], workers: Workers) -> None:
+    async def test() -> None:
+        r = repository({"a": nets[0]}, workers)
+        await r.start()
+        first = await r.get("a")
+        assert first.apart == UNTRIED and first.queue.costs.most == 1
+        await r.settled()
+        then = await r.get("a")
+        assert then.apart is None and then.queue.costs.most == 2
+        assert then.network is first.network and then.queue.counts is first.queue.counts
+
+    run(test)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_networks_whose_rows_depend_on_each_other_are_not_put_together(
+    tmp_path: Path, workers: Workers, batch: int
+) -> None:
     mixing = {
         "softmax": lambda m, x: m.a(x).softmax(0),
         "turned": lambda m, x: m.a(x).T,
@@ -276,8 +293,9 @@ def test_networks_whose_rows_depend_on_each_other_are_not_put_together(tmp_path:
         pk.optimize(Function(function, a=nn.Linear(4, 3)), (torch.randn(2, 4),)).save(path)
 
     async def test() -> None:
-        r = repository(tmp_path, workers)
+        r = Repository(tmp_path, workers, Limits(batch))
         await r.start()
+        await r.settled()
         models = {name: await r.get(name) for name in mixing}
         assert models["softmax"].apart == "a batch of 2 does not give the bits of its rows one by one"
         assert models["turned"].apart == "an output does not have the batch's rows"

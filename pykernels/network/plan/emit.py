@@ -7,14 +7,13 @@ function of its kind.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
-from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from pykernels.graph.nodes import aliases_layout
 from pykernels.network.emit_fx import Emitted, Emitter
@@ -96,7 +95,7 @@ class Planner(Emitter):
             size: (value, dim)
             for value in reversed(network.inputs)
             for dim, size in enumerate(value.shape or ())
-            if not isinstance(size, (int, sympy.Integer))
+            if not _is_number(size)
         }
         # And what such a size is a multiple of, with the factor: a height of 8 r says how large r is.
         self.bases = {
@@ -277,13 +276,13 @@ class Planner(Emitter):
 
     def _computable(self, size: Any) -> bool:
         """Whether a size follows from sizes of the network's inputs, by functions that we know."""
-        if isinstance(size, (int, sympy.Integer)) or size in self.free or size in self.bases:
+        if _is_number(size) or size in self.free or size in self.bases:
             return True
         return _operation(size) is not None and all(map(self._computable, size.args))
 
     def _size(self, size: Any) -> Any:
         """A computable size as a number, or as a node."""
-        if isinstance(size, (int, sympy.Integer)):
+        if _is_number(size):
             return int(size)
         if size not in self.sizes:
             if size in self.free:
@@ -300,21 +299,30 @@ class Planner(Emitter):
         return self.sizes[size]
 
 
-_ARITHMETIC: dict[Any, Any] = {
-    sympy.Add: operator.add,
-    sympy.Mul: operator.mul,
-    FloorDiv: operator.floordiv,
-    Mod: operator.mod,
-    PythonMod: operator.mod,
-    sympy.Max: torch.sym_max,
-    sympy.Min: torch.sym_min,
-    sympy.Pow: operator.pow,
-}
+@functools.cache
+def _arithmetic() -> dict[Any, Any]:
+    import sympy  # half a second, which networks of fixed sizes do without
+    from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
+
+    return {
+        sympy.Add: operator.add,
+        sympy.Mul: operator.mul,
+        FloorDiv: operator.floordiv,
+        Mod: operator.mod,
+        PythonMod: operator.mod,
+        sympy.Max: torch.sym_max,
+        sympy.Min: torch.sym_min,
+        sympy.Pow: operator.pow,
+    }
+
+
+def _is_number(size: Any) -> bool:
+    return isinstance(size, int) or size.is_Integer
 
 
 def _operation(size: Any) -> Any:
     """The function that a symbolic size is of its arguments."""
-    return next((function for kind, function in _ARITHMETIC.items() if isinstance(size, kind)), None)
+    return next((function for kind, function in _arithmetic().items() if isinstance(size, kind)), None)
 
 
 def _read_by_strides(steps: Sequence[Step]) -> set[Value]:
