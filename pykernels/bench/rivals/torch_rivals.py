@@ -7,7 +7,6 @@ import warnings
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import nn
 
 from pykernels.bench.case import Case, QDQLayer, pairs_saturate
@@ -30,6 +29,8 @@ def module_of(case: Case, precision: str) -> tuple[nn.Module, tuple[torch.Tensor
 
 def compiled(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Run:
     """torch.compile with freezing, the whole graph in one piece, already compiled on return."""
+    from torch._inductor import config  # seconds, which other commands need not wait for
+
     fast = torch.compile(model, fullgraph=True)
 
     def run() -> Any:
@@ -37,7 +38,7 @@ def compiled(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Run:
             return fast(*inputs)
 
     # Not as an option of torch.compile: Dynamo asks the global setting whether weights are constants.
-    with warnings.catch_warnings(), torch._inductor.config.patch(freezing=True):
+    with warnings.catch_warnings(), config.patch(freezing=True):
         warnings.simplefilter("ignore")
         run()
     return run
