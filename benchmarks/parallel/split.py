@@ -95,8 +95,8 @@ def main() -> None:
         print(
             f"{stages} processes: bits {'equal' if found['bits'] else 'DIFFER'}; one process {1e3 * found['one']:.2f} "
             f"ms, parts {times} ms, pipeline {1e3 * found['pipeline']:.2f} ms an answer: {gain:.2f} times the "
-            f"throughput; bound of the balance {balance:.2f}, of the cores {of_cores:.2f}: share {gain / bound:.2f} of "
-            f"the {'cores' if of_cores < balance else 'balance'}'s"
+            f"throughput; bound of the balance {balance:.2f}, of the cores {of_cores:.2f}; share {gain / bound:.2f} of "
+            f"that of the {'cores' if of_cores < balance else 'balance'}"
         )
 
 
