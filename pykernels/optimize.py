@@ -48,6 +48,7 @@ class Optimized(nn.Module):
 
     Attributes:
         planned: `program` with plans in it, on the CPU; None where no step could be planned.
+        in_spec, out_spec: how inputs, positional and keyword ones, and outputs are nested.
         free: of each flat input the dimensions whose sizes may differ from the example's.
         example: of each flat input dtype and shape in the example; None for what is no tensor.
         cuda_graph: whether calls on a CUDA device replay CUDA graphs; may be set.
@@ -74,8 +75,8 @@ class Optimized(nn.Module):
         self.cuda_graph = True
         self._graphs: CudaGraphs | None = None
         self._report = report
-        self._in_spec = in_spec
-        self._out_spec = out_spec
+        self.in_spec = in_spec
+        self.out_spec = out_spec
         # The ordinary case, tensors in and one tensor out, costs no pytree work a call.
         args, kwargs = pytree.tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
         self._flat = not kwargs and list(args) == list(range(in_spec.num_leaves))
@@ -87,18 +88,18 @@ class Optimized(nn.Module):
         if not kwargs and self._flat:
             outputs = self._run(*args)
         else:
-            names = self._in_spec.child(1).context
+            names = self.in_spec.child(1).context
             if list(kwargs) != names and set(kwargs) == set(names):
                 kwargs = {name: kwargs[name] for name in names}
             leaves, spec = pytree.tree_flatten((args, kwargs))
-            if spec != self._in_spec:
-                raise ValueError(f"inputs are nested as {spec}, the model was optimized for {self._in_spec}")
+            if spec != self.in_spec:
+                raise ValueError(f"inputs are nested as {spec}, the model was optimized for {self.in_spec}")
             outputs = self._run(*leaves)
-        return outputs[0] if self._single else pytree.tree_unflatten(outputs, self._out_spec)
+        return outputs[0] if self._single else pytree.tree_unflatten(outputs, self.out_spec)
 
     def nested(self, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Flat inputs as the positional and the keyword ones of a call."""
-        args, kwargs = pytree.tree_unflatten(list(inputs), self._in_spec)
+        args, kwargs = pytree.tree_unflatten(list(inputs), self.in_spec)
         return args, kwargs
 
     @property
@@ -111,7 +112,7 @@ class Optimized(nn.Module):
     @property
     def output_names(self) -> list[str]:
         """Of each flat output its key, where the model answers with a dictionary of tensors; else ``output_0`` ..."""
-        spec = self._out_spec
+        spec = self.out_spec
         if spec.type is dict and all(child.is_leaf() for child in spec.children()):
             return [str(key) for key in spec.context]
         return [f"output_{i}" for i in range(spec.num_leaves)]
@@ -247,8 +248,8 @@ class Optimized(nn.Module):
         try:
             facts = {
                 "free": self.free,
-                "in_spec": tree_json.dump(self._in_spec),
-                "out_spec": tree_json.dump(self._out_spec),
+                "in_spec": tree_json.dump(self.in_spec),
+                "out_spec": tree_json.dump(self.out_spec),
                 "report": self._report.to_json(),
                 "example": literals.encode(self.example),
             }

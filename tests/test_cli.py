@@ -77,7 +77,7 @@ def nets(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pat
 
 def test_help_names_every_command() -> None:
     text = pykernels("--help")
-    for command in ("doctor", "optimize", "compress", "plan", "tune", "bench", "comm"):
+    for command in ("doctor", "optimize", "compress", "plan", "tune", "split", "part", "bench", "comm"):
         assert re.search(rf"\b{command}\b", text)
         assert "Usage" in pykernels(command, "--help")
 
@@ -404,6 +404,22 @@ def test_compress_names_the_option_that_is_wrong(nets: pathlib.Path, arguments: 
     options = ["--input-shape", "1,3,16,16", "-o", "small.pk", *given]
     assert message in pykernels("compress", f"{nets}:build", *options, status=1)
     assert not pathlib.Path("small.pk").exists()
+
+
+# ---- split, part -----------------------------------------------------------------------------------------------------
+def test_split_writes_parts_and_part_says_what_it_needs(nets: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYKERNELS_PIPELINE_KEY", raising=False)
+    pykernels("optimize", f"{nets}:build", "--input-shape", "1,3,16,16", "-o", "net.pk")
+    text = pykernels("split", "net.pk", "--stages", "2", "-o", "parts")
+    assert "part 1" in text and "balance" in text
+    x = torch.randn(3, 3, 16, 16)
+    parts = [pk.load(path) for path in ("parts/part-1-of-2.pk", "parts/part-2-of-2.pk")]
+    assert torch.equal(parts[1](*parts[0](x)), pk.load("net.pk")(x))
+    assert "stages: the network can be cut into" in pykernels("split", "net.pk", "--stages", 99, "-o", "n", status=1)
+    where = "--listen", "127.0.0.1:9001", "--next", "127.0.0.1:9002"
+    assert "PYKERNELS_PIPELINE_KEY" in pykernels("part", "parts/part-1-of-2.pk", *where, status=1)
+    assert "neither a path nor host:port" in pykernels("part", "parts/part-1-of-2.pk", *where[:3], "there", status=1)
+    assert "FILE: net.pk is no file" in pykernels("part", "net.pk", *where, status=1)
 
 
 # ---- tune ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command `pykernels`: doctor, optimize, compress, plan, tune, serve, bench, comm."""
+"""The command `pykernels`: doctor, optimize, compress, plan, tune, serve, split, part, bench, comm."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ from pykernels.cli.model import (
     inputs_in,
     load_with_example,
 )
+from pykernels.cli.parallel import part as part_command
+from pykernels.cli.parallel import split as split_command
 from pykernels.cli.plan import app as plan_app
 from pykernels.cli.serve import serve as serve_command
 from pykernels.cli.tune import tune as tune_command
@@ -186,7 +188,9 @@ def optimize(
 
 app.command()(bench)
 app.command(name="compress")(compress_command)
+app.command(name="part")(part_command)
 app.command(name="serve")(serve_command)
+app.command(name="split")(split_command)
 app.command(name="tune")(tune_command)
 app.add_typer(plan_app, name="plan")
 app.add_typer(comm_app, name="comm")

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from pykernels.comm.bucket import FlatBucket
 from pykernels.comm.dense import DenseState, row_key
+from pykernels.comm.fsdp_gather import Gathers
 from pykernels.comm.layout import Run
 from pykernels.comm.state import CommState, Exempt, one_dimensional
 
@@ -100,39 +101,64 @@ def _factor(op: Any, world: int) -> float:
     raise ValueError(f"pykernels: op: {op} cannot be compressed, only a sum or an average")
 
 
-def _groups(model: FSDPModule, exempt: Exempt) -> Iterator[Group]:
+def _param_groups(model: FSDPModule) -> Iterator[tuple[FSDPModule, Any]]:
+    """FSDP2's objects for all parameter groups, with the modules that hold them."""
     assert isinstance(model, torch.nn.Module)
-    prefixes = {id(module): f"{name}." if name else "" for name, module in model.named_modules()}
-    index = 0
     for module in model.modules():
-        if not isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+                if group is not None and group.fsdp_params:
+                    yield module, group
+
+
+def _prefixes(model: Any) -> dict[int, str]:
+    """What the names of a module's parameters begin with, by the module's id."""
+    return {id(module): f"{name}." if name else "" for name, module in model.named_modules()}
+
+
+def _parameters(
+    group: Any, prefixes: dict[int, str], exempt: Exempt, trained: bool
+) -> tuple[list[torch.Tensor], list[Run]]:
+    """The parameters of a group, or those that are trained, as meta tensors of what a rank owns, padding included, and
+    where they lie in its row."""
+    parameters, runs, first = [], [], 0
+    for parameter in group.fsdp_params:
+        if trained and not parameter.sharded_param.requires_grad:
             continue
-        state = module._get_fsdp_state()
-        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-            if group is None:
-                continue
-            names, parameters, runs = [], [], []
-            first = 0
-            for parameter in group.fsdp_params:
-                if not parameter.sharded_param.requires_grad:
-                    continue
-                where = parameter._module_info
-                name = prefixes[id(where.module)] + where.param_name
-                shape = parameter.padded_sharded_param_size
-                numel = math.prod(shape)
-                whole = torch.empty(parameter._orig_size, dtype=parameter.sharded_param.dtype, device="meta")
-                names.append(name)
-                parameters.append(torch.empty(shape, dtype=whole.dtype, device="meta"))
-                runs.append(Run(name, first, numel, exempt(name, whole)))
-                first += numel
-            if not names:
-                continue
-            mesh = group.mesh_info
-            if not hasattr(mesh, "shard_process_group"):
-                raise ValueError(f"pykernels: model: {names[0]} is replicated, not sharded: use DDP for that")
-            replicated = hasattr(mesh, "replicate_process_group")
-            yield Group(index, module, names, parameters, runs, group._reduce_scatter_process_group, replicated)
-            index += 1
+        where = parameter._module_info
+        name = prefixes[id(where.module)] + where.param_name
+        shape = parameter.padded_sharded_param_size
+        whole = torch.empty(parameter._orig_size, dtype=parameter.sharded_param.dtype, device="meta")
+        parameters.append(torch.empty(shape, dtype=whole.dtype, device="meta"))
+        runs.append(Run(name, first, math.prod(shape), exempt(name, whole)))
+        first += math.prod(shape)
+    return parameters, runs
+
+
+def _groups(model: FSDPModule, exempt: Exempt) -> Iterator[Group]:
+    prefixes, index = _prefixes(model), 0
+    for module, group in _param_groups(model):
+        parameters, runs = _parameters(group, prefixes, exempt, trained=True)
+        if not runs:
+            continue
+        mesh = group.mesh_info
+        if not hasattr(mesh, "shard_process_group"):
+            raise ValueError(f"pykernels: model: {runs[0].key} is replicated, not sharded: use DDP for that")
+        replicated = hasattr(mesh, "replicate_process_group")
+        names = [run.key for run in runs]
+        yield Group(index, module, names, parameters, runs, group._reduce_scatter_process_group, replicated)
+        index += 1
+
+
+def gathers(model: FSDPModule, codec: str, block: int = 256, exempt: Exempt = one_dimensional) -> Gathers:
+    """Compress the all-gather of every parameter group; arguments and errors as of `Gathers`."""
+    prefixes = _prefixes(model)
+    found = [
+        (module, group, _parameters(group, prefixes, exempt, trained=False)[1])
+        for module, group in _param_groups(model)
+    ]
+    return Gathers(model, found, codec, block)
 
 
 def _reduce_shards(model: FSDPModule, groups: list[Group], make: type[CommState], options: dict[str, Any]) -> CommState:

@@ -21,7 +21,8 @@ from pykernels.comm.dense import (
     Int8State,
     OneBitState,
 )
-from pykernels.comm.fsdp import register_sharded
+from pykernels.comm.fsdp import gathers, register_sharded
+from pykernels.comm.fsdp_gather import Gathers
 from pykernels.comm.plain import Fp32State
 from pykernels.comm.powersgd import PowerSGDState
 from pykernels.comm.sparse import RandomKState, TopKState
@@ -80,8 +81,9 @@ def register(model: Any, *args: Any, **options: Any) -> Any:
     """Compress what `model` sends between ranks; every rank calls it at the same point, once a model.
 
     ``register(model, codec="int8", ranks_per_host=None, **options)`` for a model that is wrapped in
-    DistributedDataParallel: :func:`register_replicated`; ``register(model, codec="int8", replicas=None, **options)``
-    after ``fully_shard``: :func:`pykernels.comm.fsdp.register_sharded`; ``register(stage, forward="int8",
+    DistributedDataParallel: :func:`register_replicated`; ``register(model, codec="int8", replicas=None,
+    gather=None, **options)`` after ``fully_shard``: :func:`pykernels.comm.fsdp.register_sharded`, and with ``gather``
+    the all-gather of weights (:mod:`pykernels.comm.fsdp_gather`); ``register(stage, forward="int8",
     backward="int8")`` for a stage of a pipeline: :func:`pykernels.parallel.register_stage`.
 
     Returns:
@@ -108,11 +110,38 @@ def _state_of(codec: str) -> type[CommState]:
     return HOOKS[codec]
 
 
+class ShardedHandle(Handle):
+    """That of a model that ``fully_shard`` was applied to.
+
+    Attributes:
+        gathers: of its compressed all-gathers; None where they are torch's.
+    """
+
+    def __init__(self, state: CommState, gathers: Gathers | None) -> None:
+        super().__init__(state)
+        self.gathers = gathers
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.gathers is not None:
+            self.gathers.forget()  # the weights were loaded, too
+
+
 @register.register
-def _(model: FSDPModule, codec: str = "int8", *, ranks_per_host: None = None, **options: Any) -> Handle:
+def _(
+    model: FSDPModule,
+    codec: str = "int8",
+    *,
+    gather: str | None = None,
+    gather_block: int = 256,
+    ranks_per_host: None = None,
+    **options: Any,
+) -> ShardedHandle:
     if ranks_per_host is not None:
         raise ValueError("pykernels: ranks_per_host: only for DDP; with fully_shard give replicas= a process group")
-    return Handle(register_sharded(model, _state_of(codec), **options))
+    state = register_sharded(model, _state_of(codec), **options)
+    chosen = {name: value for name, value in options.items() if name == "exempt"}
+    return ShardedHandle(state, None if gather is None else gathers(model, gather, gather_block, **chosen))
 
 
 @register.register

@@ -23,6 +23,8 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_mod
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from pykernels.comm.functional import LEAST, all_gather, all_reduce, reduce_scatter
+from pykernels.nn.linear import Int8Linear
+from pykernels.parallel.int8 import split_columns, split_rows
 
 STYLES = ("colwise", "rowwise")
 
@@ -125,16 +127,27 @@ def _become(
 ) -> None:
     if type(module) is not nn.Linear:
         raise ValueError(f"pykernels: only nn.Linear is split with compressed collectives, not {type(module).__name__}")
-    if mesh.ndim != 1:
-        raise ValueError(f"pykernels: mesh must have one dimension, not {mesh.ndim}: give mesh['name']")
+    group = _group(mesh)
     module.__class__ = kind
     split: Any = module
     split.outside = outside
-    split.ranks = Ranks(codec, mesh.get_group().group_name, block, least)
+    split.ranks = Ranks(codec, group, block, least)
+
+
+def _group(mesh: DeviceMesh) -> str:
+    if mesh.ndim != 1:
+        raise ValueError(f"pykernels: mesh must have one dimension, not {mesh.ndim}: give mesh['name']")
+    return mesh.get_group().group_name
+
+
+def _whole(outside: int | None, what: str) -> None:
+    if outside is not None:
+        raise ValueError(f"pykernels: {what} of an int8 layer must be Replicate(), not Shard({outside})")
 
 
 class CompressedColwise(ColwiseParallel):
-    """``ColwiseParallel`` of an ``nn.Linear`` on local tensors, whose collectives are compressed.
+    """``ColwiseParallel`` of an ``nn.Linear`` on local tensors, whose collectives are compressed; or, for inference, of
+    an `pykernels.nn.Int8Linear`.
 
     Args:
         input_layouts: Replicate() (default), or Shard(d), of which the whole is gathered.
@@ -160,12 +173,16 @@ class CompressedColwise(ColwiseParallel):
         self._rest = codec, block, least
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if isinstance(module, Int8Linear):
+            _whole(self._outside, "input_layouts")
+            return split_columns(module, device_mesh)
         _become(ColumnLinear, module, device_mesh, self._outside, *self._rest)
         return distribute_module(module, device_mesh, self._partition_linear_fn)
 
 
 class CompressedRowwise(RowwiseParallel):
-    """``RowwiseParallel`` of an ``nn.Linear`` on local tensors, whose collectives are compressed.
+    """``RowwiseParallel`` of an ``nn.Linear`` on local tensors, whose collectives are compressed; or, for inference, of
+    an `pykernels.nn.Int8Linear`.
 
     Args:
         output_layouts: Replicate() (default), or Shard(d): summed and scattered.
@@ -191,6 +208,10 @@ class CompressedRowwise(RowwiseParallel):
         self._rest = codec, block, least
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if isinstance(module, Int8Linear):
+            _whole(self._outside, "output_layouts")
+            codec, block, least = self._rest
+            return split_rows(module, device_mesh, Ranks(codec, _group(device_mesh), block, least))
         _become(RowLinear, module, device_mesh, self._outside, *self._rest)
         return distribute_module(module, device_mesh, self._partition_linear_fn)
 

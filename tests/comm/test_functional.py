@@ -82,6 +82,18 @@ def compiles(rank: int) -> dict[str, Any]:
         eager.sum().backward()
         found.sum().backward()
         answers[f"{name}: compiled"] = torch.equal(eager, found) and torch.equal(one.grad, two.grad)
+
+    def one_after_another(x: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        for name in ("all_reduce", "all_to_all", "reduce_scatter", "all_gather"):
+            x = OPS[name](x, "int8", **LEAST)
+        return x.relu()
+
+    one, two = (values(rank).requires_grad_() for _ in range(2))
+    eager, found = one_after_another(one), torch.compile(one_after_another, fullgraph=True, backend="inductor")(two)
+    eager.sum().backward()
+    found.sum().backward()
+    answers["inductor"] = torch.equal(eager, found) and torch.equal(one.grad, two.grad)
     group = dist.group.WORLD
     assert group is not None
     arguments = (values(rank), "int8", 256, 0, group.group_name)

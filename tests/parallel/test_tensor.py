@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
+import pykernels as pk
 from pykernels.comm import tensor_parallel
 
 pytestmark = pytest.mark.xdist_group("two ranks of tests/parallel")
@@ -95,6 +96,46 @@ def test_layers_that_are_split_answer_as_whole_ones(found: list[dict[str, Any]])
                 assert answer[0] < answer[1], (what, answer)
             else:
                 assert answer, what
+
+
+def swapped(model: nn.Module) -> nn.Module:
+    pk.swap(model.eval(), "int8")
+    return model
+
+
+def int8(rank: int) -> dict[str, Any]:
+    """Layers of `swap`, split, against the swapped ones in one process."""
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    answers: dict[str, Any] = {}
+    x, whole = tokens(), swapped(network())
+    with torch.no_grad():
+        true, inner = whole(x), whole[:3](x)
+        for codec, bound in (("fp32", 0.01), ("int8", 0.015)):
+            plan = tensor_parallel({"1": "colwise", "3": "rowwise"}, codec, least=0)
+            model = parallelize_module(swapped(network()), mesh, plan)
+            mine = slice(rank * INNER // world, (rank + 1) * INNER // world)
+            answers[f"{codec}: columns have the bits of the whole"] = torch.equal(model[:3](x), inner[..., mine])
+            answers[f"{codec}: rows"] = error(model(x), true), bound
+            answers[f"{codec}: ranks"] = alike(model(x))
+    model.train()
+    with pytest.raises(RuntimeError, match="runs in evaluation alone"):
+        model(x)
+    activated, odd = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()), nn.Sequential(nn.Linear(WIDTH, 5))
+    for word, bad, style in (
+        ("relu belongs", activated, "rowwise"),
+        ("5 outputs", odd, "colwise"),
+        ("input_layouts", odd, ColwiseParallel(input_layouts=Shard(1))),
+    ):
+        with pytest.raises(ValueError, match=word):
+            parallelize_module(swapped(bad), mesh, tensor_parallel({"0": style}))
+    return answers
+
+
+def test_int8_layers_are_split_for_inference(found: list[dict[str, Any]]) -> None:
+    for answers in (answers["int8"] for answers in found):
+        for what, answer in answers.items():
+            assert answer[0] < answer[1] if isinstance(answer, tuple) else answer, (what, answer)
 
 
 def compiled(rank: int) -> bool:

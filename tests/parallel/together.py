@@ -15,5 +15,6 @@ def everything(rank: int) -> dict[str, Any]:
         test_pipeline.unbiased,
         test_pipeline.complaints,
         test_tensor.splits,
+        test_tensor.int8,
     )
     return {function.__name__: function(rank) for function in asked}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,11 +11,12 @@ import torch
 
 from pykernels.ops import names
 
-__all__ = ["DTYPES", "UNTUNED", "Program", "Record", "decode", "encode"]
+__all__ = ["DTYPES", "UNTUNED", "Program", "Record", "decode", "encode", "weights_of"]
 
 MAGIC, VERSION = b"PKPLAN01", 1
 KINDS = {name: number for number, name in enumerate(names.PLAN_STEPS)}
 DTYPES = {getattr(torch, dtype): number for number, dtype in enumerate(names.DTYPES.values())}
+_BYTES = {number: dtype.itemsize for dtype, number in DTYPES.items()}
 UNTUNED = (0, 0, 0)  # the last numbers of a layer: rows, block, splits; see Tiling in csrc/cpu/tile/driver.h
 
 
@@ -78,6 +80,19 @@ def decode(plan: torch.Tensor) -> Program:
         records.append(Record(kind, operands, numbers, [_real(bits) for bits in reals]))
     outputs = [(next(words), bool(next(words))) for _ in range(next(words))]
     return Program(weight_bytes, inputs, records, outputs, isa, threads)
+
+
+def weights_of(record: Record) -> tuple[int, int] | None:
+    """Where what a step reads of the weights begins, and its bytes; None where it reads nothing of them. The place is
+    the first of its numbers."""
+    if record.kind in ("conv2d", "linear"):
+        return record.numbers[0], record.numbers[1]
+    if record.kind == "qlookup":
+        return record.numbers[0], 256
+    if record.kind == "constant":
+        place, dtype, *sizes = record.numbers
+        return place, math.prod(sizes) * _BYTES[dtype]
+    return None
 
 
 def hash_of(body: bytes) -> int:

@@ -13,7 +13,7 @@ from torch import fx
 from pykernels.network.plan.planned import Planned, calls_of_plans
 from pykernels.ops.plan import describe_plan, profile_plan
 
-__all__ = ["between_seconds", "quiet_seconds", "step_seconds"]
+__all__ = ["between_seconds", "call_seconds", "quiet_seconds", "record_seconds", "step_seconds"]
 
 
 def step_seconds(planned: Planned, inputs: Sequence[Any], rounds: int) -> dict[str, float]:
@@ -24,21 +24,35 @@ def step_seconds(planned: Planned, inputs: Sequence[Any], rounds: int) -> dict[s
         inputs: flat inputs of one call.
     """
     found: dict[str, float] = defaultdict(float)
-    for name, (plan, given) in calls_of_plans(planned, inputs).items():
-        labels = planned.labels[name]
-        drivers = describe_plan(plan, planned.weights, given)["drivers"]
-        times = profile_plan(plan, planned.weights, given, rounds)
-        whole = times[(times >= 0).all(1)]  # now and then a step of microseconds is seen to end before it began
-        least = (whole if len(whole) else times.clamp_min(0)).min(0).values.tolist()
-        for driver, nanoseconds in zip(drivers, least, strict=True):
-            step = driver["step"]
-            found[labels[step] if step < len(labels) else ""] += 1e-9 * nanoseconds
+    for name, times in record_seconds(planned, inputs, rounds).items():
+        for label, seconds in zip([*planned.labels[name], ""], times, strict=True):
+            found[label] += seconds
     found[""] += between_seconds(planned, inputs, rounds)
     return dict(found)
 
 
+def record_seconds(planned: Planned, inputs: Sequence[Any], rounds: int) -> dict[str, list[float]]:
+    """Of each plan, by its name, the seconds of its records in order, and of what brings outputs into their layout: the
+    quickest of `rounds`."""
+    found = {}
+    for name, (plan, given) in calls_of_plans(planned, inputs).items():
+        drivers = describe_plan(plan, planned.weights, given)["drivers"]
+        times = profile_plan(plan, planned.weights, given, rounds)
+        whole = times[(times >= 0).all(1)]  # now and then a step of microseconds is seen to end before it began
+        least = (whole if len(whole) else times.clamp_min(0)).min(0).values.tolist()
+        found[name] = [0.0] * (len(planned.labels[name]) + 1)
+        for driver, nanoseconds in zip(drivers, least, strict=True):
+            found[name][min(driver["step"], len(found[name]) - 1)] += 1e-9 * nanoseconds
+    return found
+
+
 def between_seconds(planned: Planned, inputs: Sequence[Any], rounds: int) -> float:
     """The seconds of what is torch's, between the plans: the quickest of `rounds`, call by call."""
+    return sum(call_seconds(planned, inputs, rounds if planned.describe(inputs).left else 0).values())
+
+
+def call_seconds(planned: Planned, inputs: Sequence[Any], rounds: int) -> dict[fx.Node, float]:
+    """The seconds of each call that is not a plan's: the quickest of `rounds`."""
     least: dict[fx.Node, float] = {}
 
     class Watch(fx.Interpreter):
@@ -52,9 +66,9 @@ def between_seconds(planned: Planned, inputs: Sequence[Any], rounds: int) -> flo
 
     watch = Watch(planned.program)
     with torch.no_grad():
-        for _ in range(rounds if planned.describe(inputs).left else 0):
+        for _ in range(rounds):
             watch.run(*inputs)
-    return sum(least.values())
+    return least
 
 
 def quiet_seconds(networks: Sequence[Planned], inputs: Sequence[Any], rounds: int, turns: int) -> list[float]:

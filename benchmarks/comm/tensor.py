@@ -1,0 +1,135 @@
+"""Tensor-parallel layers by codec: prefill (many tokens) and decode (one), every codec in the same processes.
+
+    python -m benchmarks.comm.tensor --world 2 --rates 100mbit,1gbit     # in network namespaces: needs root
+
+A stack of residual blocks, each a norm, a layer split by columns, GELU, and one split by rows, whose sum is exchanged:
+one all-reduce of [tokens, width] a block. Layers are narrow inside (`--inner`), so that the wire binds and not the two
+cores that all ranks share. Rounds go through the codecs in turn; a figure is the median over the rounds of the slowest
+rank's time. Decode exchanges fewer elements than are compressed, so there fp32 goes whatever the codec is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import statistics
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
+
+from benchmarks.comm import netns
+from pykernels.comm import tensor_parallel
+
+CODECS = ("fp32", "bf16", "int8", "int4")
+
+
+class Block(nn.Module):
+    """x + down(gelu(up(norm(x)))), x [tokens, width]."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def stack(blocks: int, width: int, inner: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block(width, inner) for _ in range(blocks))).eval()
+
+
+def slowest(seconds: float) -> float:
+    longest = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return float(longest)
+
+
+def measure(models: dict[str, nn.Module], x: torch.Tensor, rounds: int, calls: int) -> dict[str, float]:
+    """Seconds of a call by codec."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        model(x)
+    order = list(models.items())
+    for _ in range(rounds):
+        order.append(order.pop(0))  # none is always the first behind a pause
+        for name, model in order:
+            dist.barrier()
+            begin = time.perf_counter()
+            for _ in range(calls):
+                model(x)
+            times[name].append(slowest((time.perf_counter() - begin) / calls))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def worker(given: argparse.Namespace) -> None:
+    torch.set_num_threads(given.threads)
+    torch.set_grad_enabled(False)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=given.timeout))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = {
+        f"{n}.{name}": style for n in range(given.blocks) for name, style in (("up", "colwise"), ("down", "rowwise"))
+    }
+    models: dict[str, nn.Module] = {
+        codec: parallelize_module(stack(given.blocks, given.width, given.inner), mesh, tensor_parallel(plan, codec))
+        for codec in CODECS
+    }
+    true = stack(given.blocks, given.width, given.inner)
+    first = dist.get_rank() == 0
+    for rate in given.rates:
+        if rate != "asis":
+            dist.barrier()
+            netns.shape(rate)
+            dist.barrier()
+        for name, tokens, calls in (("prefill", given.tokens, 1), ("decode", 1, given.calls)):
+            x = torch.randn(tokens, given.width, generator=torch.Generator().manual_seed(1))
+            found = measure(models, x, given.rounds, calls)
+            expected = true(x)
+            for codec, seconds in found.items():
+                error = float((models[codec](x) - expected).norm() / expected.norm())
+                if first:
+                    print(
+                        f"{rate}, {name} of {tokens} tokens, {codec}: {1e3 * seconds:.2f} ms, "
+                        f"{found['fp32'] / seconds:.2f} times fp32's speed, error {error:.4f}",
+                        flush=True,
+                    )
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", type=int, help="make network namespaces for so many ranks")
+    parser.add_argument("--rates", help="of the links: 100mbit,1gbit,10gbit,unshaped; as they are without")
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--inner", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=256, help="of a prefill")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--calls", type=int, default=20, help="of a decode, a round")
+    parser.add_argument("--threads", type=int, default=1, help="a rank")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds, of all")
+    given = parser.parse_args()
+    given.rates = given.rates.split(",") if given.rates else ["asis"]
+    for rate in given.rates:
+        if rate not in ("asis", "unshaped"):
+            netns.bits_per_second(rate)
+    if "RANK" in os.environ:
+        worker(given)
+        return
+    if given.world is None:
+        parser.error("give --world, or run under torchrun")
+    reason = netns.unusable()
+    if reason is not None:
+        sys.exit(f"skipped: {reason}")
+    command = [sys.executable, "-m", "benchmarks.comm.tensor", *sys.argv[1:]]
+    sys.exit(netns.run(command, given.world, given.timeout))
+
+
+if __name__ == "__main__":
+    main()

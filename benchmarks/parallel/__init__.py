@@ -1,0 +1,1 @@
+"""What networks gain that are split over processes."""

@@ -1,0 +1,79 @@
+"""The commands `pykernels split` and `pykernels part`: a saved network in parts, and one of them on this host."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from pykernels.cli.errors import fail
+from pykernels.cli.network import Network, inputs_like, load
+
+PAUSE = 1.0  # seconds until a part that ended is started again
+
+
+def split(
+    network: Network,
+    output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="The folder for the parts' files.")],
+    stages: Annotated[int, typer.Option(min=1, help="How many parts.")] = 2,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="The batch size that is balanced; the example's without.")
+    ] = None,
+    mbit: Annotated[
+        float | None, typer.Option(min=1e-3, help="Mbit/s of the slowest link; without, parts are on one machine.")
+    ] = None,
+) -> None:
+    """Cut a saved network into parts that run as a pipeline of processes, balanced by measured step times.
+
+    [cyan]pykernels split net.pk --stages 4 -o parts[/]
+    """
+    from pykernels.parallel.split import split as cut
+
+    fast = load(network)
+    try:
+        parts = cut(fast, stages, inputs_like(fast, batch), None if mbit is None else 1e6 * mbit)
+        parts.save(output)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    print(parts)
+
+
+def part(
+    file: Annotated[pathlib.Path, typer.Argument(help="Of the part, as `pykernels split` named it.")],
+    listen: Annotated[str, typer.Option(help="host:port for the part before it, or for who asks.")],
+    following: Annotated[
+        str, typer.Option("--next", help="host:port of the part behind it; of the last, where who asks listens.")
+    ],
+    threads: Annotated[int, typer.Option(min=1, help="Of torch's.")] = 1,
+    silence: Annotated[float, typer.Option(min=0.1, help="Seconds after which a link is given up.")] = 5.0,
+) -> None:
+    """Run one part of a network on this host, and start it again when it ends. All hosts have the same 64 hexadecimal
+    digits in PYKERNELS_PIPELINE_KEY (``openssl rand -hex 32``).
+
+    [cyan]pykernels part parts/part-1-of-2.pk --listen 0.0.0.0:9001 --next second:9002[/]
+    """
+    from pykernels.parallel.link import host_of
+    from pykernels.parallel.part import key_of_environment
+    from pykernels.parallel.split import NAME
+
+    found = NAME.fullmatch(file.name)
+    if found is None or not file.is_file():
+        fail(f"FILE: {file} is no file part-1-of-2.pk or alike")
+    try:
+        host_of(listen), host_of(following), key_of_environment()
+    except ValueError as error:
+        fail(str(error))
+    command = [
+        *(sys.executable, "-m", "pykernels.parallel.part", str(file), "--number", found[1], "--count", found[2]),
+        *("--listen", listen, "--next", following, "--threads", str(threads), "--silence", str(silence)),
+        "--with-parent",
+    ]
+    while True:
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+            code = process.wait()
+        print(f"part {found[1]} ended with {code}; it is started again", file=sys.stderr, flush=True)
+        time.sleep(PAUSE)

@@ -1,0 +1,389 @@
+"""A pipeline of parts: bits, errors, and what is lost on the way. Its parts are threads here, and processes where it is
+slow."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import pykernels as pk
+from pykernels.parallel import part as part_module
+from pykernels.parallel.chain import Chain, PartError
+from pykernels.parallel.link import Link, LinkError, Silent, accept, dial, listen
+from pykernels.parallel.split import Split, split
+from tests.networks import lively
+
+PATIENCE = 60  # seconds: whoever waits longer hangs
+SILENCE = 1.0
+POISON = 666.0
+
+
+@pytest.fixture(scope="module")
+def network() -> pk.Optimized:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3 if n == 0 else 8, 8, 3, padding=1) for n in range(4)]
+    return pk.optimize(lively(nn.Sequential(*layers), 3, 8, 8), (torch.randn(2, 3, 8, 8),))
+
+
+@pytest.fixture(scope="module")
+def parts(network: pk.Optimized) -> Split:
+    return split(network, 3, rounds=2)
+
+
+def images(count: int) -> list[torch.Tensor]:
+    return [torch.randn(number % 4 + 1, 3, 8, 8) for number in range(count)]
+
+
+class Watched:
+    """A part of which a test sees the calls."""
+
+    def __init__(self, part: pk.Optimized, seen: Callable[[torch.Tensor], None]) -> None:
+        self._part, self._seen = part, seen
+        self.in_spec, self.out_spec, self.nested = part.in_spec, part.out_spec, part.nested
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._seen(args[0])
+        return self._part(*args, **kwargs)
+
+
+class Threads:
+    """Stands for the processes of the parts."""
+
+    def __init__(self, folder: Path, split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.key, self.count = secrets.token_bytes(32), len(split.parts)
+        self.places = [str(folder / str(number)) for number in range(self.count + 1)]
+        self.networks: list[Any] = list(split.parts)
+        self.servers: dict[int, socket.socket] = {}
+        self.links: dict[int, list[Link]] = {}
+        self.ended: dict[int, str] = {}
+        self.broken: set[int] = set()  # parts that cannot be started
+        self.here = threading.local()
+        for name in ("accept", "dial_until"):
+            monkeypatch.setattr(part_module, name, self._noting(getattr(part_module, name)))
+
+    def _noting(self, make: Callable[..., Link | None]) -> Callable[..., Link | None]:
+        def made(*args: Any) -> Link | None:
+            link = make(*args)
+            if link is not None:
+                self.links[self.here.number].append(link)
+            return link
+
+        return made
+
+    def start(self) -> None:
+        for number in range(1, self.count + 1):
+            self._start(number)
+
+    def _start(self, number: int) -> None:
+        self.ended.pop(number, None)
+        if number in self.broken:
+            self.ended[number] = "with exit status 1"
+            return
+        self.servers[number], self.links[number] = listen(self.places[number - 1]), []
+
+        def run() -> None:
+            self.here.number = number
+            where = self.servers[number], self.places[number]
+            network = self.networks[number - 1]
+            part_module.attend(network, number, self.count, *where, self.key, SILENCE, PATIENCE)
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def dead(self) -> dict[int, str]:
+        return dict(self.ended)
+
+    def restart(self, number: int) -> None:
+        self.end(number)
+        self._start(number)
+
+    def end(self, number: int) -> None:
+        """As if the process were killed."""
+        if number in self.servers:
+            server = self.servers.pop(number)
+            server.shutdown(socket.SHUT_RDWR)
+            server.close()
+            for link in self.links[number]:
+                link.close()
+        self.ended[number] = "by signal 9"
+
+    def stop(self, number: int) -> None:
+        """As if the process were stopped: nothing comes from it any more."""
+        for link in self.links[number]:
+            link.send = lambda *_: time.sleep(PATIENCE)  # type: ignore[method-assign]
+
+    def close(self) -> None:
+        for number in list(self.servers):
+            self.end(number)
+
+    def chain(self, in_flight: int = 6) -> Chain:
+        return Chain(self.places[0], self.places[-1], self.key, in_flight, SILENCE, self)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def threads(parts: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Threads]:
+    yield Threads(tmp_path, parts, monkeypatch)
+
+
+def test_answers_have_the_bits_of_one_process_and_come_in_order(threads: Threads, network: pk.Optimized) -> None:
+    xs = images(40)
+    with threads.chain() as chain:
+        assert all(torch.equal(y, network(x)) for x, y in zip(xs, chain.map(xs), strict=True))
+        with ThreadPoolExecutor(4) as callers:
+            assert all(torch.equal(y, network(x)) for x, y in zip(xs, callers.map(chain, xs), strict=True))
+        assert len(chain.seconds()) == 3 and min(chain.seconds()) > 0
+        last = chain.submit(xs[0])
+    assert torch.equal(last.result(0), network(xs[0]))  # closing waits for what was asked
+    assert chain.restarts == 0
+    with pytest.raises(RuntimeError, match="closed"):
+        chain.submit(xs[0])
+    chain.close()
+
+
+def test_each_part_works_on_another_request(threads: Threads) -> None:
+    lock, inside, most = threading.Lock(), [0], [0]
+
+    def dwell(_: torch.Tensor) -> None:
+        with lock:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+        time.sleep(0.05)
+        with lock:
+            inside[0] -= 1
+
+    threads.networks = [Watched(part, dwell) for part in threads.networks]
+    with threads.chain() as chain:
+        list(chain.map(images(8)))
+    assert most == [3]
+    with threads.chain(in_flight=1) as chain:
+        most[0] = 0
+        list(chain.map(images(4)))
+    assert most == [1]
+
+
+def test_an_error_names_the_part_and_is_that_requests_alone(threads: Threads, network: pk.Optimized) -> None:
+    def refuse(x: torch.Tensor) -> None:
+        if len(x) == 3:
+            raise ValueError("three are too many")
+
+    threads.networks[1] = Watched(threads.networks[1], refuse)
+    xs = images(12)
+    with threads.chain() as chain:
+        futures = [chain.submit(x) for x in xs]
+        for x, future in zip(xs, futures, strict=True):
+            if len(x) == 3:
+                with pytest.raises(PartError, match="part 2 of 3: ValueError: three are too many") as raised:
+                    future.result(PATIENCE)
+                assert raised.value.part == 2
+            else:
+                assert torch.equal(future.result(PATIENCE), network(x))
+        with pytest.raises(PartError, match=r"part 1 of 3: RuntimeError: .*4 channels"):
+            chain(torch.randn(2, 4, 8, 8))
+        with pytest.raises(TypeError, match="not str"):
+            chain("an image")
+        with pytest.raises(ValueError, match="inputs are nested as"):
+            chain(xs[0], xs[0])
+        assert torch.equal(chain(xs[0]), network(xs[0])) and chain.restarts == 0
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_part_that_dies_is_started_again_and_all_are_answered(
+    threads: Threads, network: pk.Optimized, number: int
+) -> None:
+    died = []
+
+    def die_once(x: torch.Tensor) -> None:
+        if len(x) == 3 and not died:
+            died.append(number)
+            threads.end(number)
+
+    threads.networks[number - 1] = Watched(threads.networks[number - 1], die_once)
+    xs = images(30)
+    with threads.chain() as chain:
+        futures = [chain.submit(x) for x in xs]
+        assert all(torch.equal(f.result(PATIENCE), network(x)) for x, f in zip(xs, futures, strict=True))
+        assert chain.restarts == 1 and died == [number]
+
+
+def test_a_part_that_hangs_is_noticed_and_started_again(threads: Threads, network: pk.Optimized) -> None:
+    xs = images(4)
+    with threads.chain() as chain:
+        chain(xs[0])
+        threads.stop(2)
+        begin = time.monotonic()
+        assert all(torch.equal(y, network(x)) for x, y in zip(xs, chain.map(xs), strict=True))
+        assert chain.restarts == 1 and time.monotonic() - begin < 10 * SILENCE
+
+
+def test_a_request_that_kills_a_part_fails_alone(threads: Threads, network: pk.Optimized) -> None:
+    def poisoned(x: torch.Tensor) -> None:
+        if x[0, 0, 0, 0] == POISON:
+            threads.end(1)
+
+    threads.networks[0] = Watched(threads.networks[0], poisoned)
+    xs = images(10)
+    xs[4][0, 0, 0, 0] = POISON
+    with threads.chain() as chain:
+        futures = [chain.submit(x) for x in xs]
+        with pytest.raises(PartError, match="part 1 ended by signal 9, twice, while it was at this request"):
+            futures[4].result(PATIENCE)
+        del futures[4], xs[4]
+        assert all(torch.equal(f.result(PATIENCE), network(x)) for x, f in zip(xs, futures, strict=True))
+        assert chain.restarts == 2
+
+
+def test_a_part_that_cannot_be_started_is_named(threads: Threads, network: pk.Optimized) -> None:
+    threads.broken.add(2)
+    with pytest.raises(PartError, match="part 2 ended with exit status 1 before the pipeline was joined"):
+        threads.chain()
+    threads.broken.clear()
+    with threads.chain() as chain:
+        x = images(1)[0]
+        assert torch.equal(chain(x), network(x))
+        threads.broken.add(2)
+        threads.end(2)
+        with pytest.raises(PartError, match="part 2 ended"):  # later, too, when it has been tried again
+            chain.submit(x).result(PATIENCE)
+
+
+# ---- links -----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def ends() -> Iterator[tuple[Link, Link]]:
+    one, other = (Link(end, SILENCE) for end in socket.socketpair())
+    yield one, other
+    one.close()
+    other.close()
+
+
+def test_a_frame_keeps_dtypes_shapes_and_layouts(ends: tuple[Link, Link]) -> None:
+    values = [
+        torch.arange(24, dtype=torch.uint8).reshape(2, 3, 2, 2).contiguous(memory_format=torch.channels_last),
+        torch.randn(3, 5).t(),
+        torch.tensor(2.5, dtype=torch.bfloat16),
+        torch.zeros(0, 4, dtype=torch.int64),
+        torch.tensor([True, False]),
+        None,
+        7,
+    ]
+    one, other = ends
+    one.beat()  # is passed over
+    one.send({"kind": "call", "id": 3}, values)
+    head, found = other.receive()
+    assert head == {"kind": "call", "id": 3}
+    for x, y in zip(values, found, strict=True):
+        assert type(x) is type(y)
+        if isinstance(x, torch.Tensor):
+            assert x.dtype == y.dtype and torch.equal(x, y)
+            assert x.stride() == y.stride() or x.dim() == 2  # what is dense keeps its layout
+        else:
+            assert x == y
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"PKL1\xff\xff\xff\xff",
+        b"null",
+        b"[" * 100_000,
+        b'{"kind":"call"}',
+        b'{"kind":"call","tensors":[1]}',
+        b'{"kind":"call","tensors":[{"value":"text"}]}',
+        b'{"kind":"call","tensors":[["float32",[-1],false]]}',
+        b'{"kind":"call","tensors":[["object",[1],false]]}',
+        b'{"kind":"call","tensors":[["float32",[99999999999,9999],false]]}',
+        b'{"kind":"call","tensors":[["float32",[1],true]]}',
+    ],
+)
+def test_what_is_no_frame_ends_the_link(sent: bytes, ends: tuple[Link, Link]) -> None:
+    one, other = ends
+    framed = sent if sent[:3] in (b"GET", b"PKL") else b"PKL1" + len(sent).to_bytes(4, "little") + sent
+    one._socket.sendall(framed)
+    with pytest.raises(LinkError, match="what came is no frame"):
+        other.receive()
+
+
+def test_silence_and_an_end_are_told_apart(ends: tuple[Link, Link]) -> None:
+    one, other = ends
+    begin = time.monotonic()
+    with pytest.raises(Silent):
+        other.receive()
+    assert time.monotonic() - begin < 5 * SILENCE
+    one.close()
+    with pytest.raises(LinkError, match="closed") as raised:
+        other.receive()
+    assert not isinstance(raised.value, Silent)
+
+
+def test_only_those_who_know_the_key_are_heard(tmp_path: Path) -> None:
+    address = str(tmp_path / "socket")
+    server = listen(address)
+    for key, heard in ((b"other" * 4, False), (b"right" * 4, True)):
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(accept, server, b"right" * 4, SILENCE, PATIENCE)
+            link = dial(address, key, SILENCE)
+            assert (link is not None) == heard and (coming.result() is not None) == heard
+    server.close()
+    with pytest.raises(ValueError, match="neither a path nor host:port"):
+        listen("localhost")
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_processes_that_are_killed_or_stopped_are_started_again(parts: Split, network: pk.Optimized) -> None:
+    xs = images(40)
+    with parts.serve(threads=1, silence=3.0) as chain:
+        assert all(torch.equal(y, network(x)) for x, y in zip(xs, chain.map(xs), strict=True))
+        assert chain._processes is not None
+        for number, (kind, count) in enumerate(((signal.SIGKILL, 1), (signal.SIGSTOP, 2))):
+            futures = [chain.submit(x) for x in xs]
+            os.kill(chain._processes.running[number].pid, kind)
+            assert all(torch.equal(f.result(PATIENCE), network(x)) for x, f in zip(xs, futures, strict=True))
+            while chain.restarts < count:  # all may have been answered before
+                time.sleep(0.1)
+        assert torch.equal(chain(xs[0]), network(xs[0]))
+        processes = chain._processes.running
+    assert all(process.poll() is not None for process in processes)
+
+
+@pytest.mark.slow
+def test_parts_on_hosts_are_joined_by_their_addresses(
+    parts: Split, network: pk.Optimized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on three hosts: `pykernels part` for each, which starts again what is killed."""
+    with socket.socket() as one, socket.socket() as two, socket.socket() as three, socket.socket() as four:
+        addresses = []
+        for free in (one, two, three, four):
+            free.bind(("127.0.0.1", 0))
+            addresses.append(f"127.0.0.1:{free.getsockname()[1]}")
+    monkeypatch.setenv("PYKERNELS_PIPELINE_KEY", secrets.token_hex(32))
+    commands = [
+        [*(sys.executable, "-m", "pykernels", "part", str(path)), "--listen", here, "--next", following]
+        for path, (here, following) in zip(parts.save(tmp_path), itertools.pairwise(addresses), strict=True)
+    ]
+    hosts = [subprocess.Popen(command) for command in commands]
+    try:
+        with Chain.connect(addresses[0], addresses[-1]) as chain:
+            xs = images(20)
+            assert all(torch.equal(y, network(x)) for x, y in zip(xs, chain.map(xs), strict=True))
+            inner = Path(f"/proc/{hosts[1].pid}/task/{hosts[1].pid}/children").read_text().split()
+            os.kill(int(inner[0]), signal.SIGKILL)
+            assert all(torch.equal(y, network(x)) for x, y in zip(xs, chain.map(xs), strict=True))
+    finally:
+        for host in hosts:
+            host.kill()
+            host.wait()
