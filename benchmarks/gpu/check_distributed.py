@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pykernels import comm
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent.parent / "tests"))
-from ranks import alike, error, run_ranks  # noqa: E402
+from ranks import alike, error, run_ranks
 
 # By codec: how far a gradient may be from the true average, relative; None where one step alone says little.
 REPLICATED = {"fp32": 1e-5, "bf16": 0.01, "int8": 0.03, "fp8": 0.1, "onebit": None, "topk": None, "powersgd": None}
