@@ -72,6 +72,16 @@ def _greater(v, best, KIND: tl.constexpr, WORDS: tl.constexpr, ASM: tl.constexpr
 
 
 @triton.jit
+def _greatest(
+    maxima, FIRST: tl.constexpr, COUNT: tl.constexpr, KIND: tl.constexpr, WORDS: tl.constexpr, ASM: tl.constexpr
+):  # fmt: skip
+    best = maxima[FIRST]
+    for j in tl.static_range(1, COUNT):
+        best = _greater(maxima[FIRST + j], best, KIND, WORDS, ASM)
+    return best
+
+
+@triton.jit
 def _store(pointer, best, mask, KIND: tl.constexpr, WORDS: tl.constexpr):
     if WORDS:
         tl.store(pointer, ((best[0] >> 8) & 0x00FF00FF) | (best[1] & -0xFF0100), mask=mask)
@@ -111,10 +121,7 @@ def _max_lines(
                 v = _tap(line, left + t, c, channels, width, x_col, EVEN, KIND, WORDS, WIDE)
                 greatest = _greater(v, greatest, KIND, WORDS, ASM)
             maxima += (greatest,)
-        best = maxima[r * STRIDE]
-        for j in tl.static_range(1, DOWN):
-            best = _greater(maxima[r * STRIDE + j], best, KIND, WORDS, ASM)
-        bests += (best,)
+        bests += (_greatest(maxima, r * STRIDE, DOWN, KIND, WORDS, ASM),)
     to = (ow.to(tl.int64) if WIDE else ow) * channels + c
     y += (n * out_h + oh) * out_w * channels
     for r in tl.static_range(LINES):
