@@ -105,7 +105,6 @@ pykernels_cuda_kernels(kernels_sm80 80
   csrc/cuda/gemm/sm80_16x64x128.cu)
 pykernels_cuda_kernels(kernels_sm90 ${sm90a}
   csrc/cuda/gemm/sm90_128x256x128.cu
-  csrc/cuda/gemm/sm90_128x256x128_by4.cu
   csrc/cuda/gemm/sm90_128x128x128.cu
   csrc/cuda/gemm/sm90_64x128x128.cu
   csrc/cuda/gemm/sm90_64x64x256.cu

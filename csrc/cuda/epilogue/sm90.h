@@ -158,9 +158,8 @@ struct Sm90Epilogue {
     return {tree, residual, stride, d, stride};
   }
 
-  // One launch on the stream; null, or why it did not run. Clusters go through the tiles in bands, up to kSwizzle
-  // clusters wide, so that those that run at a time share their rows and columns in the L2 cache.
-  template <class Mainloop, int kSwizzle = 1>
+  // One launch on the stream; null, or why it did not run.
+  template <class Mainloop>
   static const char* run(int m, int n, int k, const typename Mainloop::Arguments& mainloop,
                          const epilogue::Arguments& e, cudaStream_t stream) {
     using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Collective>;
@@ -171,7 +170,6 @@ struct Sm90Epilogue {
     hardware.sm_count = cutlass::KernelHardwareInfo::query_device_multiprocessor_count(hardware.device_id);
     typename Gemm::Arguments args{
         cutlass::gemm::GemmUniversalMode::kGemm, {m, n, k, 1}, mainloop, arguments(e, Swap ? m : n), hardware};
-    args.scheduler.max_swizzle_size = kSwizzle;
     Gemm gemm;
     if (gemm.can_implement(args) != cutlass::Status::kSuccess) return "CUTLASS cannot run this shape";
     if (Gemm::get_workspace_size(args) != 0) return "CUTLASS asks for a workspace";

@@ -9,9 +9,8 @@
 
 namespace pykernels::PYKERNELS_ISA_NS {
 
-// Tile and Cluster are the kernel's own (m, n, k): of a swapped one, m runs along the output channels. kSwizzle: see
-// Sm90Epilogue::run; it is no matter of the kernel's code.
-template <class Out, bool Swap, class Tile, class Cluster, class Schedule, class EpilogueSchedule, int kSwizzle>
+// Tile and Cluster are the kernel's own (m, n, k): of a swapped one, m runs along the output channels.
+template <class Out, bool Swap, class Tile, class Cluster, class Schedule, class EpilogueSchedule>
 const char* sm90_gemm(const gemm::Problem& p) {
   using End = Sm90Epilogue<Out, Swap, Tile, Cluster, EpilogueSchedule>;
   using ElementA = std::conditional_t<Swap, int8_t, uint8_t>;
@@ -20,18 +19,18 @@ const char* sm90_gemm(const gemm::Problem& p) {
   const typename Mainloop::StrideA stride_a{p.k, {}, {}};
   const typename Mainloop::StrideB stride_b{p.k, {}, {}};
   if constexpr (Swap)
-    return End::template run<Mainloop, kSwizzle>(p.n, p.m, p.k, {p.b, stride_a, p.a, stride_b}, p.epilogue, p.stream);
+    return End::template run<Mainloop>(p.n, p.m, p.k, {p.b, stride_a, p.a, stride_b}, p.epilogue, p.stream);
   else
-    return End::template run<Mainloop, kSwizzle>(p.m, p.n, p.k, {p.a, stride_a, p.b, stride_b}, p.epilogue, p.stream);
+    return End::template run<Mainloop>(p.m, p.n, p.k, {p.a, stride_a, p.b, stride_b}, p.epilogue, p.stream);
 }
 
-template <bool Swap, class Tile, class Cluster, class Schedule, class EpilogueSchedule, int kSwizzle = 1>
+template <bool Swap, class Tile, class Cluster, class Schedule, class EpilogueSchedule>
 constexpr gemm::Config sm90_config(const char* name) {
   return {name,
           90,
-          {sm90_gemm<int8_t, Swap, Tile, Cluster, Schedule, EpilogueSchedule, kSwizzle>,
-           sm90_gemm<uint16_t, Swap, Tile, Cluster, Schedule, EpilogueSchedule, kSwizzle>,
-           sm90_gemm<float, Swap, Tile, Cluster, Schedule, EpilogueSchedule, kSwizzle>}};
+          {sm90_gemm<int8_t, Swap, Tile, Cluster, Schedule, EpilogueSchedule>,
+           sm90_gemm<uint16_t, Swap, Tile, Cluster, Schedule, EpilogueSchedule>,
+           sm90_gemm<float, Swap, Tile, Cluster, Schedule, EpilogueSchedule>}};
 }
 
 }  // namespace pykernels::PYKERNELS_ISA_NS
