@@ -6,7 +6,8 @@
 gemm     an int8 linear layer, u8 in and out: ours, cuBLASLt's product alone, torch._int_mm with a compiled epilogue,
          cuBLAS in fp16
 conv     ResNet-50's convolutions with ReLU at batch 32 and 128: ours in int8, cuDNN in fp16
-network  whole networks: ours in int8, torch.compile in fp16 and bf16, channels_last; --autotune: its max-autotune, too
+network  whole networks: ours in int8, torch.compile in fp16 and bf16, channels_last; --autotune: its max-autotune
+         and TensorRT by torch_tensorrt where that is installed, too
 memory   pools and arithmetic on bytes, beside a copy of as many bytes as they must move
 codecs   gradient codecs, likewise
 
@@ -216,7 +217,9 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     arguments.add_argument("--rounds", type=int, default=20, help="of which the best counts")
-    arguments.add_argument("--autotune", action="store_true", help="torch.compile's max-autotune, too: minutes")
+    arguments.add_argument(
+        "--autotune", action="store_true", help="torch.compile's max-autotune and TensorRT, too: minutes"
+    )
     given = arguments.parse_args()
     require_gpu("bench")
     begin = time.monotonic()

@@ -1,4 +1,4 @@
-"""Whole networks on a GPU: ours in int8 beside torch.compile, a process a network.
+"""Whole networks on a GPU: ours in int8 beside torch.compile and TensorRT, a process a network.
 
 Lowering, calibrating and torch.compile's tracing take a core for minutes altogether, and the GPU hardly at all; so the
 networks are made ready side by side, and timed in turn when all are. An int8 network is kept in ~/.cache/pykernels,
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import importlib.util
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -65,17 +66,20 @@ def as_half(model: torch.nn.Module, dtype: torch.dtype, device: str) -> torch.nn
 
 
 def cases(name: str, batches: tuple[int, ...], autotune: bool = False, device: str = "cuda") -> Iterator[Case]:
-    """A row for each batch, ready to be timed, but for max-autotune, which measures, and so waits for its turn."""
+    """A row for each batch, ready to be timed, but for what measures as it is made, and so waits for its turn:
+    max-autotune, and TensorRT where torch_tensorrt is installed."""
     case = families.network_case(name, 2)
     ours = lowered(name, case).to(device)
     ours.cuda_graph = False  # `compare` captures every rival
     halves = {precision: as_half(case.model, dtype, device) for precision, dtype in HALVES.items()}
-    modes: dict[str, dict[str, Any]] = {"": {}}
+    ways: dict[str, dict[str, Any]] = {"torch.compile {}": {}}
     if autotune:
-        modes[" max-autotune"] = {"mode": "max-autotune-no-cudagraphs"}
+        ways["torch.compile {} max-autotune"] = {"mode": "max-autotune-no-cudagraphs"}
+        if importlib.util.find_spec("torch_tensorrt"):  # typed: each product in the precision of its weights
+            ways["TensorRT {}"] = {"backend": "tensorrt", "options": {"use_explicit_typing": True}}
     compiled = {
-        f"torch.compile {precision}{mode}": (torch.compile(half, dynamic=False, **options), HALVES[precision])
-        for mode, options in modes.items()
+        way.format(precision): (torch.compile(half, dynamic=False, **options), HALVES[precision])
+        for way, options in ways.items()
         for precision, half in halves.items()
     }
     for batch in batches:
@@ -86,7 +90,7 @@ def cases(name: str, batches: tuple[int, ...], autotune: bool = False, device: s
             calls[title] = functools.partial(network, x.to(dtype) if x.is_floating_point() else x)
         with torch.no_grad():
             for title, call in calls.items():
-                if "max-autotune" not in title:
+                if "max-autotune" not in title and "TensorRT" not in title:
                     call()
         yield Case({"network": name, "batch": batch}, functools.partial(dict, calls), repeat=1)
 

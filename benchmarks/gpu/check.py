@@ -1,7 +1,8 @@
 """Is every op right on this GPU? What cannot be known where there is none.
 
     make gpu-check
-    python -m benchmarks.gpu.check [--only ops gemm conv codecs networks sanitizer] [--processes 16]
+    python -m benchmarks.gpu.check [--only ops gemm conv codecs networks distributed
+                                   sanitizer] [--processes 16]
 
 ops        every sample of tests/contract.py: the CPU's answer (integers to the bit), opcheck, torch.compile,
            torch.export, a CUDA graph, no hidden synchronisation, the second GPU where there is one
@@ -9,6 +10,8 @@ gemm       every configuration of the CUDA library's int8 GEMM against exact sum
 conv       likewise of its int8 convolution
 codecs     the gradient codecs' bytes against the oracle's
 networks   whole networks optimized, swapped, moved, saved, replayed as CUDA graphs: the CPU's answers
+distributed  gradients between ranks: FSDP's hooks over NCCL with one rank, DDP's over gloo with two on one GPU, and
+           both over NCCL where there are two GPUs
 sanitizer  the samples once more under compute-sanitizer, where it is installed
 
 The parts run side by side, in shares, a process each: what takes their time is compiling, and oracles on the CPU. What
@@ -18,6 +21,7 @@ is wrong is printed as it is found. Writes docs/benchmarks/gpu/check.json; leave
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pathlib
 import shutil
@@ -47,6 +51,7 @@ from contract import CPU_ONLY, Sample, samples  # noqa: E402
 SUMS = {"linear", "conv2d", "conv_bn_act", "avg_pool2d", "adaptive_avg_pool2d", "softmax", "layer_norm", "attention"}
 SUMS |= {"upsample_bilinear2d"}  # ATen's
 SANITIZER_SECONDS = 130
+DISTRIBUTED_SECONDS = 130
 
 
 def on(device: str, name: str, value: Any) -> Any:
@@ -188,12 +193,27 @@ def check_sanitizer(number: int = 0, of: int = 1) -> Findings:
     yield f"compute-sanitizer, share {number + 1} of {of}", wrong
 
 
+def check_ranks(number: int = 0, of: int = 1) -> Findings:
+    """In processes of its own, which have processes in turn, as a share may not."""
+    command = [sys.executable, "-m", "benchmarks.gpu.check_distributed"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DISTRIBUTED_SECONDS)
+    for line in done.stdout.splitlines():
+        if line.startswith("["):
+            name, wrong = json.loads(line)
+            yield name, wrong
+    if done.returncode != 0:
+        yield "ranks", done.stderr[-2000:] or f"ended with status {done.returncode}"
+    if torch.cuda.device_count() < 2:
+        raise Skipped("nothing between two GPUs, since there is one")
+
+
 # The part, what looks at it, and its shares: those that take longest first.
 PARTS: dict[str, tuple[Callable[[int, int], Findings], int]] = {
     "sanitizer": (check_sanitizer, 4),
     "ops": (check_ops, 4),
     "networks": (check_whole_networks, 3),
     "codecs": (check_gradient_codecs, 3),
+    "distributed": (check_ranks, 1),
     "gemm": (check_library.check_gemm, 1),
     "conv": (check_library.check_conv, 1),
 }

@@ -143,9 +143,25 @@ class TestNetworks:
         monkeypatch.setattr(bench_networks, "lowered", lambda name, case: pk.optimize(case.model, case.inputs[0]))
         rows = timed(bench_networks.cases("small", (1, 3), True, "cpu"))
         assert [row["batch"] for row in rows] == [1, 3]
+        assert not any("TensorRT" in name for name in rows[0]["times"])
         assert [name for name in rows[0]["times"] if "max-autotune" in name] == [
             "torch.compile fp16 max-autotune", "torch.compile bf16 max-autotune",
         ]  # fmt: skip
+
+    def test_tensorrt_loses_its_row_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where torch_tensorrt is installed: made in its turn, and left out where it cannot be made."""
+
+        def broken(*_: Any) -> None:
+            raise RuntimeError("no engine")
+
+        made = lambda network, **how: broken if how.get("backend") == "tensorrt" else network  # noqa: E731
+        monkeypatch.setattr(torch, "compile", made)
+        monkeypatch.setattr(bench_networks.importlib.util, "find_spec", lambda name: name == "torch_tensorrt")
+        monkeypatch.setattr(bench_networks.families, "network_case", lambda name, batch: small_network())
+        monkeypatch.setattr(bench_networks, "lowered", lambda name, case: pk.optimize(case.model, case.inputs[0]))
+        (row,) = timed(bench_networks.cases("small", (1,), True, "cpu"))
+        wrong = {name: found for name, found in row["times"].items() if isinstance(found, str)}
+        assert wrong == dict.fromkeys(("TensorRT fp16", "TensorRT bf16"), "RuntimeError: no engine")
 
 
 def small_network() -> Any:

@@ -28,7 +28,7 @@ from pykernels.cuda.triton.arguments import (
     is_channels_last,
     single,
 )
-from pykernels.cuda.triton.epilogue import OPTIONS, activate, dequantize, store_output
+from pykernels.cuda.triton.epilogue import OPTIONS, activate, dequantize, rint, store_output
 from pykernels.cuda.triton.planes import TILE, flat, place, tile_shape, tiles
 from pykernels.cuda.triton.tiles import check, on
 
@@ -37,32 +37,77 @@ __all__ = ["qadd", "qcat", "qlookup", "qmul"]
 ZERO_POINTS = ["a_zero_point", "b_zero_point", "zero_point", "out_zero_point"]
 
 
+# $0 to $3: the bytes of $4, as unsigned, plus 2^23, since they are the lowest bits of such a number.
+UNPACK = """{
+prmt.b32 $0, $4, 0x4B000000, 0x7440;
+prmt.b32 $1, $4, 0x4B000000, 0x7441;
+prmt.b32 $2, $4, 0x4B000000, 0x7442;
+prmt.b32 $3, $4, 0x4B000000, 0x7443;
+}"""
+UNSIGNED = tl.constexpr(UNPACK)
+SIGNED = tl.constexpr(
+    UNPACK.replace("$4", "b").replace("{", "{ .reg .b32 b; xor.b32 b, $4, 0x80808080;")  # int8 plus 128
+)
+BOUNDS = ("none", "relu", "relu6")  # activations that only bound what they are given
+
+
+@triton.jit
+def _number(q, zero_point, ASM: tl.constexpr):
+    """q - zero_point, fp32: exact. Without ASM in plain steps."""
+    if ASM:
+        SHIFT: tl.constexpr = 0x800000 + (128 if q.dtype == tl.int8 else 0)
+        TEXT: tl.constexpr = SIGNED if q.dtype == tl.int8 else UNSIGNED
+        v = tl.inline_asm_elementwise(TEXT, "=&r,=&r,=&r,=&r,r", [q], tl.float32, True, 4)
+        return v - (zero_point + SHIFT).to(tl.float32)
+    else:
+        return (q.to(tl.int32) - zero_point).to(tl.float32)
+
+
 @triton.jit
 def _combine(
-    a, b, a_scale, a_zero_point, b_scale, b_zero_point, OP: tl.constexpr, ACTIVATION: tl.constexpr
+    a, b, a_scale, a_zero_point, b_scale, b_zero_point, OP: tl.constexpr, ASM: tl.constexpr
 ):  # fmt: skip
-    x = dequantize(a, a_zero_point, a_scale)
-    y = dequantize(b, b_zero_point, b_scale)
-    return activate(x + y if OP == "add" else x * y, ACTIVATION)
+    x = _number(a, a_zero_point, ASM) * a_scale
+    y = _number(b, b_zero_point, ASM) * b_scale
+    return x + y if OP == "add" else x * y
+
+
+@triton.jit
+def _finish(
+    pointer, f, mask, inverse, zero_point, ACTIVATION: tl.constexpr, CLAMPS: tl.constexpr, OUT: tl.constexpr
+):  # fmt: skip
+    """Store requantize(activation(f)). CLAMPS: f * inverse is no NaN, and the activation bounds it, no more."""
+    if CLAMPS:
+        low = ((-128 if OUT == "int8" else 0) - zero_point).to(tl.float32)
+        high = ((127 if OUT == "int8" else 255) - zero_point).to(tl.float32)
+        if ACTIVATION != "none":
+            low = tl.maximum(low, 0.0)
+        if ACTIVATION == "relu6":
+            high = tl.minimum(high, 6.0 * inverse)
+        q = rint(tl.minimum(tl.maximum(f * inverse, low), high)) + zero_point
+        tl.store(pointer, q.to(pointer.dtype.element_ty), mask=mask)
+    else:
+        store_output(pointer, activate(f, ACTIVATION), mask, inverse, zero_point, OUT)
 
 
 @triton.jit(do_not_specialize=ZERO_POINTS)
 def _binary(
     a, b, out, n, a_scale, a_zero_point, b_scale, b_zero_point, inverse, out_zero_point,
-    OP: tl.constexpr, ACTIVATION: tl.constexpr, OUT: tl.constexpr, TILE: tl.constexpr,
+    OP: tl.constexpr, ACTIVATION: tl.constexpr, CLAMPS: tl.constexpr, OUT: tl.constexpr, ASM: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     i = flat(TILE)
     x = tl.load(a + i, mask=i < n, other=0)
     y = tl.load(b + i, mask=i < n, other=0)
-    f = _combine(x, y, a_scale, a_zero_point, b_scale, b_zero_point, OP, ACTIVATION)
-    store_output(out + i, f, i < n, inverse, out_zero_point, OUT)
+    f = _combine(x, y, a_scale, a_zero_point, b_scale, b_zero_point, OP, ASM)
+    _finish(out + i, f, i < n, inverse, out_zero_point, ACTIVATION, CLAMPS, OUT)
 
 
 @triton.jit(do_not_specialize=ZERO_POINTS)
 def _binary_channels(
     a, b, out, rows, cols, pixels, a_scale, a_zero_point, b_scale, b_zero_point, inverse, out_zero_point,
-    OP: tl.constexpr, ACTIVATION: tl.constexpr, OUT: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    SPAN: tl.constexpr,
+    OP: tl.constexpr, ACTIVATION: tl.constexpr, CLAMPS: tl.constexpr, OUT: tl.constexpr, ASM: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """A number of b for each column of each `pixels` rows of a (channels_last), or for each row (contiguous)."""
     row, col = place(cols, ROWS, SPAN)
@@ -72,10 +117,9 @@ def _binary_channels(
     else:
         y = tl.load(b + row, mask=row < rows, other=0)
     i = row * cols + col
-    f = _combine(
-        tl.load(a + i, mask=mask, other=0), y, a_scale, a_zero_point, b_scale, b_zero_point, OP, ACTIVATION
-    )  # fmt: skip
-    store_output(out + i, f, mask, inverse, out_zero_point, OUT)
+    x = tl.load(a + i, mask=mask, other=0)
+    f = _combine(x, y, a_scale, a_zero_point, b_scale, b_zero_point, OP, ASM)
+    _finish(out + i, f, mask, inverse, out_zero_point, ACTIVATION, CLAMPS, OUT)
 
 
 @triton.jit(do_not_specialize=ZERO_POINTS)
@@ -100,7 +144,16 @@ def _lookup(x, table, out, n, TILE: tl.constexpr):
     tl.store(out + i, tl.load(table + tl.load(x + i, mask=i < n, other=0).to(tl.int32)), mask=i < n)
 
 
+COMPILED = isinstance(_binary, triton.JITFunction)  # Triton's interpreter knows no PTX
+
+
 # ---- launchers ----
+
+
+def _clamps(a_scale: float, b_scale: float, scale: float, activation: str) -> bool:
+    """Whether nothing but bounds come after the sum or product of numbers that are finite, as is 1 / `scale`."""
+    finite = all(math.isfinite(single(256.0 * s)) for s in (a_scale, b_scale))
+    return finite and math.isfinite(inverse(scale)) and activation in BOUNDS
 
 
 def _elementwise(
@@ -127,6 +180,7 @@ def _elementwise(
         return out
     numbers = (single(a_scale), a_zero_point, single(b_scale), b_zero_point, inverse(out_scale), out_zero_point)
     how: dict[str, Any] = {"OP": op.removeprefix("q"), "ACTIVATION": activation, "OUT": KINDS[out_dtype], **OPTIONS}
+    how |= {"CLAMPS": _clamps(a_scale, b_scale, out_scale, activation), "ASM": COMPILED}
     columns = is_channels_last(a)
     with on(a.device):
         if same or not (columns or a.is_contiguous()):

@@ -275,12 +275,12 @@ def _encode(
 def _sum_tiles(
     payloads, stride, ranks, row, j, there, exists,
     CODEC: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, RECORD: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """((d0 + d1) + ...) of the records at payloads + rank * stride."""
+    """((d0 + d1) + ...) of the records at payloads + rank * stride; UNROLL ranks' codes are asked for together."""
     total = _decode_tile(payloads, row, j, there, exists, CODEC, BITS, PLANES, BLOCK, RECORD)
     stride = tl.multiple_of(tl.cast(stride, tl.int64), ALIGNED)
-    for _ in range(1, ranks):
+    for _ in tl.range(1, ranks, loop_unroll_factor=UNROLL):
         payloads += stride
         values = _decode_tile(payloads, row, j, there, exists, CODEC, BITS, PLANES, BLOCK, RECORD)
         sums = ()
@@ -303,7 +303,7 @@ def _decode(
     there = row * BLOCK < count
     exists = there & (j < WIDTH)
     total = _sum_tiles(
-        payloads + begin, stride, ranks, row, j, there, exists, CODEC, BITS, PLANES, BLOCK, RECORD, ALIGNED
+        payloads + begin, stride, ranks, row, j, there, exists, CODEC, BITS, PLANES, BLOCK, RECORD, ALIGNED, 1
     )
     out += first
     for p in tl.static_range(PLANES):
@@ -324,8 +324,9 @@ def _reduce(
     there = row * BLOCK < count
     exists = there & (j < WIDTH)
     place = row * BLOCK + j
+    TOGETHER: tl.constexpr = 3 if CODEC == "int8" or CODEC == "int4" else 1  # no more registers than behind it
     total = _sum_tiles(
-        payloads + begin, stride, ranks, row, j, there, exists, CODEC, BITS, PLANES, BLOCK, RECORD, ALIGNED
+        payloads + begin, stride, ranks, row, j, there, exists, CODEC, BITS, PLANES, BLOCK, RECORD, ALIGNED, TOGETHER
     )
     vs = ()
     for p in tl.static_range(PLANES):

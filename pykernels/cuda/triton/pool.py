@@ -7,7 +7,7 @@
 The output is rows × columns of memory: rows of channels of one pixel (channels_last), or rows of pixels of one line
 (contiguous). A program takes a tile of it and goes through the windows of its outputs tap by tap; of wide windows that
 are averaged it takes one pixel, and many taps at a time. Nothing is padded: taps beyond the plane are masked. Maxima of
-channels_last memory are pool_channels.py's.
+channels_last memory are those of pool_lines.py and pool_channels.py.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from pykernels.cuda.triton.epilogue import OPTIONS, store_output
 from pykernels.cuda.triton.gemm import machine
 from pykernels.cuda.triton.planes import TILE, place, tile_shape, tiles
 from pykernels.cuda.triton.pool_channels import max_channels
+from pykernels.cuda.triton.pool_lines import max_lines, suits
 from pykernels.cuda.triton.reals import INFINITY, load_real, number_of
 from pykernels.cuda.triton.tiles import check, on
 from pykernels.cuda.triton.windows import GEOMETRY, Windows, adaptive, check_input, longest, plain, window
@@ -101,7 +102,7 @@ def _max(
     KIND: tl.constexpr, ADAPTIVE: tl.constexpr, WIDE: tl.constexpr, TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Of contiguous memory; of channels_last it is pool_channels.py's."""
+    """Of contiguous memory."""
     row, col, n, c, oh, ow = _outputs(cols, channels, out_h, out_w, False, WIDE, ROWS, SPAN)
     exists = (row < rows) & (col < cols)
     top, bottom = window(oh, height, out_h, reach_h, stride_h, padding_h, step_h, ADAPTIVE)
@@ -287,7 +288,10 @@ def _max_pool(x: torch.Tensor, windows: Windows, with_indices: bool) -> tuple[to
         return y, indices
     source, last = _in_place(x)
     if last:
-        max_channels(source, y, indices, windows)
+        if indices is None and suits(windows):
+            max_lines(source, y, windows)
+        else:
+            max_channels(source, y, indices, windows)
         return y, indices
     rows, cols, grid, shape = _tile(y, last)
     del shape["LAST"]

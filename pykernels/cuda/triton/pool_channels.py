@@ -1,5 +1,7 @@
 """Maxima over [N, C, H, W] in channels_last memory: the greatest tap of each window; any NaN wins; ties keep the first.
 
+Those without indices whose windows are small and not dilated are pool_lines.py's.
+
 A program takes some pixels of one line of the output and some channels, so that where it is needs no division but a
 program's own. A window that ends in the plane repeats its last tap, which changes no maximum, instead of masking taps;
 so an output costs a load of 16 bytes' share, one maximum and little else for each tap.
@@ -19,7 +21,7 @@ from pykernels.cuda.triton.reals import INFINITY, bf16_number, bits_of, number_o
 from pykernels.cuda.triton.tiles import on
 from pykernels.cuda.triton.windows import GEOMETRY, Windows, window
 
-__all__ = ["max_channels", "shape_of"]
+__all__ = ["LINE_LIMIT", "greater", "load_numbers", "max_channels", "shape_of", "store_numbers"]
 
 THREADS = 128
 SPAN_BYTES = 256  # of a pixel's channels, to a program
@@ -28,7 +30,7 @@ LINE_LIMIT = 2**31  # elements of a line that 32 bits number
 
 
 @triton.jit
-def _load(pointer, mask, EVEN: tl.constexpr, KIND: tl.constexpr):
+def load_numbers(pointer, mask, EVEN: tl.constexpr, KIND: tl.constexpr):
     """Numbers in the order of those at `pointer`; anything where not `mask`, which is not stored.
 
     fp32, but fp16 of bytes: a byte, as unsigned, is the bits of a tiny number, and a GPU compares two of these at once.
@@ -45,13 +47,13 @@ def _load(pointer, mask, EVEN: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _greater(v, best):
+def greater(v, best):
     """Of two zeros the positive one; of two NaNs any."""
     return tl.maximum(best, v, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _store(pointer, best, mask, KIND: tl.constexpr):
+def store_numbers(pointer, best, mask, KIND: tl.constexpr):
     """What was loaded, so nothing is rounded."""
     if KIND == "bf16":
         tl.store(pointer, (bits_of(best) >> 16).to(tl.uint16), mask=mask)
@@ -91,16 +93,16 @@ def _max_channels(
         ih = top + tl.minimum(t // TAPS_W, down) * step_h
         iw = left + tl.minimum(t % TAPS_W, aside) * step_w
         at = (iw.to(tl.int64) if WIDE else iw) * x_col + c
-        v = _load(image + ih.to(tl.int64) * x_row + at, c < channels, EVEN, KIND)
+        v = load_numbers(image + ih.to(tl.int64) * x_row + at, c < channels, EVEN, KIND)
         if indices is not None:
             better = (v > best) | (v != v) | (index < 0)
             index = tl.where(better, ih * width + iw, index)
             best = tl.where(better, v, best)
         else:
-            best = _greater(v, best)
+            best = greater(v, best)
     to = (ow.to(tl.int64) if WIDE else ow) * channels + c
     begin = line.to(tl.int64) * out_w * channels
-    _store(y + begin + to, best, exists, KIND)
+    store_numbers(y + begin + to, best, exists, KIND)
     if indices is not None:
         tl.store(indices + begin + to, index.to(tl.int64), mask=exists)
 

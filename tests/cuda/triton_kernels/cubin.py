@@ -83,3 +83,19 @@ def check(
     used = resources(kernel, folder)
     assert used["STACK"] <= stack and used["LOCAL"] == 0, used
     assert used["REG"] <= registers, used
+
+
+def in_flight(kernel: Any) -> int:
+    """The most global loads that a thread has under way at a time, going straight through its machine code."""
+    waiting: list[set[str]] = []
+    most = 0
+    for line in kernel.asm["sass"].splitlines():
+        text = re.sub(r"^\s*\S*\t", "", line)
+        used = set(re.findall(r"\bR\d+\b", text))
+        waiting = [registers for registers in waiting if not registers & used]
+        found = re.search(r"\bLDG\.E\.?(\d*)\S* R(\d+),", text)
+        if found:
+            first = int(found[2])
+            waiting.append({f"R{first + i}" for i in range(int(found[1] or 32) // 32)})
+            most = max(most, len(waiting))
+    return most

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import triton
-from cubin import accesses, check, compiled
+from cubin import accesses, check, compiled, in_flight
 
 from pykernels.cuda.triton import compress, sparse, topk
 from pykernels.cuda.triton.tiles import power_of_two
@@ -94,6 +94,13 @@ def test_one_rank_without_residual(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("codec", ["int8", "int2"])
 def test_large_records_do_not_spill(codec: str, tmp_path: pathlib.Path) -> None:
     check(dense("_reduce", codec, 90, 16384), tmp_path, 64)
+
+
+@pytest.mark.parametrize(("codec", "loads", "registers"), [("int8", 16, 64), ("int4", 8, 56)])
+def test_a_reduction_asks_several_ranks_at_once(codec: str, loads: int, registers: int, tmp_path: pathlib.Path) -> None:
+    kernel = dense("_reduce", codec, 90, 256)
+    check(kernel, tmp_path, registers)
+    assert in_flight(kernel) >= loads
 
 
 LEVEL = {"LEVEL": 2, "SHIFT": topk.SHIFTS[2], "ABOVE": topk.SHIFTS[1]}

@@ -74,7 +74,7 @@ def test_tensor_cores(gpu: EmulatedGPU, c: Conv, kernel: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8])
 def test_maxima_of_channels_last_memory(gpu: EmulatedGPU, dtype: torch.dtype) -> None:
-    """Two halves at once, and bytes as halves."""
+    """Two halves at once; bytes as halves, and where integers have it two of a word at once."""
     x = (torch.randn(1, 48, 9, 11) * 30).clamp(-128 if dtype.is_signed else 0, 127).to(dtype)
     if dtype.is_floating_point:
         x[0, :5, 3:5, 2] = torch.nan
@@ -82,8 +82,10 @@ def test_maxima_of_channels_last_memory(gpu: EmulatedGPU, dtype: torch.dtype) ->
     window = ([3, 3], [2, 2], [1, 1], [1, 1], False)
     y = gpu.answer("pool", "max_pool2d", x, *window)
     same(y, reference.max_pool2d_with_indices(x, *window)[0])
-    halves = not dtype.is_floating_point or dtype == torch.float16
-    assert ("max.NaN.f16x2" in gpu.ptx) == halves
+    words = {torch.uint8: "u16x2", torch.int8: "s16x2"} if gpu.machine[0] == 90 else {}
+    pairs = words.get(dtype) or ("NaN.f16x2" if dtype not in (torch.float32, torch.bfloat16) else None)
+    for kind in ("u16x2", "s16x2", "NaN.f16x2"):
+        assert (f"max.{kind}" in gpu.ptx) == (kind == pairs)
 
 
 def test_a_window_of_many_taps_is_divided(gpu: EmulatedGPU) -> None:
