@@ -114,7 +114,13 @@ def _digits() -> Images:
 
 
 def _prepared(
-    name: str, train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, mirrors: bool, epochs: int
+    name: str,
+    train: np.ndarray,
+    labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    mirrors: bool,
+    epochs: int,
 ) -> Images:
     mean, deviation = float(train.mean()), float(train.std())
     seen, unseen = (
