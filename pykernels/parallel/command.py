@@ -116,7 +116,7 @@ def plan_pipeline(
     notes = [
         "MB that a stage in the middle sends a step (of two: either one); ms of communication alone, of a step.",
         "Each rank has a link and one stage; a message leaves when the one before it has, while the stage goes on.",
-        f"A third of the {compute_ms:g} ms is forward, two thirds backward. Encoding and decoding take the stage's time.",
+        f"A third of the {compute_ms:g} ms is forward, two thirds backward; a stage spends time on codecs, too.",
     ]
     _tell(found, f"{numel / 1e6:g} M elements a chunk, {stages} stages, {chunks} chunks, {schedule}, {link}", notes)
 
