@@ -100,7 +100,7 @@ def _numpy(record: ArrayRecord) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def _check_alike(before: Mapping[str, np.ndarray[Any, Any]], after: dict[str, np.ndarray[Any, Any]]) -> None:
-    """Names and shapes of a reply's arrays are those that were sent, dtypes become so: averages of integers are float64.
+    """Names and shapes of a reply are those that were sent; dtypes become so, since averages of integers are float64.
 
     Raises:
         ValueError: they are not, or a dtype would lose something.
@@ -172,9 +172,11 @@ def compress(codec: str = "int8", *, error_feedback: bool = True, forget_after: 
             change = after[part.name].astype(np.float32) - before[part.name].astype(np.float32)
             residual = None
             if error_feedback and part.codec == codec and codec != "fp32":
+                residual = np.zeros(part.numel, np.float32)
                 found = residuals.get(part.name)
-                fits = found is not None and found.size == part.numel and found.dtype == np.float32
-                kept[part.name] = residual = found.reshape(-1).copy() if fits else np.zeros(part.numel, np.float32)
+                if found is not None and found.size == part.numel and found.dtype == np.float32:
+                    residual[:] = found.reshape(-1)
+                kept[part.name] = residual
             part.encode(change, residual, place)
         if error_feedback:
             context.state[f"{RECORD}.residuals"] = ArrayRecord({name: Array(array) for name, array in kept.items()})
