@@ -31,8 +31,9 @@ def run(*options: str, ranks: int = 4, status: int = 0) -> str:
 def test_two_stages_of_two_replicas_learn_with_codecs_on_both_wires() -> None:
     said = run("--pp", "2", "--dp", "2", "--hook", "int8", "--stage-codec", "int8", "--epochs", "8")
     assert float(re.search(r"test accuracy ([\d.]+)%", said)[1]) > 90  # type: ignore[index]
-    for wire in ("stages", "replicas"):
-        assert float(re.search(rf"between {wire}: .*\(([\d.]+)x fewer", said)[1]) > 3.5  # type: ignore[index]
+    # so narrow a network has many parameters of one dimension, which travel between replicas as fp32
+    for wire, least in (("stages", 3.8), ("replicas", 3.3)):
+        assert float(re.search(rf"between {wire}: .*\(([\d.]+)x fewer", said)[1]) > least  # type: ignore[index]
 
 
 @pytest.mark.slow
