@@ -28,6 +28,7 @@ class Images:
         train, test: fp32 [N, 1, height, width], zero mean and unit variance over the training images.
         train_labels, test_labels: int64 [N], 0 to 9.
         mirrors: a mirrored image has the same label.
+        epochs: how often a small network sees all of them until it is good at them.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Images:
     test: torch.Tensor
     test_labels: torch.Tensor
     mirrors: bool
+    epochs: int
 
     def subset(self, count: int) -> Images:
         """The same with the first `count` training images only: they are in no particular order."""
@@ -97,7 +99,7 @@ def _fashion_mnist(files: dict[str, Path]) -> Images:
     train, labels, test, test_labels = (
         _idx(files[f"{part}-{kind}-ubyte.gz"]) for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
     )
-    return _prepared("Fashion-MNIST", train, labels, test, test_labels, mirrors=True)
+    return _prepared("Fashion-MNIST", train, labels, test, test_labels, mirrors=True, epochs=1)
 
 
 def _digits() -> Images:
@@ -107,18 +109,25 @@ def _digits() -> Images:
     pixels = pixels.reshape(-1, 8, 8)
     order = np.random.default_rng(0).permutation(len(pixels))
     train, test = order[: len(order) * 4 // 5], order[len(order) * 4 // 5 :]
-    return _prepared("scikit-learn's digits", pixels[train], labels[train], pixels[test], labels[test], mirrors=False)
+    seen, unseen = (pixels[train], labels[train]), (pixels[test], labels[test])
+    return _prepared("scikit-learn's digits", *seen, *unseen, mirrors=False, epochs=15)
 
 
 def _prepared(
-    name: str, train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, mirrors: bool
+    name: str,
+    train: np.ndarray,
+    labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    mirrors: bool,
+    epochs: int,
 ) -> Images:
     mean, deviation = float(train.mean()), float(train.std())
     seen, unseen = (
         torch.from_numpy((pixels.astype(np.float32) - mean) / deviation)[:, None] for pixels in (train, test)
     )
     known, asked = (torch.from_numpy(some.astype(np.int64)) for some in (labels, test_labels))
-    return Images(name, seen, known, unseen, asked, mirrors)
+    return Images(name, seen, known, unseen, asked, mirrors, epochs)
 
 
 class Block(nn.Module):

@@ -42,6 +42,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from pykernels import comm
 
 MOMENTUM, WEIGHT_DECAY, WARM_UP = 0.9, 5e-4, 0.15
+TIMED = 5  # steps, from which it is told how long all will take
 KEPT = 2  # checkpoints; the last one may have been made just before what one wants to go back behind
 
 
@@ -287,7 +288,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", default="auto", choices=["auto", "fashion-mnist", "digits"])
     parser.add_argument("--train-images", type=int, help="how many to learn from (all)")
     parser.add_argument("--width", type=int, default=32, help="channels of the first stage (32)")
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--epochs", type=int, help="as many as the images need: Fashion-MNIST 1, digits 15")
     parser.add_argument("--batch", type=int, default=64, help="images a rank and step (64)")
     parser.add_argument("--lr", type=float, default=0.1, help="the highest learning rate (0.1)")
     parser.add_argument("--seed", type=int, default=0)
@@ -302,7 +303,7 @@ def arguments() -> argparse.Namespace:
     )
     options = parser.parse_args()
     for name in ("epochs", "batch", "checkpoint_every", "width"):
-        if getattr(options, name) < 1:
+        if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if options.resume and not options.checkpoint_dir:
         parser.error("--resume needs --checkpoint-dir")
@@ -316,24 +317,33 @@ def run(options: argparse.Namespace) -> None:
     images = load(options.data)
     if options.train_images:
         images = images.subset(options.train_images)
+    options.epochs = options.epochs or images.epochs
     trainer = Trainer(options, images)
     console = Console(quiet=trainer.rank != 0)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     console.print(
         f"[bold]{images.name}[/]: {len(images.train)} images to learn from, {len(images.test)} to be judged by; "
         f"{parameters:,} parameters, {trainer.world} ranks x {options.batch} images a step, "
-        f"hook [bold]{options.hook}[/]"
+        f"hook [bold]{options.hook}[/], {options.epochs} epoch{'s' * (options.epochs > 1)}"
     )
     if trainer.steps_per_epoch < 1:
         raise ValueError(f"--batch: {trainer.world} ranks x {options.batch} are more than {len(images.train)} images")
     if options.resume and (found := checkpoints(options.checkpoint_dir)):
         trainer.resume(found[-1])
         console.print(f"resumed from {found[-1]}")
-    begin, first = time.perf_counter(), trainer.position.step
+    total, first = options.epochs * trainer.steps_per_epoch, trainer.position.step
+    begin = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:  # on rank 0; the others' console is quiet
-        task = bar.add_task("steps", total=options.epochs * trainer.steps_per_epoch, completed=first)
-        trainer.train(lambda: bar.advance(task))
+        task = bar.add_task("steps", total=total, completed=first)
+
+        def advance() -> None:
+            bar.advance(task)
+            if trainer.position.step == first + TIMED < total:
+                left = (time.perf_counter() - begin) / TIMED * (total - first - TIMED)
+                console.print(f"{total - first} steps: some {left:.0f} seconds more")
+
+        trainer.train(advance)
     seconds = time.perf_counter() - begin
     words, sent = traffic(trainer)
     if trainer.rank == 0:

@@ -36,8 +36,8 @@ from pykernels.cli.parallel import split as split_command
 from pykernels.cli.plan import app as plan_app
 from pykernels.cli.serve import serve as serve_command
 from pykernels.cli.tune import tune as tune_command
-from pykernels.comm.command import app as comm_app
 from pykernels.cuda import registry
+from pykernels.parallel.command import app as comm_app
 
 app = typer.Typer(
     name="pykernels",

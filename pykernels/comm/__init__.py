@@ -1,5 +1,6 @@
 """Gradients over slow links: compression codecs with error feedback as hooks of DistributedDataParallel."""
 
+import importlib
 from typing import Any
 
 from pykernels.comm.auto import AutoState, AutoStats, Choice
@@ -75,9 +76,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``comm.tensor_parallel``, which stands in :mod:`pykernels.parallel`, a room above this one."""
+    """``comm.tensor_parallel`` of :mod:`pykernels.parallel`, a room above; ``comm.flower``, which needs Flower."""
     if name == "tensor_parallel":
         from pykernels.parallel import tensor_parallel
 
         return tensor_parallel
+    if name == "flower":
+        return importlib.import_module("pykernels.comm.flower")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

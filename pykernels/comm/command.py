@@ -85,7 +85,7 @@ def _number(digits: str, text: str) -> float:
         raise ValueError(f"{text!r}: {digits} is not a number") from None
 
 
-def _parsed(option: str, parse: Callable[[str], float], text: str) -> float:
+def parsed(option: str, parse: Callable[[str], float], text: str) -> float:
     try:
         return parse(text)
     except ValueError as error:
@@ -196,11 +196,11 @@ def plan(
 
     [cyan]pykernels comm plan --params 25e6 --world 64 --link 1gbit --compute-ms 300 --chart plan.png[/]
     """
-    wanted = _parsed("--params", float, params)
+    wanted = parsed("--params", float, params)
     if not 1 <= wanted <= 1e13:
         raise typer.BadParameter(f"--params: {params} is not a number of parameters")
     parameters = int(wanted)
-    rate, delay = _parsed("--link", bandwidth, link), _parsed("--latency", duration, latency)
+    rate, delay = parsed("--link", bandwidth, link), parsed("--latency", duration, latency)
     if world % ranks_per_host:
         raise typer.BadParameter(f"--ranks-per-host: {ranks_per_host} does not divide --world {world}")
     if chart is not None and not chart.parent.is_dir():

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,11 +42,14 @@ def complaint(model: nn.Module, rank: int, step: int) -> tuple[str, float]:
 # ---- a rank dies, the job starts again ----
 
 
+FEW = ("--epochs", "2", "--width", "8")
+
+
 def run_example(folder: Path, name: str, ranks: int, codec: str, *options: str) -> tuple[dict[str, Any], Any, str]:
     """Run the example on the digits; its report, its final weights and what it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["--max-restarts", "1", str(ROOT / "examples" / "train_ddp.py"), "--data", "digits", "--width", "8"]
-    command += ["--epochs", "2", "--out", str(folder / name), "--hook", codec, *options]
+    command += ["--max-restarts", "1", str(ROOT / "examples" / "train_ddp.py"), "--data", "digits"]
+    command += ["--out", str(folder / name), "--hook", codec, *options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", FRESH_STORE: "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -65,9 +69,9 @@ KEEP = ("--resume", "--checkpoint-every", "5", "--checkpoint-dir")
 
 @pytest.mark.parametrize("codec", ["onebit", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CODECS)])
 def test_a_job_that_lost_a_rank_ends_as_one_that_lost_none(codec: str, tmp_path: Path) -> None:
-    report, weights, _ = run_example(tmp_path, "whole", 2, codec)
+    report, weights, _ = run_example(tmp_path, "whole", 2, codec, *FEW)
     again, resumed, said = run_example(
-        tmp_path, "killed", 2, codec, "--kill-at", "8", *KEEP, str(tmp_path / "checkpoints")
+        tmp_path, "killed", 2, codec, *FEW, "--kill-at", "8", *KEEP, str(tmp_path / "checkpoints")
     )
     assert "resumed from" in said and "step-00000005" in said.replace("\n", "")
     assert report["losses"] == again["losses"] and len(report["losses"]) == report["step"]
@@ -77,11 +81,18 @@ def test_a_job_that_lost_a_rank_ends_as_one_that_lost_none(codec: str, tmp_path:
 
 
 @pytest.mark.slow
+def test_without_options_digits_are_learned_and_the_time_is_told(tmp_path: Path) -> None:
+    report, _, said = run_example(tmp_path, "whole", 2, "int8")
+    assert report["accuracies"][-1] >= 0.95
+    assert re.search(r"165 steps: some \d+ seconds more", said)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_training_goes_on_with_another_number_of_ranks(ranks: int, tmp_path: Path) -> None:
     kept = str(tmp_path / "checkpoints")
-    before, _, _ = run_example(tmp_path, "before", 2, "int8", *KEEP, kept)
-    after, _, said = run_example(tmp_path, "after", ranks, "int8", *KEEP, kept, "--epochs", "4")
+    before, _, _ = run_example(tmp_path, "before", 2, "int8", *FEW, *KEEP, kept)
+    after, _, said = run_example(tmp_path, "after", ranks, "int8", *FEW, *KEEP, kept, "--epochs", "4")
     assert "resumed from" in said
     assert after["losses"][: before["step"]] == before["losses"]
     assert after["ranks"] == ranks and after["accuracies"][-1] > before["accuracies"][-1]
