@@ -5,10 +5,11 @@ from __future__ import annotations
 import enum
 import pathlib
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+import typer.core
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -37,10 +38,27 @@ from pykernels.cli.plan import app as plan_app
 from pykernels.cli.serve import serve as serve_command
 from pykernels.cli.tune import tune as tune_command
 from pykernels.cuda import registry
-from pykernels.parallel.command import app as comm_app
+
+
+class Commands(typer.core.TyperGroup):
+    """The commands; `comm` is imported when it is asked for, since torch's FSDP takes a second."""
+
+    def list_commands(self, context: Any) -> list[str]:
+        return [*super().list_commands(context), "comm"]
+
+    def get_command(self, context: Any, name: str) -> Any:
+        if name != "comm":
+            return super().get_command(context, name)
+        from pykernels.parallel.command import app as comm
+
+        command = typer.main.get_command(comm)
+        command.name = name
+        return command
+
 
 app = typer.Typer(
     name="pykernels",
+    cls=Commands,
     help="Make PyTorch models faster on the hardware at hand: hand-written kernels, model surgery, int8.",
     no_args_is_help=True,
     add_completion=False,
@@ -193,7 +211,6 @@ app.command(name="serve")(serve_command)
 app.command(name="split")(split_command)
 app.command(name="tune")(tune_command)
 app.add_typer(plan_app, name="plan")
-app.add_typer(comm_app, name="comm")
 
 
 def _build(build: dict[str, str]) -> str:

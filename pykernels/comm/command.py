@@ -35,7 +35,7 @@ from pykernels.comm.model import (
     thin_numbers,
 )
 
-app = typer.Typer(help="Gradients over slow links.", no_args_is_help=True)
+app = typer.Typer(help="Gradients over slow links.", no_args_is_help=True, add_completion=False)
 CODECS = ("fp32", *DENSE, "topk", "randomk", "powersgd")
 RATIO, RANK, SIDE = 0.01, 4, 1024  # of top-k and random-k; of PowerSGD, and of the square matrices it is given
 FIRST_BUCKET, BUCKET = 1 << 18, 25 << 18  # gradients: DistributedDataParallel's 1 MiB and 25 MiB of fp32
