@@ -96,10 +96,10 @@ def test_no_file_imports_what_imports_it() -> None:
 
 
 def test_importing_the_package_imports_nothing_that_it_may_not_need() -> None:
-    """Triton and extras may not be there; torchao and the benchmarks take seconds."""
+    """Triton and extras may not be there; torchao, the benchmarks and symbolic sizes take seconds."""
     heavy = (
         "highspy", "matplotlib", "onnx", "pykernels.bench", "pykernels.cuda.triton", "pykernels.quantization",
-        "torch_pruning", "torchao", "triton",
+        "sympy", "torch_pruning", "torchao", "triton",
     )  # fmt: skip
     code = f"import sys, pykernels; print([m for m in sys.modules if m.startswith({heavy})])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
