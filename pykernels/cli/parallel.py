@@ -56,8 +56,7 @@ def part(
 
     [cyan]pykernels part parts/part-1-of-2.pk --listen 0.0.0.0:9001 --next second:9002[/]
     """
-    from pykernels.parallel.link import host_of
-    from pykernels.parallel.part import key_of_environment
+    from pykernels.parallel.link import host_of, key_of_environment
     from pykernels.parallel.split import NAME
 
     found = NAME.fullmatch(file.name)

@@ -28,8 +28,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils import _pytree as pytree
 
 from pykernels.network.saved import tree_json
-from pykernels.parallel.link import Link, LinkError, Silent, accept, dial, host_of, listen
-from pykernels.parallel.part import KEY, key_of_environment
+from pykernels.parallel.link import KEY, Link, LinkError, Silent, accept, dial, host_of, key_of_environment, listen
 from pykernels.tune.cores import usable
 
 if TYPE_CHECKING:

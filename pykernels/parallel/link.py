@@ -28,7 +28,9 @@ import torch
 
 from pykernels.network.saved.literals import DTYPES
 
-__all__ = ["Link", "LinkError", "Silent", "dial", "listen"]
+__all__ = ["KEY", "Link", "LinkError", "Silent", "dial", "key_of_environment", "listen"]
+
+KEY = "PYKERNELS_PIPELINE_KEY"  # the environment variable that holds it
 
 _MAGIC, _HEADER = b"PKL1", struct.Struct("<4sI")
 _MOST_HEAD, _MOST_BYTES, _DIMENSIONS = 2**24, 2**36, 64
@@ -42,6 +44,21 @@ class LinkError(ConnectionError):
 
 class Silent(LinkError):
     """Nothing came, not even a beat."""
+
+
+def key_of_environment() -> bytes:
+    """The pipeline's key.
+
+    Raises:
+        ValueError: there is none, or one of less than 16 bytes.
+    """
+    try:
+        key = bytes.fromhex(os.environ.get(KEY, ""))
+    except ValueError as error:
+        raise ValueError(f"{KEY}: the environment variable must hold hexadecimal digits: {error}") from error
+    if len(key) < 16:
+        raise ValueError(f"{KEY}: the environment variable must hold the pipeline's key, 64 hexadecimal digits")
+    return key
 
 
 class Link:

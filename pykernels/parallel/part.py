@@ -22,28 +22,12 @@ from torch.utils import _pytree as pytree
 
 from pykernels.network.saved import tree_json
 from pykernels.optimize import Optimized, load
-from pykernels.parallel.link import Link, LinkError, Silent, accept, dial_until, listen
+from pykernels.parallel.link import Link, LinkError, Silent, accept, dial_until, key_of_environment, listen
 
-__all__ = ["KEY", "attend", "key_of_environment", "main"]
+__all__ = ["attend", "main"]
 
-KEY = "PYKERNELS_PIPELINE_KEY"  # the environment variable that holds it
 AHEAD = 2  # frames that wait between two threads
 Frame = tuple[dict[str, Any], list[Any]]
-
-
-def key_of_environment() -> bytes:
-    """The pipeline's key.
-
-    Raises:
-        ValueError: there is none, or one of less than 16 bytes.
-    """
-    try:
-        key = bytes.fromhex(os.environ.get(KEY, ""))
-    except ValueError as error:
-        raise ValueError(f"{KEY}: the environment variable must hold hexadecimal digits: {error}") from error
-    if len(key) < 16:
-        raise ValueError(f"{KEY}: the environment variable must hold the pipeline's key, 64 hexadecimal digits")
-    return key
 
 
 def attend(
