@@ -140,6 +140,28 @@ def _run(command: Sequence[str], world: int, timeout: float) -> int:
                 rank.wait()
 
 
+def rates(text: str | None) -> list[str]:
+    """Rates by commas, ``100mbit,1gbit,unshaped``; without any the links as they are, ``asis``.
+
+    Raises:
+        ValueError: one of them is no rate.
+    """
+    found = text.split(",") if text else ["asis"]
+    for rate in found:
+        if rate not in ("asis", "unshaped"):
+            bits_per_second(rate)
+    return found
+
+
+def check_launch(parser: argparse.ArgumentParser, world: int | None) -> None:
+    """Leave the program where `run` cannot start its ranks: nobody said how many, or there are no namespaces here."""
+    if world is None:
+        parser.error("give --world, or run under torchrun")
+    reason = unusable()
+    if reason is not None:
+        sys.exit(f"skipped: {reason}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", type=int, default=2, help="ranks")

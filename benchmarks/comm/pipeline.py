@@ -226,21 +226,14 @@ def main() -> None:
     parser.add_argument("--output", help="a JSON file")
     given = parser.parse_args()
     given.codecs = given.codecs.split(",")
-    given.rates = given.rates.split(",") if given.rates else ["asis"]
+    given.rates = netns.rates(given.rates)
     for codec in given.codecs:
         if codec not in STAGE_CODECS:
             parser.error(f"--codecs: one of {', '.join(STAGE_CODECS)}, not {codec}")
-    for rate in given.rates:
-        if rate not in ("asis", "unshaped"):
-            netns.bits_per_second(rate)
     if "RANK" in os.environ:
         worker(given)
         return
-    if given.world is None:
-        parser.error("give --world, or run under torchrun")
-    reason = netns.unusable()
-    if reason is not None:
-        sys.exit(f"skipped: {reason}")
+    netns.check_launch(parser, given.world)
     sys.exit(netns.run([sys.executable, "-m", "benchmarks.comm.pipeline", *sys.argv[1:]], given.world, given.timeout))
 
 

@@ -456,18 +456,11 @@ def main() -> None:
     parser.add_argument("--output", help="folder for the JSON and the chart")
     given = parser.parse_args()
     given.hooks = given.hooks.split(",") if given.hooks else list(HOOKS)
-    given.rates = given.rates.split(",") if given.rates else ["asis"]
-    for rate in given.rates:
-        if rate not in ("asis", "unshaped"):
-            netns.bits_per_second(rate)
+    given.rates = netns.rates(given.rates)
     if "RANK" in os.environ:
         worker(given)
         return
-    if given.world is None:
-        parser.error("give --world, or run under torchrun")
-    reason = netns.unusable()
-    if reason is not None:
-        sys.exit(f"skipped: {reason}")
+    netns.check_launch(parser, given.world)
     command = [sys.executable, "-m", "benchmarks.comm.step", *sys.argv[1:]]
     if POWERSGD in given.hooks:
         alone = ["--hooks", POWERSGD, "--rates", "unshaped", "--scale", "0.05", "--rounds", "3", "--output", ""]

@@ -115,18 +115,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="a rank")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds, of all")
     given = parser.parse_args()
-    given.rates = given.rates.split(",") if given.rates else ["asis"]
-    for rate in given.rates:
-        if rate not in ("asis", "unshaped"):
-            netns.bits_per_second(rate)
+    given.rates = netns.rates(given.rates)
     if "RANK" in os.environ:
         worker(given)
         return
-    if given.world is None:
-        parser.error("give --world, or run under torchrun")
-    reason = netns.unusable()
-    if reason is not None:
-        sys.exit(f"skipped: {reason}")
+    netns.check_launch(parser, given.world)
     command = [sys.executable, "-m", "benchmarks.comm.tensor", *sys.argv[1:]]
     sys.exit(netns.run(command, given.world, given.timeout))
 

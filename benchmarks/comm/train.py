@@ -103,11 +103,7 @@ def main() -> None:
     if "RANK" in os.environ:
         worker(given)
         return
-    if given.world is None:
-        parser.error("give --world, or run under torchrun")
-    reason = netns.unusable()
-    if reason is not None:
-        sys.exit(f"skipped: {reason}")
+    netns.check_launch(parser, given.world)
     sys.exit(netns.run([sys.executable, "-m", "benchmarks.comm.train", *sys.argv[1:]], given.world, given.timeout))
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from pykernels.comm.command import BACKWARD, app, bandwidth, duration, parsed
+from pykernels.comm.command import BACKWARD, Row, app, bandwidth, duration, parsed
 from pykernels.comm.functional import LEAST
 from pykernels.comm.measure import codec_speed
 from pykernels.comm.model import Link, Speed
@@ -20,16 +19,6 @@ from pykernels.parallel.pipeline import STAGE_CODECS
 BLOCK = 256
 
 __all__ = ["app"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A codec's prediction: bytes that a rank sends, seconds of all with it, and of its communication alone."""
-
-    codec: str
-    sent: float
-    communication: float
-    step: float
 
 
 def measure(numel: int, world: int = 2) -> dict[str, Speed]:
