@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 
 import torch
@@ -32,6 +33,7 @@ from torch import nn
 import pykernels as pk
 from pykernels.bench import zoo
 from pykernels.bench.machine import machine
+from pykernels.serve.model import UNTRIED
 
 ROUNDS = 5
 PAUSE = 0.003  # seconds
@@ -64,6 +66,8 @@ def server(net: pathlib.Path, *options: str) -> Iterator[tuple[str, str, int]]:
     try:
         assert process.stdout is not None
         http, grpc = (part.partition("://")[2] for part in process.stdout.readline().split())
+        while UNTRIED in urllib.request.urlopen(f"http://{http}/v2/models/net/config").read().decode():
+            time.sleep(0.1)  # batches are tried behind the first requests
         yield http, grpc, process.pid
     finally:
         process.terminate()

@@ -68,6 +68,7 @@ class Replica:
             model = await self.service.repository.get(name, version)
             with self.service.budget.hold() as held:
                 held.grow(len(body))
+                held.parse(http.json_bytes(body, header))
                 answer = await http_v2.response(self.service, model, http_v2.call_of(bytearray(body), header))
         except (Overloaded, Unavailable):
             raise

@@ -24,25 +24,9 @@ class Deployed:
 
     def replicas(self) -> list[int]:
         """Processes of replicas that descend from this one."""
-        parents = {}
-        names = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                names[int(folder.name)] = (folder / "cmdline").read_bytes()
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
+        from benchmarks.serve.start import replicas
 
-        def ours(pid: int) -> bool:
-            while pid in parents:
-                if pid == self.process.pid:
-                    return True
-                pid = parents[pid]
-            return False
-
-        return sorted(
-            pid for pid, name in names.items() if name.startswith(b"ray::ServeReplica:pykernels:") and ours(pid)
-        )
+        return sorted(replicas(self.process.pid))
 
     def ask(self, x: torch.Tensor) -> torch.Tensor:
         body = json.dumps({"instances": x.tolist()}).encode()

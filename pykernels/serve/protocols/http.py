@@ -18,7 +18,18 @@ from pykernels.serve.budget import Held
 from pykernels.serve.errors import Denied, Invalid, Refused, Unsupported
 from pykernels.serve.service import Service
 
-__all__ = ["Gone", "TokenCheck", "encoded", "error", "handle_errors", "json_response", "parse", "read", "while_there"]
+__all__ = [
+    "Gone",
+    "TokenCheck",
+    "encoded",
+    "error",
+    "handle_errors",
+    "json_bytes",
+    "json_response",
+    "parse",
+    "read",
+    "while_there",
+]
 
 T = TypeVar("T")
 M = TypeVar("M", bound=pydantic.BaseModel)
@@ -91,9 +102,14 @@ async def read(request: Request, held: Held, header: str | None = None) -> bytea
             break
     if coding != "identity":
         body = await asyncio.to_thread(_decompress, body, coding, held)
-    text = int(header) if header and header.isascii() and header.isdigit() and len(header) < 20 else len(body)
-    held.parse(min(text, len(body)))
+    held.parse(json_bytes(body, header))
     return body
+
+
+def json_bytes(body: bytes | bytearray, header: str | None) -> int:
+    """How much of a body is JSON, as `read` has it."""
+    text = int(header) if header and header.isascii() and header.isdigit() and len(header) < 20 else len(body)
+    return min(text, len(body))
 
 
 def _decompress(body: bytearray, coding: str, held: Held) -> bytearray:
