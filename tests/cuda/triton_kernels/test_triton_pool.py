@@ -309,9 +309,9 @@ def test_machine_code_of_maxima_in_contiguous_memory(kind: str, with_indices: bo
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("kind", "most"), [("fp32", 36.0), ("uint8", 31.0)])
+@pytest.mark.parametrize(("kind", "most"), [("fp32", 38.5), ("uint8", 31.0)])
 def test_machine_code_of_dilated_maxima(kind: str, most: float, arch: int, tmp_path: pathlib.Path) -> None:
-    """`most`: instructions that an output of nine taps may cost, all counted."""
+    """`most`: instructions that an output of nine taps may cost, all counted, with any Triton that we promise."""
     dtype = FP32 if kind == "fp32" else U8
     shape = pool_channels.shape_of(64, 56, dtype, False)
     loop = {"ADAPTIVE": False, "WIDE": False, "TAPS_H": 3, "TAPS_W": 3, "UNROLL": pool_channels.unroll(3, 3)}
@@ -319,7 +319,7 @@ def test_machine_code_of_dilated_maxima(kind: str, most: float, arch: int, tmp_p
     types = {**TYPES, "x": POINTERS[kind], "y": POINTERS[kind]}
     options = {"num_warps": pool_channels.THREADS // 32, **pool_channels.OPTIONS}
     kernel = compiled(pool_channels._max_channels, arch, types, constants, options, SIZES)
-    check(kernel, tmp_path, 128)
+    check(kernel, tmp_path, 128, stack=8)
     assert accesses(kernel) == {"ld 16", "st 16"}
     outputs = shape["PIXELS"] * shape["SPAN"] // pool_channels.THREADS
     found = instructions(kernel)
