@@ -19,7 +19,7 @@ from pykernels.tune.instances import Instances, check
 from pykernels.tune.search import Candidate, Measure, Sample, candidates, search
 from pykernels.tune.setup import Setup
 
-__all__ = ["tune"]
+__all__ = ["space", "tune"]
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -58,23 +58,11 @@ def tune(
             `seconds` is not above 0; `batches` are no sizes, or the batch size is not free.
         NoSetup: (a ValueError) no setup keeps the bound; the message names the best p99 that was reached.
     """
-    check(network)
     for name, value in (("latency_ms", latency_ms), ("seconds", seconds)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name}: must be a finite number above 0, not {value!r}")
-    args, kwargs = inputs_of_call(inputs, kwargs)
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    own = _batch(network, leaves)
-    sizes = _sizes(own, batches, latency_ms)
-    calls: dict[int, Call] = {}
-    for size in sizes:
-        given = [_resized(leaf, size) if 0 in free else leaf for leaf, free in zip(leaves, network.free, strict=True)]
-        calls[size] = pytree.tree_unflatten(leaves if size == (own or 1) else given, spec)
-    with torch.no_grad():
-        network(*args, **kwargs)  # what is wrong with the inputs is said by the network
-    there = usable()
-    wanted = candidates(there.count, sizes, several=latency_ms is not None)
-    trials = search(wanted, _measure(network, calls), latency_ms, seconds, progress=progress)
+    wanted, measure = space(network, inputs, batches, kwargs, several=latency_ms is not None)
+    trials = search(wanted, measure, latency_ms, seconds, progress=progress)
     best = trials[0]
     return Setup(
         threads=best.threads,
@@ -86,12 +74,37 @@ def tune(
         items_per_second=best.items_per_second,
         calls=best.calls,
         cpu=cpu_name(),
-        cores=there.count,
+        cores=usable().count,
         isa=torch.ops.pykernels._isa(),
         version=pykernels.__version__,
         tried=tuple(trials),
         untried=len(wanted) - len(trials),
     )
+
+
+def space(
+    network: Optimized,
+    inputs: tuple[Any, ...] | torch.Tensor | Mapping[str, Any],
+    batches: Sequence[int] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    several: bool = True,
+) -> tuple[list[Candidate], Measure]:
+    """The setups of a network here, and what measures one; `several`: also those of several instances and batches.
+
+    The other arguments and the errors are `tune`'s.
+    """
+    check(network)
+    args, kwargs = inputs_of_call(inputs, kwargs)
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    own = _batch(network, leaves)
+    sizes = _sizes(own, batches, several)
+    calls: dict[int, Call] = {}
+    for size in sizes:
+        given = [_resized(leaf, size) if 0 in free else leaf for leaf, free in zip(leaves, network.free, strict=True)]
+        calls[size] = pytree.tree_unflatten(leaves if size == (own or 1) else given, spec)
+    with torch.no_grad():
+        network(*args, **kwargs)  # what is wrong with the inputs is said by the network
+    return candidates(usable().count, sizes, several), _measure(network, calls)
 
 
 def _batch(network: Optimized, leaves: Sequence[Any]) -> int | None:
@@ -109,9 +122,9 @@ def _batch(network: Optimized, leaves: Sequence[Any]) -> int | None:
     return found.pop() if found else None
 
 
-def _sizes(own: int | None, batches: Sequence[int] | None, latency_ms: float | None) -> list[int]:
+def _sizes(own: int | None, batches: Sequence[int] | None, several: bool) -> list[int]:
     if batches is None:
-        return list(BATCHES) if own is not None and latency_ms is not None else [own or 1]
+        return list(BATCHES) if own is not None and several else [own or 1]
     sizes = sorted(set(batches))
     if not sizes or any(type(size) is not int or size < 1 for size in sizes):
         raise ValueError(f"batches: must be whole numbers of at least 1, not {list(batches)}")

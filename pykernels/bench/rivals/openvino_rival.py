@@ -37,7 +37,7 @@ class OpenVino(Rival):
             raise Absent("OpenVINO computes in bf16 only on processors that have it")
         model = core.read_model(io.BytesIO(exported(floats, case.inputs)))
         if self.precision == "int8":
-            model = _quantize(model, case)
+            model = quantized(model, case)
         return self._runner(core, model, case.inputs)
 
     def _runner(self, core: Any, model: Any, inputs: tuple[torch.Tensor, ...]) -> Run:
@@ -60,7 +60,8 @@ class OpenVino(Rival):
         return run
 
 
-def _quantize(model: Any, case: Case) -> Any:
+def quantized(model: Any, case: Case) -> Any:
+    """An OpenVINO model of the case in int8, by NNCF."""
     nncf = require("nncf")
     if case.family == "linear":  # int8 weights; the plugin quantizes activations as they come, as ours does
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
