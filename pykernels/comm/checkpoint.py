@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 
 class Keeper(Protocol):
+    """What has a state of its own on each rank."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...

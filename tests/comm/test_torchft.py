@@ -54,10 +54,28 @@ def wait_for(folder: str | Path, files: str, count: int) -> None:
         time.sleep(0.05)
 
 
+def manager_of(number: int, lighthouse: str, **options: Any) -> tuple[torchft.Manager, dist.TCPStore]:
+    """A replica's manager, and the store that must live as long."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    manager = torchft.Manager(
+        pg=torchft.ProcessGroupGloo(timeout=timedelta(seconds=10)),
+        min_replica_size=2,
+        timeout=timedelta(seconds=20),
+        rank=0,
+        world_size=1,
+        store_addr="localhost",
+        store_port=store.port,
+        lighthouse_addr=lighthouse,
+        replica_id=f"replica_{number}",
+        hostname="localhost",
+        **options,
+    )
+    return manager, store
+
+
 def replica(number: int, life: int, lighthouse: str, folder: str, codec: str, at_once: bool) -> None:
     """Train to `STEPS`, or die amid `KILL_AT` in the first life of number 1; what happened goes to a file."""
     torch.set_num_threads(1)
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     net = network()
 
     def load_state_dict(state: dict[str, Any]) -> None:
@@ -67,20 +85,8 @@ def replica(number: int, life: int, lighthouse: str, folder: str, codec: str, at
     def state_dict() -> dict[str, Any]:
         return {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
 
-    manager = torchft.Manager(
-        pg=torchft.ProcessGroupGloo(timeout=timedelta(seconds=10)),
-        load_state_dict=load_state_dict,
-        state_dict=state_dict,
-        min_replica_size=2,
-        use_async_quorum=not at_once,
-        timeout=timedelta(seconds=20),
-        rank=0,
-        world_size=1,
-        store_addr="localhost",
-        store_port=store.port,
-        lighthouse_addr=lighthouse,
-        replica_id=f"replica_{number}",
-        hostname="localhost",
+    manager, _store = manager_of(
+        number, lighthouse, load_state_dict=load_state_dict, state_dict=state_dict, use_async_quorum=not at_once
     )
     model = comm.torchft.DistributedDataParallel(manager, net, codec, bucket_cap_mb=0.03)
     optimizer = torchft.Optimizer(manager, torch.optim.SGD(net.parameters(), 0.05, momentum=0.9))
@@ -170,6 +176,31 @@ def test_two_go_on_when_the_third_is_killed_and_it_comes_back_with_their_bits(
     if codec == "int8":
         errors = [one["error"] for tries in lives.values() for one in tries if one["error"] is not None]
         assert len(errors) > 2 * STEPS - 4 and max(errors) < 0.03, errors
+
+
+def other_codec(number: int, lighthouse: str, folder: str) -> None:
+    net = network()
+    manager, _store = manager_of(number, lighthouse, load_state_dict=net.load_state_dict, state_dict=net.state_dict)
+    model = comm.torchft.DistributedDataParallel(manager, net, ["int8", "int4"][number])
+    optimizer = torchft.Optimizer(manager, torch.optim.SGD(net.parameters(), 0.05))
+    optimizer.zero_grad()
+    try:
+        backward(model, number, 0)
+    except RuntimeError as error:
+        Path(folder, f"{number}.error").write_text(str(error))
+    os._exit(0)
+
+
+def test_replicas_that_compress_otherwise_are_told(lighthouse: str, tmp_path: Path) -> None:
+    processes = [context.Process(target=other_codec, args=(number, lighthouse, str(tmp_path))) for number in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(PATIENCE)
+        process.kill()
+    for number in range(2):
+        said = (tmp_path / f"{number}.error").read_text()
+        assert "bucket 0 differs between ranks" in said and "int8" in said and "int4" in said, said
 
 
 def test_what_is_wrong_is_named() -> None:
