@@ -37,10 +37,10 @@ def test_flower_and_torchft(tmp_path: pathlib.Path) -> None:
         "--target",
         str(folder),
     ]
-    subprocess.run([*install, required("federated"), *TORCHFT_NEEDS], check=True, timeout=600)
-    subprocess.run([*install, "--no-deps", required("torchft")], check=True, timeout=600)
+    subprocess.run([*install, required("federated"), *TORCHFT_NEEDS], check=True, timeout=900)
+    subprocess.run([*install, "--no-deps", required("torchft")], check=True, timeout=900)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *(p for p in sys.path if p)])}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_flower.py", "test_torchft.py"]
-    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-5000:]
     assert re.search(r"\b\d+ passed in ", done.stdout.splitlines()[-1]), done.stdout[-5000:]  # and none was skipped

@@ -27,7 +27,7 @@ from torchft.process_group import ProcessGroupDummy
 from pykernels import comm
 
 KILL_AT, STEPS = 4, 10
-PATIENCE = 120.0  # seconds
+PATIENCE = 240.0  # seconds; packages that nobody has imported yet take their time
 
 
 def digest(tensors: list[torch.Tensor]) -> str:
