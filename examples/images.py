@@ -168,3 +168,40 @@ class ResNet(nn.Module):
 def network(images: Images, width: int = 32) -> ResNet:
     """The network for these images: images of 8x8 are not halved at once."""
     return ResNet(width, stem_stride=2 if images.train.shape[-1] > 16 else 1)
+
+
+class Head(nn.Module):
+    """Logits [N, 10] of what the last block answers."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.mean((2, 3)))
+
+
+def cut(net: ResNet, stages: int) -> list[nn.Sequential]:
+    """The network as that many parts, each with about as many of its layers.
+
+    Raises:
+        ValueError: more stages than layers.
+    """
+    layers = [nn.Sequential(net.stem, net.norm, nn.ReLU()), *net.blocks, Head(net.head)]
+    if stages > len(layers):
+        raise ValueError(f"{stages} stages are more than the network's {len(layers)} layers")
+    ends = [round(len(layers) * (stage + 1) / stages) for stage in range(stages)]
+    return [nn.Sequential(*layers[begin:end]) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def between(parts: list[nn.Sequential], example: torch.Tensor) -> list[torch.Tensor]:
+    """What goes into each part, and out of the last one, if `example` goes into the first: stages are told.
+
+    Asked by itself, torch would find out by a training pass over memory that nobody has written, which batch norms
+    would remember.
+    """
+    found = [example]
+    for part in parts:
+        found.append(part.eval()(found[-1]).detach().requires_grad_())
+        part.train()
+    return found

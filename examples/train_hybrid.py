@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from images import Images, ResNet, load, network
+from images import Images, between, cut, load, network
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
@@ -31,30 +31,6 @@ from pykernels.parallel import STAGE_CODECS
 MOMENTUM, WEIGHT_DECAY, WARM_UP = 0.9, 5e-4, 0.15
 
 
-class Head(nn.Module):
-    """Logits [N, 10] of what the last block answers."""
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(x.mean((2, 3)))
-
-
-def cut(net: ResNet, stages: int) -> list[nn.Sequential]:
-    """The network as that many parts, each with about as many of its layers.
-
-    Raises:
-        ValueError: more stages than layers.
-    """
-    layers = [nn.Sequential(net.stem, net.norm, nn.ReLU()), *net.blocks, Head(net.head)]
-    if stages > len(layers):
-        raise ValueError(f"--pp: {stages} stages are more than the network's {len(layers)} layers")
-    ends = [round(len(layers) * (stage + 1) / stages) for stage in range(stages)]
-    return [nn.Sequential(*layers[begin:end]) for begin, end in zip([0, *ends], ends, strict=False)]
-
-
 class Trainer:
     """This rank's stage of its replica, and what trains it."""
 
@@ -64,7 +40,7 @@ class Trainer:
         self.replica, self.index = mesh.get_local_rank("dp"), mesh.get_local_rank("pp")
         torch.manual_seed(options.seed)  # the same weights everywhere
         parts = cut(network(images, options.width), options.pp)
-        shapes = self.between(parts)
+        shapes = between(parts, torch.zeros(options.batch // options.chunks, *images.train.shape[1:]))
         part = parts[self.index]
         # Nothing but gradients goes between replicas while they train: one that broadcast its running statistics
         # would wait for the other amid a pipeline. They are averaged before they are used.
@@ -85,16 +61,6 @@ class Trainer:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), options.lr, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
         )
-
-    def between(self, parts: list[nn.Sequential]) -> list[torch.Tensor]:
-        """What goes into the stages, and out of the last one. Asked by itself, torch would find out by a training pass
-        over memory that nobody has written, which batch norms would remember."""
-        size = self.options.batch // self.options.chunks
-        found = [torch.zeros(size, *self.images.train.shape[1:])]
-        for part in parts:
-            found.append(part.eval()(found[-1]).detach().requires_grad_())
-            part.train()
-        return found
 
     @property
     def steps_per_epoch(self) -> int:
@@ -192,8 +158,11 @@ def run(options: argparse.Namespace) -> None:
         if tell:
             seconds = time.perf_counter() - begin
             print(f"epoch {number + 1}: loss {loss:.3f}, test {accuracy:.2%}, {seconds:.0f} s", flush=True)
+    sent = trainer.wire.stats()
+    trainer.wire.remove()  # on all ranks, between steps
+    bare = trainer.accuracy()
     if tell:
-        print(f"test accuracy {accuracy:.2%}\nbetween stages: {trainer.wire.stats()}")
+        print(f"test accuracy {accuracy:.2%}, with no codec between stages {bare:.2%}\nbetween stages: {sent}")
         if trainer.hook:
             print(f"between replicas: {trainer.hook.stats()}")
 

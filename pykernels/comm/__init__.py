@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from pykernels.comm.auto import AutoState, AutoStats, Choice
+from pykernels.comm.checkpoint import PerRank
 from pykernels.comm.dense import (
     Bf16State,
     DenseState,
@@ -45,6 +46,7 @@ __all__ = [
     "Int4State",
     "Int8State",
     "OneBitState",
+    "PerRank",
     "PowerSGDState",
     "RandomKState",
     "Stats",
@@ -76,11 +78,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``comm.tensor_parallel`` of :mod:`pykernels.parallel`, a room above; ``comm.flower``, which needs Flower."""
+    """``comm.tensor_parallel`` of :mod:`pykernels.parallel`, a room above; what needs Flower or torchft."""
     if name == "tensor_parallel":
         from pykernels.parallel import tensor_parallel
 
         return tensor_parallel
-    if name == "flower":
-        return importlib.import_module("pykernels.comm.flower")
+    if name in ("flower", "torchft"):
+        return importlib.import_module(f"pykernels.comm.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -38,8 +38,12 @@ def new_group(ranks: list[int], like: dist.ProcessGroup) -> dist.ProcessGroup:
     return group
 
 
+class Disagreement(RuntimeError):
+    """Ranks were set up differently."""
+
+
 def agree(group: dist.ProcessGroup, what: str, mine: Sequence[object], say: Any, advice: str) -> list[Any]:
-    """What each rank says. Raises on every rank, by name and with `advice`, if `mine` is not the same on all.
+    """What each rank says. Raises Disagreement on every rank, by name and with `advice`, if `mine` differs on one.
 
     Collective and slow: for beginnings only.
     """
@@ -51,7 +55,7 @@ def agree(group: dist.ProcessGroup, what: str, mine: Sequence[object], say: Any,
             one = first[place] if place < len(first) else "nothing"
             other = theirs[place] if place < len(theirs) else "nothing"
             if one != other:
-                raise RuntimeError(
+                raise Disagreement(
                     f"pykernels: {what} differs between ranks: rank 0 has {one}, rank {rank} has {other}. {advice}"
                 )
     return [said for _, said in answers]

@@ -37,6 +37,7 @@ class DenseState(CommState):
 
     default_block = 256
     default_feedback = True
+    factor: float | None = None  # of the ranks' sum; None: their average
 
     def __init__(
         self,
@@ -129,7 +130,8 @@ class DenseState(CommState):
         exchange: Exchange = slot
         others = self.world - 1
         self._meter.sent(2 * others / self.world * buffer.nbytes, 2 * others * exchange.wire.layout.shard_bytes)
-        yield from exchange.all_reduce(buffer, (self.group, self.gather_group), self._meter, partial(self._draw, index))
+        groups, seed = (self.group, self.gather_group), partial(self._draw, index)
+        yield from exchange.all_reduce(buffer, groups, self._meter, seed, self.factor)
         with self._meter.timed("decode"):
             exchange.wire.decode(exchange.payload, buffer)
 

@@ -91,12 +91,12 @@ class CommState(ABC):
     @cached_property
     def world(self) -> int:
         """How many ranks there are."""
-        return dist.get_world_size(self.group)
+        return self.group.size()
 
     @cached_property
     def rank(self) -> int:
         """Which one this is."""
-        return dist.get_rank(self.group)
+        return self.group.rank()
 
     def connect(self) -> None:
         """Make what ranks make together, once; all ranks call it, or meet their first bucket, at the same point."""

@@ -8,7 +8,7 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from benchmarks.comm.convergence import train
+from benchmarks.comm.convergence import Replicas, train
 from examples.images import load
 
 NO_FEEDBACK = "onebit:error_feedback=False"
@@ -27,7 +27,7 @@ def perceptron() -> nn.Sequential:
 def learn(rank: int) -> dict[str, float]:
     images = load("digits")
     options = {"seed": 0, "epochs": 10, "batch": 16, "lr": 0.3, "momentum": 0.0}
-    return {hook: train(images, perceptron(), hook, **options)["accuracy"] for hook in HOOKS}
+    return {hook: train(images, Replicas(perceptron(), hook), hook, **options)["accuracy"] for hook in HOOKS}
 
 
 def test_error_feedback_is_what_makes_signs_learn() -> None:
