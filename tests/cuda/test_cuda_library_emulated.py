@@ -118,8 +118,17 @@ def test_it_does_so_too_where_copies_and_products_are_done_at_once(device: Emula
 @pytest.mark.parametrize("multiprocessors", [2, 132])
 @pytest.mark.parametrize("config", UNSWAPPED)
 def test_it_does_so_on_devices_small_and_large(device: Emulator, config: str, multiprocessors: int) -> None:
+    """Of which each holds a cluster."""
     case = library_calls.gemm_case((300, 320, 272), torch.int8, "after", "relu")
+    multiprocessors = max(multiprocessors, 4 if "2x2" in config else 2)
     assert wrong(device, "int8_gemm", config, case, multiprocessors) is None
+
+
+@pytest.mark.parametrize("config", [config for config in GEMM if "bands" in config])
+def test_bands_cover_every_tile_once(device: Emulator, config: str) -> None:
+    """More rows and columns of clusters than a band holds, and no multiples of it."""
+    case = library_calls.gemm_case((2000, 2608, 16), torch.uint8, None, "relu")
+    assert wrong(device, "int8_gemm", config, case, 8) is None
 
 
 @pytest.mark.parametrize("config", sorted(set(GEMM) - set(UNSWAPPED)))
