@@ -42,9 +42,9 @@ void check_geometry(const char* op, conv::Problem& p, const Tensor& x, int64_t o
     p.dilation[axis] = static_cast<int>(g.dilation[axis]);
     p.before[axis] = static_cast<int>(before), p.after[axis] = static_cast<int>(after);
   }
-  PK_CHECK(x.size(0) * out[0] * out[1] <= INT_MAX && out_channels <= INT_MAX && x.size(2) <= INT_MAX &&
-               x.size(3) <= INT_MAX,
-           op, ": out must have less than 2^31 pixels and channels");
+  PK_CHECK(
+      x.size(0) * out[0] * out[1] <= INT_MAX && out_channels <= INT_MAX && x.size(2) <= INT_MAX && x.size(3) <= INT_MAX,
+      op, ": out must have less than 2^31 pixels and channels");
   p.images = static_cast<int>(x.size(0)), p.height = static_cast<int>(x.size(2)), p.width = static_cast<int>(x.size(3));
   p.channels = static_cast<int>(x.size(1)), p.out_channels = static_cast<int>(out_channels);
   p.out_height = static_cast<int>(out[0]), p.out_width = static_cast<int>(out[1]);
