@@ -103,6 +103,11 @@ pykernels_cuda_kernels(kernels_sm80 80
   csrc/cuda/gemm/sm80_128x128x64.cu
   csrc/cuda/gemm/sm80_64x64x128.cu
   csrc/cuda/gemm/sm80_16x64x128.cu)
+# These use nothing that 9.0 alone has, but are fastest by machine code of its own.
+pykernels_cuda_kernels(kernels_few_channels "80;90-real"
+  csrc/cuda/conv/few_channels_3x3.cu
+  csrc/cuda/conv/few_channels_5x5.cu
+  csrc/cuda/conv/few_channels_7x7.cu)
 pykernels_cuda_kernels(kernels_sm90 ${sm90a}
   csrc/cuda/gemm/sm90_128x256x128.cu
   csrc/cuda/gemm/sm90_128x128x128.cu
@@ -118,10 +123,12 @@ add_library(pykernels_cuda MODULE
   csrc/cuda/stream.cpp
   csrc/cuda/epilogue/arguments.cpp
   csrc/cuda/conv/config.cpp
+  csrc/cuda/conv/few_channels.cpp
   csrc/cuda/conv/op.cpp
   csrc/cuda/gemm/config.cpp
   csrc/cuda/gemm/op.cpp
   $<TARGET_OBJECTS:kernels_sm80>
+  $<TARGET_OBJECTS:kernels_few_channels>
   $<TARGET_OBJECTS:kernels_sm90>)
 target_compile_definitions(pykernels_cuda PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)
 target_include_directories(pykernels_cuda SYSTEM PRIVATE ${TORCH_ROOT}/include)
@@ -137,6 +144,7 @@ set_target_properties(pykernels_cuda PROPERTIES
 if(PYKERNELS_CUDA_TESTS)
   add_library(pykernels_cuda_emulated MODULE
     csrc/cuda/conv/config.cpp
+    csrc/cuda/conv/few_channels.cpp
     csrc/cuda/gemm/config.cpp
     tests/emulator/assemble.cpp
     tests/emulator/convert.cpp
@@ -151,6 +159,7 @@ if(PYKERNELS_CUDA_TESTS)
     tests/emulator/tensor_core.cpp
     tests/emulator/tensor_map.cpp
     $<TARGET_OBJECTS:kernels_sm80>
+    $<TARGET_OBJECTS:kernels_few_channels>
     $<TARGET_OBJECTS:kernels_sm90>)
   target_include_directories(pykernels_cuda_emulated PRIVATE tests)
   target_include_directories(pykernels_cuda_emulated SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})

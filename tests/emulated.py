@@ -25,7 +25,11 @@ MARKS = [
     pytest.mark.emulated,
     pytest.mark.skipif(not LIBRARY.exists(), reason="the emulated device was not built: make test-emulated"),
 ]
-FAMILIES = {"int8_gemm": "gemm", "int8_conv": "conv"}  # private ops and their folders in csrc/cuda
+FAMILIES = {
+    "int8_gemm": "gemm",
+    "int8_conv": "conv",
+    "int8_few_channels": "few_channels",
+}  # private ops, C++ namespaces
 
 _Int, _Float, _Pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
 
@@ -46,6 +50,12 @@ Finish = _struct(
     residual_zero_point=_Int,
     residual_low=_Int,
     bfloat16=ctypes.c_bool,
+    scaled=ctypes.c_bool,
+    zero=_Float,
+    offset=_Float,
+    residual_factor=_Float,
+    least=_Float,
+    most=_Float,
 )
 Epilogue = _struct(
     "Epilogue",
@@ -72,6 +82,21 @@ Conv = _struct(
     epilogue=Epilogue,
     stream=_Pointer,
 )
+FewChannels = _struct("FewChannels", conv=Conv, is_signed=ctypes.c_bool)
+
+
+def _fold(f: Any, by_row: bool, adds: bool) -> None:
+    """Of bytes, as csrc/cuda/epilogue/arguments.cpp does."""
+    single = torch.tensor([f.inverse, f.residual_scale])
+    f.scaled = not by_row and list(ACTIVATIONS)[f.activation] in ("none", "relu", "relu6") and f.residual != 2
+    f.offset = f.zero = f.zero_point - f.low
+    f.least = 0.0 if list(ACTIVATIONS)[f.activation] == "none" else f.zero
+    top = (6 * single[0]).round().item() + f.zero
+    f.most = min(top, 255.0) if list(ACTIVATIONS)[f.activation] == "relu6" else 255.0
+    if adds:
+        factor = (single[0] * single[1]).clamp(max=torch.finfo(torch.float32).max)
+        f.residual_factor = factor.item()
+        f.offset = (torch.tensor(f.offset) - (f.residual_zero_point - f.residual_low) * factor).item()
 
 
 def _extent(t: torch.Tensor) -> int:
@@ -96,10 +121,14 @@ class Emulator:
 
     def __init__(self, library: pathlib.Path = LIBRARY) -> None:
         self._library = ctypes.CDLL(str(library))
-        for name in ("emulator_load", "emulator_launch", "gemm_run", "gemm_name", "conv_run", "conv_name"):
+        for name in ("emulator_load", "emulator_launch", *self._functions("run"), *self._functions("name")):
             getattr(self._library, name).restype = ctypes.c_char_p
         self._library.emulator_allow.argtypes = [_Pointer, ctypes.c_size_t, _Int]
         self.configurations = {op: self._configurations(family) for op, family in FAMILIES.items()}
+
+    @staticmethod
+    def _functions(what: str) -> list[str]:
+        return [f"{family}_{what}" for family in FAMILIES.values()]
 
     def _configurations(self, family: str) -> dict[str, tuple[int, int]]:
         """Index and needed compute capability (times 10) of each, by name."""
@@ -145,9 +174,8 @@ class Emulator:
         """
         self._library.emulator_forbid()
         for t in memory:
-            begin, end = t.data_ptr(), t.data_ptr() + _extent(t)
-            self._library.emulator_allow(begin, end - begin, 1)
-            self._library.emulator_allow(begin // 4 * 4, -(-end // 4) * 4 - begin // 4 * 4, 0)
+            self._library.emulator_allow(t.data_ptr(), _extent(t), 1)
+            self._words(t)
         self._start(kernel, grid, threads, values, shared, arch)
 
     def _start(
@@ -217,7 +245,21 @@ class Emulator:
             f.high = f.low + 255
             f.residual_scale, f.residual_zero_point = given["residual_scale"], given["residual_zero_point"]
             f.residual_low = 0 if r is None or r.dtype == torch.uint8 else -128
+            _fold(f, given.get("row_scale") is not None, r is not None)
         return e
+
+    def _words(self, tensor: torch.Tensor) -> None:
+        """Allow to read the whole words of which a byte is the tensor's."""
+        begin, end = tensor.data_ptr() // 4 * 4, -(-(tensor.data_ptr() + _extent(tensor)) // 4) * 4
+        self._library.emulator_allow(begin, end - begin, 0)
+
+    def _conv(self, given: dict[str, Any]) -> Any:
+        (images, c, h, w), (left, right, top, bottom), out = given["x"].shape, given["padding"], given["out"]
+        return Conv(
+            images, h, w, c, out.shape[1], given["kernel_size"], given["stride"], given.get("dilation", (1, 1)),
+            (top, left), (bottom, right), *out.shape[2:], self._memory(given["x"]), self._memory(given["w"]),
+            self._epilogue(given),
+        )  # fmt: skip
 
     def run(self, op: str, config: str, given: dict[str, Any], multiprocessors: int = 4) -> None:
         """A private op of the library on CPU tensors, without its checks; RuntimeError says what went wrong."""
@@ -227,12 +269,12 @@ class Emulator:
             (m, k), n = given["a"].shape, given["b"].shape[0]
             problem = Gemm(m, n, k, self._memory(given["a"]), self._memory(given["b"]), self._epilogue(given))
         else:
-            (images, c, h, w), (left, right, top, bottom) = given["x"].shape, given["padding"]
-            problem = Conv(
-                images, h, w, c, out.shape[1], given["kernel_size"], given["stride"], given["dilation"], (top, left),
-                (bottom, right), *out.shape[2:], self._memory(given["x"]), self._memory(given["w"]),
-                self._epilogue(given),
-            )  # fmt: skip
+            problem = self._conv(given)
+        if op == "int8_few_channels":
+            self._words(given["x"])
+            signed = given["x"].dtype == torch.int8
+            problem.epilogue.row_zero_value += 128 if signed else 0
+            problem = FewChannels(problem, signed)
         index, arch = self.configurations[op][config]
         self._library.emulator_device(arch, multiprocessors)
         run = getattr(self._library, f"{FAMILIES[op]}_run")

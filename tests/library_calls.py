@@ -153,6 +153,34 @@ def conv_case(size: Conv, dtype: torch.dtype, order: str | None, activation: str
     return Case(f"{images} by {w.shape}/{stride} {dtype} residual {order} {activation}", given, expected)
 
 
+def few_channels_case(size: Conv, dtype: torch.dtype, order: str | None, activation: str, device: str = "cpu") -> Case:
+    """Of `_cuda_int8_few_channels`; x is int8 where the output's channels are an odd multiple of 16."""
+    images, n, kernel, stride, padding, _ = size
+    c, nhwc = images[1], torch.channels_last
+    x_dtype, zero_point = (torch.int8, -19) if n % 32 else (torch.uint8, 131)
+    x = torch.randint(0, 256, images, dtype=torch.uint8, device=device).to(memory_format=nhwc).view(x_dtype)
+    w = torch.randint(-128, 128, (n, c, *kernel), dtype=torch.int8, device=device)
+    acc = F.conv2d(F.pad(x.double() - zero_point, padding), w.double(), None, stride).round().to(torch.int32)
+    runs = w.permute(0, 2, 3, 1).reshape(n, kernel[0], kernel[1] * c)
+    row = max(16, 1 << (kernel[1] * c - 1).bit_length())
+    given = {
+        "x": x,
+        "w": F.pad(runs, (0, row - kernel[1] * c)).reshape(n, -1).contiguous(),
+        "kernel_size": kernel,
+        "stride": stride,
+        "padding": padding,
+        **_finishing(
+            torch.empty(acc.shape, dtype=dtype, device=device, memory_format=nhwc),
+            w.sum((1, 2, 3), dtype=torch.int32),
+            order,
+            activation,
+        ),
+        "x_zero_point": zero_point,
+    }
+    expected = _finished(acc.movedim(1, -1).reshape(-1, n), dtype, given)
+    return Case(f"{images} {x_dtype} by {w.shape}/{stride} {dtype} residual {order} {activation}", given, expected)
+
+
 def variants(sizes: Iterable[Any], swapped: bool) -> Iterator[tuple[Any, torch.dtype, str | None, str]]:
     """Sizes by dtypes by residuals, activations in turn. Swapped configurations take no residual."""
     orders = (None,) if swapped else ORDERS

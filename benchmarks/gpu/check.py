@@ -216,6 +216,7 @@ PARTS: dict[str, tuple[Callable[[int, int], Findings], int]] = {
     "distributed": (check_ranks, 1),
     "gemm": (check_library.check_gemm, 1),
     "conv": (check_library.check_conv, 1),
+    "few_channels": (check_library.check_few_channels, 1),
 }
 
 

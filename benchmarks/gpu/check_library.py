@@ -16,7 +16,7 @@ from pykernels.ops import _load
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "tests"))
 import library_calls
 
-__all__ = ["check_conv", "check_gemm"]
+__all__ = ["check_conv", "check_few_channels", "check_gemm"]
 
 # m, n, k that fill no tile.
 GEMMS = ((1, 16, 16), (7, 48, 32), (16, 256, 512), (65, 272, 144), (130, 320, 272), (513, 1040, 1552), (300, 64, 16384))
@@ -30,6 +30,17 @@ CONVS = (
     ((1, 32, 40, 33), 96, (7, 5), (3, 2), (0, 0, 0, 0), (2, 3)),
 )
 
+# Likewise, of kernels of few channels.
+FEWS = (
+    ((2, 3, 224, 224), 64, (7, 7), (2, 2), (3, 3, 3, 3), (1, 1)),
+    ((3, 3, 97, 150), 32, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1)),
+    ((1, 2, 3, 290), 16, (3, 2), (1, 1), (4, 3, 3, 5), (1, 1)),
+    ((3, 1, 14, 21), 96, (5, 5), (2, 1), (0, 0, 0, 0), (1, 1)),
+    ((1, 4, 19, 9), 48, (4, 5), (1, 2), (2, 1, 0, 2), (1, 1)),
+    ((2, 3, 34, 37), 128, (7, 7), (1, 1), (3, 3, 3, 3), (1, 1)),
+    ((1, 3, 7, 6), 80, (1, 6), (1, 1), (3, 2, 0, 0), (1, 1)),
+)
+
 
 def _check(op: str, sizes: tuple[Any, ...], make: Callable[..., library_calls.Case], number: int, of: int) -> Findings:
     torch.manual_seed(0)
@@ -39,7 +50,8 @@ def _check(op: str, sizes: tuple[Any, ...], make: Callable[..., library_calls.Ca
     for name, (index, needed) in share_of(list(tables.configurations(op).items()), number, of):
         if not tables.runs(needed, capability):
             continue
-        for variant in library_calls.variants(sizes, name.endswith("swapped")):
+        fit = [size for size in sizes if op != "int8_few_channels" or name in tables.few_channels_fit(size[2], size[1])]
+        for variant in library_calls.variants(fit, name.endswith("swapped")):
             case = make(*variant, "cuda")
             try:
                 getattr(torch.ops.pykernels, f"_cuda_{op}")(**case.given, config=index)
@@ -59,6 +71,11 @@ def check_gemm(number: int = 0, of: int = 1) -> Findings:
 def check_conv(number: int = 0, of: int = 1) -> Findings:
     """Every configuration of the convolution."""
     yield from _check("int8_conv", CONVS, library_calls.conv_case, number, of)
+
+
+def check_few_channels(number: int = 0, of: int = 1) -> Findings:
+    """Every configuration of the convolution of few channels, on the layers that it is for."""
+    yield from _check("int8_few_channels", FEWS, library_calls.few_channels_case, number, of)
 
 
 def check_gemm_errors() -> Findings:

@@ -1,9 +1,10 @@
 """Measure the int8 GEMM and convolution in every configuration, and write this device's table to pykernels/cuda/tuned.
 
-    python -m benchmarks.gpu.tune [--only conv gemm] [--seconds 330] [--rounds 8] [--again] [--dry-run]
+    python -m benchmarks.gpu.tune [--only conv gemm few_channels] [--seconds 330] [--rounds 8] [--again] [--dry-run]
 
-conv  ResNet-50's and MobileNetV2's layers that the implicit GEMM runs, batch 1 and 32
-gemm  layers of ResNet-50, MobileNetV2, a BERT and a 7B language model, at 1 to 65536 rows
+conv          ResNet-50's and MobileNetV2's layers that the implicit GEMM runs, batch 1 and 32
+gemm          layers of ResNet-50, MobileNetV2, a BERT and a 7B language model, at 1 to 65536 rows
+few_channels  first layers of ResNet-50 and MobileNetV2, batch 1, 32 and 128: the library's kernels and Triton's one
 
 Each by the CUDA library's configurations and by each tile that Triton's kernel could take, all compiled first, by as
 many processes as there are cores.
@@ -34,11 +35,11 @@ from benchmarks.gpu.timing import FOLDER, compare, facts, require_gpu
 from benchmarks.gpu.warm import kernels_only, warm
 from pykernels import bench
 from pykernels.cuda import tables
-from pykernels.cuda.triton import gemm, short_k
+from pykernels.cuda.triton import gemm, library, short_k
 from pykernels.cuda.triton.conv import conv_by_formula
 from pykernels.cuda.triton.conv_shape import ConvShape, conv_shape
 
-PARTS = ("conv", "gemm")
+PARTS = ("conv", "gemm", "few_channels")
 ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384, 65536)
 # N, K: ResNet-50's pointwise layers, MobileNetV2's, a BERT's, a 7B language model's.
 WIDTHS = ((64, 256), (256, 64), (256, 1024), (512, 2048), (1024, 256), (2048, 512), (96, 16), (144, 32), (32, 192),
@@ -46,6 +47,7 @@ WIDTHS = ((64, 256), (256, 64), (256, 1024), (512, 2048), (1024, 256), (2048, 51
           (12288, 4096), (4096, 11008), (22016, 4096))  # fmt: skip
 NETWORKS = ("resnet50", "mobilenet_v2")
 BATCHES = (1, 32)
+FEW_BATCHES = (1, 32, 128)  # of layers of few channels, which there are few of
 PRODUCTS = 2**39  # shapes with more, which would take long, do as the largest that is measured
 Calls = dict[str, Callable[[], Any]]
 Tile = tuple[int, ...]
@@ -73,6 +75,11 @@ def short_calls(kind: str, on: Machine, sizes: tuple[int, int, int], call: Calla
     """The kernel of a short K, where a launcher would take it."""
     fits = kind == "gemm" and short_k.fits(on.arch, on.processors, *sizes)
     return {tables.SHORT_K: functools.partial(forced, tables.SHORT_K, call)} if fits else {}
+
+
+def without_library(call: Callable[[], Any]) -> Any:
+    with tables.disabled():
+        return call()
 
 
 def by_tile(found: list[Tile], call: Callable[[], Any]) -> Calls:
@@ -117,6 +124,18 @@ def library_conv(s: ConvShape, capability: tuple[int, int], device: str) -> Call
     return library_calls("int8_conv", capability, x, w, out, *geometry, *columns(s.o, k, device), *finish)
 
 
+def library_few_channels(s: ConvShape, capability: tuple[int, int], device: str) -> Calls:
+    """Likewise, of the configurations that run this layer; the zero point is that of an image."""
+    nhwc, row = torch.channels_last, s.kernel[0] * s.layout(torch.int8).row
+    x = torch.randint(0, 256, (s.n, s.c, s.h, s.w), dtype=torch.uint8, device=device).contiguous(memory_format=nhwc)
+    w = torch.randint(-128, 128, (s.o, row), dtype=torch.int8, device=device)
+    out = torch.empty(s.out, dtype=torch.uint8, device=device, memory_format=nhwc)
+    geometry = [list(sizes) for sizes in (s.kernel, s.stride, s.padding)]
+    finish = (0.01, 114, 5.0, 128, "relu", None, 1.0, 0, "before")
+    calls = library_calls("int8_few_channels", capability, x, w, out, *geometry, *columns(s.o, row, device), *finish)
+    return {name: calls[name] for name in tables.few_channels_fit(s.kernel, s.o) if name in calls}
+
+
 def linear_call(m: int, n: int, k: int, device: str) -> Callable[[], Any]:
     a = torch.randint(0, 256, (m, k), dtype=torch.uint8, device=device)
     b = torch.randint(-128, 128, (n, k), dtype=torch.int8, device=device)
@@ -138,16 +157,16 @@ class Shape:
     """One product that is measured.
 
     Attributes:
-        kind: "conv" or "gemm".
+        kind: one of PARTS.
         sizes: M, N and K, as tables know it.
-        formula: the tile by formula.
+        formula: the tile by formula, or None where Triton's kernel has no other.
         library, triton: make the library's calls by name, and the call of Triton's kernel.
     """
 
     kind: str
     title: str
     sizes: tuple[int, int, int]
-    formula: gemm.Config
+    formula: gemm.Config | None
     library: Callable[[], Calls]
     triton: Callable[[], Callable[[], Any]]
 
@@ -182,18 +201,33 @@ def gemm_layers(on: Machine, widths: Iterable[tuple[int, int]] = WIDTHS, rows: I
 
 def conv_layers(on: Machine, batches: Iterable[int] = BATCHES) -> Iterator[Shape]:
     for s, sizes, row in conv_shapes(batches):
-        title = f"conv {s.n}x{s.c}x{s.h}x{s.w}, {s.o} of {s.kernel[0]}x{s.kernel[1]}/{s.stride[0]}"
         yield Shape(
-            "conv", title, sizes, conv_by_formula(on.arch, on.processors, s, row),
+            "conv", conv_title(s), sizes, conv_by_formula(on.arch, on.processors, s, row),
             functools.partial(library_conv, s, on.capability, on.device), functools.partial(conv_call, s, on.device),
         )  # fmt: skip
 
 
-LAYERS: dict[str, Callable[[Machine], Iterator[Shape]]] = {"conv": conv_layers, "gemm": gemm_layers}
+def few_layers(on: Machine, batches: Iterable[int] = FEW_BATCHES) -> Iterator[Shape]:
+    for s in network_shapes(batches):
+        if s.layout(torch.int8).runs and library.few_channels(s):
+            yield Shape(
+                "few_channels", conv_title(s), (s.n * s.oh * s.ow, s.o, s.kernel[0] * s.kernel[1] * s.c), None,
+                functools.partial(library_few_channels, s, on.capability, on.device),
+                functools.partial(conv_call, s, on.device),
+            )  # fmt: skip
 
 
-def conv_shapes(batches: Iterable[int]) -> Iterator[tuple[ConvShape, tuple[int, int, int], int]]:
-    """The layers that the implicit GEMM runs, each once: shape, M, N, K, and bytes of a pixel's channels."""
+LAYERS: dict[str, Callable[[Machine], Iterator[Shape]]] = {
+    "conv": conv_layers, "gemm": gemm_layers, "few_channels": few_layers,
+}  # fmt: skip
+
+
+def conv_title(s: ConvShape) -> str:
+    return f"conv {s.n}x{s.c}x{s.h}x{s.w}, {s.o} of {s.kernel[0]}x{s.kernel[1]}/{s.stride[0]}"
+
+
+def network_shapes(batches: Iterable[int]) -> Iterator[ConvShape]:
+    """The convolutions of the networks, each once."""
     folder = pathlib.Path(bench.__file__).parent / "shapes"
     layers = [layer for name in NETWORKS for layer in json.loads((folder / f"{name}.json").read_text())["layers"]]
     seen = set()
@@ -202,10 +236,17 @@ def conv_shapes(batches: Iterable[int]) -> Iterator[tuple[ConvShape, tuple[int, 
             x = torch.empty(batch, layer["in"], layer["size"], layer["size"], dtype=torch.uint8, device="meta")
             pairs = [[layer[key]] * count for key, count in (("kernel", 2), ("stride", 2), ("padding", 4))]
             s = conv_shape("qconv2d", x, layer["out"], *pairs, [1, 1], layer["groups"])
-            at = s.layout(torch.int8)
-            if s.groups == 1 and not (s.pointwise or at.runs or s in seen):
+            if s not in seen:
                 seen.add(s)
-                yield s, (s.n * s.oh * s.ow, s.o, s.kernel[0] * s.kernel[1] * at.row), at.row
+                yield s
+
+
+def conv_shapes(batches: Iterable[int]) -> Iterator[tuple[ConvShape, tuple[int, int, int], int]]:
+    """The layers that the implicit GEMM runs, each once: shape, M, N, K, and bytes of a pixel's channels."""
+    for s in network_shapes(batches):
+        at = s.layout(torch.int8)
+        if s.groups == 1 and not (s.pointwise or at.runs):
+            yield s, (s.n * s.oh * s.ow, s.o, s.kernel[0] * s.kernel[1] * at.row), at.row
 
 
 def ladder(points: Mapping[int, T]) -> list[tuple[int | None, T]]:
@@ -234,10 +275,13 @@ def fastest(times: Mapping[str, float | str]) -> str | None:
 
 
 def compile_tile(kind: str, title: str, name: str, on: Machine) -> None:
-    """In a process of `warm`: a tile, or the kernel of a short K."""
+    """In a process of `warm`: a tile, or a kernel that has no others."""
     shape = next(shape for shape in LAYERS[kind](on) if shape.title == title)
     with kernels_only():
-        forced(name if name == tables.SHORT_K else tuple(json.loads(name)), shape.triton())
+        if name == tables.TRITON:
+            without_library(shape.triton())
+        else:
+            forced(name if name == tables.SHORT_K else tuple(json.loads(name)), shape.triton())
 
 
 def as_text(value: Any, margin: str = "") -> str:
@@ -251,8 +295,8 @@ def as_text(value: Any, margin: str = "") -> str:
 
 
 def of_triton(name: str) -> bool:
-    """Whether it is the name of a tile, or of the kernel of a short K."""
-    return name.startswith("[") or name == tables.SHORT_K
+    """Whether it is the name of a tile, or of a kernel that has no others."""
+    return name.startswith("[") or name in (tables.SHORT_K, tables.TRITON)
 
 
 class Times:
@@ -332,14 +376,22 @@ class Tuner:
         self.measured: set[str] = set()  # kinds
 
     def tiles(self, shape: Shape) -> list[Tile]:
+        if shape.formula is None:
+            return []
         return tiles(shape.formula, self.before["triton"]["candidates"], self.on.processors, *shape.sizes)
+
+    def triton(self, shape: Shape, call: Callable[[], Any]) -> Calls:
+        """Every way to run Triton's kernels, by name."""
+        if shape.formula is None:
+            return {tables.TRITON: functools.partial(without_library, call)}
+        return {**by_tile(self.tiles(shape), call), **short_calls(shape.kind, self.on, shape.sizes, call)}
 
     def tasks(self, shapes: Iterable[Shape]) -> list[Callable[[], None]]:
         """What `warm` is to do before they are measured."""
         return [
             functools.partial(compile_tile, shape.kind, shape.title, name, self.on)
             for shape in shapes
-            for name in [*map(json.dumps, self.tiles(shape)), *short_calls(shape.kind, self.on, shape.sizes, len)]
+            for name in self.triton(shape, len)
         ]
 
     def measure(self, shapes: Iterable[Shape], write: bool = True) -> int:
@@ -350,8 +402,7 @@ class Tuner:
                 left += 1
                 continue
             call = shape.triton()
-            tried = {**by_tile(self.tiles(shape), call), **short_calls(shape.kind, self.on, shape.sizes, call)}
-            taken = compare({**shape.library(), **tried}, self.rounds, 5)
+            taken = compare({**shape.library(), **self.triton(shape, call)}, self.rounds, 5)
             winner = fastest(taken)
             if winner is None:
                 print(f"{shape.title}: nothing ran: {taken}", flush=True)

@@ -1,11 +1,11 @@
 """Which configuration runs a shape: tables of pykernels/cuda/tuned, one file an architecture.
 
-A table is written on a GPU by `python -m benchmarks.gpu.tune`. For each op of the CUDA library, `int8_gemm` and
-`int8_conv`, it maps widths, "NxK", to rows of the largest M and the name of a configuration, or "triton", in ascending
-order; the last has no largest M. A shape takes the width nearest to its own and the first row that holds its M. Of a
-convolution M are the pixels of the output, N its channels and K the taps times the channels of the input. "triton short
-K" is Triton's kernel for such products (triton/short_k.py); where nothing near was measured it takes what it is made
-for.
+A table is written on a GPU by `python -m benchmarks.gpu.tune`. For each op of the CUDA library, `int8_gemm`,
+`int8_conv` and `int8_few_channels`, it maps widths, "NxK", to rows of the largest M and the name of a configuration, or
+"triton", in ascending order; the last has no largest M. A shape takes the width nearest to its own and the first row
+that holds its M. Of a convolution M are the pixels of the output, N its channels and K the taps times the channels of
+the input. "triton short K" is Triton's kernel for such products (triton/short_k.py); where nothing near was measured it
+takes what it is made for, and so does `int8_few_channels`.
 
 `triton` has the same of Triton's kernels: `gemm`, and `conv`, whose channels are padded. A row's second part is a tile
 as numbers: rows, columns and depth, warps, stages, programs a multiprocessor, parts of K. A shape whose N and K are not
@@ -33,6 +33,7 @@ __all__ = [
     "disabled",
     "forced",
     "int8_conv",
+    "int8_few_channels",
     "int8_gemm",
     "runs",
     "short_k",
@@ -45,6 +46,8 @@ TRITON = "triton"
 SHORT_K = "triton short K"
 # The library's ops refuse longer sums, which s32 may not hold: csrc/cuda/gemm/op.cpp.
 MAX_K = (2**31 - 1) // (255 * 128)
+# The largest kernel and the output channels a warp of the configurations for few channels: csrc/cuda/conv.
+FEW_CHANNELS = {(size, width): f"sm80 {size}x{size} by {width}" for size in (3, 5, 7) for width in (32, 16)}
 NEAR = 2.0  # the most that N and K may differ together, in powers of two, from those a tile was measured for
 _disabled = False
 _forced: tuple[int, ...] | str | None = None
@@ -137,9 +140,12 @@ def _chosen(
         return None
     if m == 0 or n == 0 or k % 16 or k > MAX_K or n % 4 or n * out_dtype.itemsize % 16:
         return None
-    if residual is not None and residual != out_dtype and (residual.itemsize, out_dtype.itemsize) != (1, 1):
-        return None
-    return _index(op, m, n, k, residual is not None, capability)
+    return _index(op, m, n, k, residual is not None, capability) if _adds(residual, out_dtype) else None
+
+
+def _adds(residual: torch.dtype | None, out: torch.dtype) -> bool:
+    """Whether the library's epilogue adds a residual of this dtype, or none."""
+    return residual is None or residual == out or (residual.itemsize, out.itemsize) == (1, 1)
 
 
 def int8_gemm(
@@ -165,6 +171,47 @@ def int8_conv(
     if channels % 16:
         return None
     return _chosen("int8_conv", m, n, taps * channels, out_dtype, residual, capability)
+
+
+def few_channels_fit(kernel: tuple[int, int], n: int) -> list[str]:
+    """The configurations for few channels that run a kernel of these sizes and n output channels, the first one best.
+
+    Kernels of 7 x 7 at most, by the smallest that holds them; n a multiple of 16.
+    """
+    if n % 16 or max(kernel) > 7:
+        return []
+    size = next(size for size in (3, 5, 7) if max(kernel) <= size)
+    widths = (32, 16) if n % 32 == 0 else (16, 32)
+    return [FEW_CHANNELS[size, width] for width in widths]
+
+
+@functools.lru_cache(maxsize=4096)
+def _few_channels(m: int, n: int, kernel: tuple[int, int], channels: int, capability: tuple[int, int]) -> int | None:
+    name = architecture(capability)
+    fit = few_channels_fit(kernel, n)
+    if name is None or not fit:
+        return None
+    rules, k = table(name).get("int8_few_channels", {}), kernel[0] * kernel[1] * channels
+    measured = None if _near(rules, n, k) is None else choose(rules, m, n, k, False)
+    if measured == TRITON:
+        return None
+    index, needed = configurations("int8_few_channels").get(measured if measured in fit else fit[0], (None, 0))
+    return index if runs(needed, capability) else None
+
+
+def int8_few_channels(
+    m: int,
+    n: int,
+    channels: int,
+    kernel: tuple[int, int],
+    out_dtype: torch.dtype,
+    residual: torch.dtype | None,
+    capability: tuple[int, int],
+) -> int | None:
+    """Likewise of `torch.ops.pykernels._cuda_int8_few_channels`, for m pixels of n channels."""
+    if _disabled or _load.CUDA_ERROR is not None or m == 0 or not _adds(residual, out_dtype):
+        return None
+    return _few_channels(m, n, kernel, channels, capability)
 
 
 def _near(rules: dict[str, Any], n: int, k: int) -> str | None:

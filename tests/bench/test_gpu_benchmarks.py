@@ -233,7 +233,7 @@ class TestTune:
         assert [tune.gemm.measured(tuple(tile)) for _, tile in rows] == formula
         assert [m for m, _ in rows] == [1, None]
         assert table["int8_gemm"] == before["int8_gemm"]  # there is no library here
-        assert table["note"].startswith("measured") and "conv as before" in table["note"]
+        assert table["note"].startswith("measured") and "conv and few_channels as before" in table["note"]
 
     def test_what_was_not_measured_stays(self) -> None:
         before, tuner = self.table(), self.tuner()
@@ -242,7 +242,10 @@ class TestTune:
         assert [m for m, _ in table["triton"]["conv"]["512x4608"]] == [None]
         del table["triton"]["conv"]["512x4608"], before["triton"]["conv"]["512x4608"]
         assert table["triton"] == before["triton"]
-        assert "gemm as before; 2 shapes are still to be measured" in table["note"] and table["device"] == "a device"
+        assert (
+            "gemm and few_channels as before; 2 shapes are still to be measured" in table["note"]
+            and table["device"] == "a device"
+        )
 
     def test_a_table_is_written_after_each_shape_and_the_next_run_goes_on(self) -> None:
         first = self.tuner()
@@ -302,6 +305,19 @@ class TestTune:
         assert table["int8_gemm"][shape.width] == [[None, tables.SHORT_K]]
         assert table["triton"]["gemm"][shape.width] == [[None, [64, 64, 64, 4, 4, 3, 1]]]
 
+    def test_kernels_of_few_channels_are_measured_beside_triton_s_one(self) -> None:
+        shapes = [shape for shape in tune.few_layers(self.ON) if shape.sizes[0] == 112 * 112]
+        assert [(shape.title, shape.width) for shape in shapes] == [
+            ("conv 1x3x224x224, 64 of 7x7/2", "64x147"), ("conv 1x3x224x224, 32 of 3x3/2", "32x27"),
+        ]  # fmt: skip
+        assert list(self.tuner().triton(shapes[0], len)) == [tables.TRITON]
+        times = tune.Times(tables.FOLDER / "times.json", self.STATE)
+        times.add(shapes[0].title, {"sm80 7x7 by 32": 3e-6, "sm80 7x7 by 16": 2e-6, tables.TRITON: 4e-6})
+        times.add(shapes[1].title, {"sm80 3x3 by 32": 3e-6, "sm80 3x3 by 16": 4e-6, tables.TRITON: 2e-6})
+        assert tune.table_of(self.table(), shapes, times)["int8_few_channels"] == {
+            "64x147": [[None, "sm80 7x7 by 16"]], "32x27": [[None, tables.TRITON]],
+        }  # fmt: skip
+
     def test_every_tile_that_is_measured_is_compiled_before(self) -> None:
         tuner = self.tuner()
         tasks = tuner.tasks(tuner.every)
@@ -322,7 +338,8 @@ class TestTune:
         monkeypatch.undo()
         times = tune.Times(timing.FOLDER / "tune-h200.json", {})
         shapes = [shape for layers in tune.LAYERS.values() for shape in layers(self.ON)]
-        assert len(shapes) == len(times.found) and times.left(shapes) == []
+        assert {shape.kind for shape in times.left(shapes)} == {"few_channels"}  # whose kernels came later
+        assert len(shapes) == len(times.found) + len(times.left(shapes))
         before = {**self.table(), "int8_gemm": {}, "int8_conv": {}}
         before["triton"] = {**before["triton"], "gemm": {}, "conv": {}}
         assert tune.table_of(before, shapes, times) == self.table()

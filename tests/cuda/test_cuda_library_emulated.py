@@ -19,7 +19,7 @@ from library_calls import Case, Conv, Gemm
 
 pytestmark = emulated.MARKS
 CONFIGURATIONS = Emulator().configurations if LIBRARY.exists() else {op: {} for op in emulated.FAMILIES}
-GEMM, CONV = (list(CONFIGURATIONS[op]) for op in ("int8_gemm", "int8_conv"))
+GEMM, CONV, FEW = (list(CONFIGURATIONS[op]) for op in emulated.FAMILIES)
 UNSWAPPED = [config for config in GEMM if not config.endswith("swapped")]
 # Smaller than every tile; no multiple of any; several tiles for each of four multiprocessors, and turns of the ring.
 GEMMS: list[Gemm] = [(1, 16, 16), (7, 48, 32), (65, 272, 144), (130, 320, 1296)]
@@ -29,6 +29,15 @@ CONVS: list[Conv] = [
     ((2, 144, 17, 11), 272, (1, 1), (2, 2), (0, 0, 0, 0), (1, 1)),
     ((3, 64, 11, 14), 64, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
     ((1, 32, 30, 23), 96, (7, 5), (3, 2), (0, 0, 0, 0), (2, 3)),
+]
+# Of few channels: tiles across and down, rows that end in a tile, more padding than kernel, images smaller than a tile.
+FEWS: list[Conv] = [
+    ((2, 3, 45, 150), 64, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1)),
+    ((1, 2, 3, 290), 16, (3, 2), (1, 1), (4, 3, 3, 5), (1, 1)),
+    ((3, 1, 14, 21), 96, (5, 5), (2, 1), (0, 0, 0, 0), (1, 1)),
+    ((1, 4, 19, 9), 48, (4, 5), (1, 2), (2, 1, 0, 2), (1, 1)),
+    ((2, 3, 34, 37), 128, (7, 7), (2, 2), (3, 3, 3, 3), (1, 1)),
+    ((1, 3, 7, 6), 80, (1, 6), (1, 1), (3, 2, 0, 0), (1, 1)),
 ]
 
 
@@ -68,6 +77,34 @@ def test_a_convolution_has_the_oracles_bits(device: Emulator, config: str, size:
         assert wrong(device, "int8_conv", config, case) is None, case.title
 
 
+def holds(config: str, size: Conv) -> bool:
+    """Whether a configuration for few channels is for kernels at least as large."""
+    return max(size[2]) <= int(config.split()[1][0])
+
+
+@pytest.mark.parametrize("size", FEWS, ids=lambda size: f"{size[0][1]}x{size[0][2]}x{size[0][3]}")
+@pytest.mark.parametrize("config", FEW)
+def test_a_convolution_of_few_channels_has_the_oracles_bits(device: Emulator, config: str, size: Conv) -> None:
+    if not holds(config, size):
+        case = library_calls.few_channels_case(size, torch.uint8, None, "relu")
+        assert "its kernel is smaller" in (wrong(device, "int8_few_channels", config, case) or "")
+        return
+    for variant in itertools.islice(library_calls.variants([size], False), FEWS.index(size) % 3, None, 3):
+        case = library_calls.few_channels_case(*variant)
+        assert wrong(device, "int8_few_channels", config, case) is None, case.title
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("config", FEW)
+def test_it_does_so_for_every_number_of_channels(device: Emulator, config: str, channels: int, stride: int) -> None:
+    """On one multiprocessor, whose blocks take several tiles each; lines that begin at any byte of a word."""
+    size, n = int(config.split()[1][0]), int(config.split()[-1])
+    shape = ((5, channels, 13, 17), n, (size, size), (stride, stride), (size // 2,) * 4, (1, 1))
+    case = library_calls.few_channels_case(shape, torch.uint8, None, "relu")
+    assert wrong(device, "int8_few_channels", config, case, 1) is None, case.title
+
+
 @pytest.mark.parametrize("config", GEMM)
 def test_it_does_so_too_where_copies_and_products_are_done_at_once(device: Emulator, config: str) -> None:
     device.kind(True)
@@ -81,8 +118,17 @@ def test_it_does_so_too_where_copies_and_products_are_done_at_once(device: Emula
 @pytest.mark.parametrize("multiprocessors", [2, 132])
 @pytest.mark.parametrize("config", UNSWAPPED)
 def test_it_does_so_on_devices_small_and_large(device: Emulator, config: str, multiprocessors: int) -> None:
+    """Of which each holds a cluster."""
     case = library_calls.gemm_case((300, 320, 272), torch.int8, "after", "relu")
+    multiprocessors = max(multiprocessors, 4 if "2x2" in config else 2)
     assert wrong(device, "int8_gemm", config, case, multiprocessors) is None
+
+
+@pytest.mark.parametrize("config", [config for config in GEMM if "bands" in config])
+def test_bands_cover_every_tile_once(device: Emulator, config: str) -> None:
+    """More rows and columns of clusters than a band holds, and no multiples of it."""
+    case = library_calls.gemm_case((2000, 2608, 16), torch.uint8, None, "relu")
+    assert wrong(device, "int8_gemm", config, case, 8) is None
 
 
 @pytest.mark.parametrize("config", sorted(set(GEMM) - set(UNSWAPPED)))
@@ -137,3 +183,11 @@ def test_a_kernel_keeps_to_its_memory(device: Emulator, config: str) -> None:
     case = library_calls.gemm_case((65, 64, 64), torch.float32, None, "none")
     case.given["bias"] = case.given["bias"][:32]
     assert "global memory that is not the kernel's" in (wrong(device, "int8_gemm", config, case) or "")
+
+
+def test_a_kernel_of_few_channels_waits_for_the_others_pixels(altered: Emulator) -> None:
+    for text in emulated.ptx(LIBRARY):
+        if "few_channels" in text:
+            altered.load(re.sub(r"bar\.sync\s+0;", "", text))
+    case = library_calls.few_channels_case(FEWS[0], torch.uint8, None, "relu")
+    assert wrong(altered, "int8_few_channels", "sm80 3x3 by 32", case) is not None

@@ -47,7 +47,7 @@ def test_a_residual_is_not_given_to_a_swapped_configuration() -> None:
 def test_tables_hold_every_number_of_rows_and_say_whether_they_were_measured(name: str) -> None:
     table = json.loads((tables.FOLDER / f"{name}.json").read_text())
     assert table["note"].startswith("measured" if table["device"] else "not measured")
-    for rows in [*table["int8_gemm"].values(), *table.get("int8_conv", {}).values()]:
+    for rows in [rows for op in ("int8_gemm", "int8_conv", "int8_few_channels") for rows in table.get(op, {}).values()]:
         most = [m for m, _ in rows]
         assert most[-1] is None and most[:-1] == sorted(set(most[:-1]))
         assert not rows[-1][1].endswith("swapped")
@@ -104,6 +104,52 @@ def test_int8_gemm(m, n, k, out, residual, capability, index) -> None:
 )
 def test_int8_conv(m, n, channels, taps, capability, index) -> None:
     assert tables.int8_conv(m, n, channels, taps, torch.uint8, None, capability) == index
+
+
+@pytest.mark.parametrize(
+    ("n", "kernel", "found"),
+    [
+        (64, (7, 7), ["sm80 7x7 by 32", "sm80 7x7 by 16"]),
+        (48, (3, 2), ["sm80 3x3 by 16", "sm80 3x3 by 32"]),
+        (32, (1, 4), ["sm80 5x5 by 32", "sm80 5x5 by 16"]),
+        (24, (3, 3), []),  # channels of the output are no multiple of 16
+        (32, (3, 8), []),
+    ],
+)
+def test_few_channels_are_run_by_the_smallest_kernel_that_holds_theirs(n, kernel, found) -> None:
+    assert tables.few_channels_fit(kernel, n) == found
+
+
+@pytest.fixture
+def few(library: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if 9.0 had been measured, and from 100 rows on with kernels of another size."""
+    rules = {"64x147": [[9, "triton"], [99, "sm80 7x7 by 16"], [None, "sm80 3x3 by 16"]]}
+    monkeypatch.setattr(tables, "configurations", lambda op: {f"sm80 7x7 by {w}": (w, 80) for w in (16, 32)})
+    monkeypatch.setattr(tables, "table", lambda name: {"int8_few_channels": rules} if name == "sm90" else {})
+    tables._few_channels.cache_clear()
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(
+    ("m", "n", "kernel", "residual", "capability", "index"),
+    [
+        (99, 64, (7, 7), None, (9, 0), 16),
+        (100, 64, (7, 7), None, (9, 0), 32),
+        (9, 64, (7, 7), None, (9, 0), None),  # Triton's, says the table
+        (9, 512, (7, 7), None, (9, 0), 32),  # nothing near was measured
+        (9, 64, (7, 7), None, (8, 0), 32),
+        (9, 64, (7, 7), None, (12, 0), None),
+        (9, 64, (5, 5), None, (8, 0), None),  # the library has no such configuration
+        (9, 64, (7, 7), torch.int8, (8, 0), 32),
+        (9, 64, (7, 7), torch.float32, (8, 0), None),
+        (0, 64, (7, 7), None, (8, 0), None),
+    ],
+)
+def test_int8_few_channels(m, n, kernel, residual, capability, index) -> None:
+    given = (m, n, 3, kernel, torch.uint8, residual, capability)
+    assert tables.int8_few_channels(*given) == index
+    with tables.disabled():
+        assert tables.int8_few_channels(*given) is None
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/conv/conv.h"
+#include "cuda/conv/few_channels.h"
 #include "cuda/gemm/gemm.h"
 #include "emulator/machine.h"
 #include "emulator/runtime.h"
@@ -85,3 +86,4 @@ ENTRY int emulator_tensor_map(CUtensorMap* out, int rank, void* address, const u
   }
 FAMILY(gemm)
 FAMILY(conv)
+FAMILY(few_channels)

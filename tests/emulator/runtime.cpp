@@ -110,6 +110,15 @@ cudaError_t launch(const void* stub, dim3 grid, dim3 block, dim3 cluster, void**
   return cudaSuccess;
 }
 
+dim3 cluster_of(const cudaLaunchConfig_t& config) {
+  for (unsigned k = 0; k < config.numAttrs; ++k)
+    if (config.attrs[k].id == cudaLaunchAttributeClusterDimension) {
+      const auto& cluster = config.attrs[k].val.clusterDim;
+      return dim3(cluster.x, cluster.y, cluster.z);
+    }
+  return dim3(1, 1, 1);
+}
+
 CUresult encode(CUtensorMap* out, TensorMap m, CUtensorMapDataType type, const cuuint64_t* sizes,
                 const cuuint64_t* strides, const cuuint32_t* steps, CUtensorMapInterleave interleave,
                 CUtensorMapSwizzle swizzle, CUtensorMapFloatOOBfill fill) {
@@ -254,12 +263,8 @@ cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arg
   return emulator::launch(stub, grid, block, dim3(1, 1, 1), arguments, shared);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* stub, void** arguments) {
-  dim3 cluster(1, 1, 1);
-  for (unsigned k = 0; k < config->numAttrs; ++k)
-    if (config->attrs[k].id == cudaLaunchAttributeClusterDimension)
-      cluster =
-          dim3(config->attrs[k].val.clusterDim.x, config->attrs[k].val.clusterDim.y, config->attrs[k].val.clusterDim.z);
-  return emulator::launch(stub, config->gridDim, config->blockDim, cluster, arguments, config->dynamicSmemBytes);
+  return emulator::launch(stub, config->gridDim, config->blockDim, emulator::cluster_of(*config), arguments,
+                          config->dynamicSmemBytes);
 }
 cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, int value) {
   const auto found = device().functions.find(stub);
@@ -301,8 +306,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
   *blocks = 1;
   return cudaSuccess;
 }
-cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t*) {
-  *clusters = device().multiprocessors / 2;
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
+  const dim3 cluster = emulator::cluster_of(*config);
+  *clusters = device().multiprocessors / static_cast<int>(cluster.x * cluster.y * cluster.z);
   return cudaSuccess;
 }
 cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }

@@ -64,6 +64,16 @@ PK_INLINE void add_residual(const Finish& p, cutlass::Array<float, N>& f, const 
   for (int i = 0; i < N; ++i) f[i] = add(f[i], real(p, residual[i]));
 }
 
+// What is linear of a column: t = fma(float(a), multiplier, addend).
+struct Line {
+  float multiplier, addend;
+};
+PK_INLINE Line folded(const Finish& p, float scale, float bias) {
+  const float addend = add(mul(bias, p.inverse), p.offset), multiplier = min(mul(scale, p.inverse), FLT_MAX);
+  const bool known = addend == addend;
+  return {known ? multiplier : 0.0f, known ? addend : p.zero};
+}
+
 // Bytes, with all that is linear folded.
 template <int N, class... Residuals>
 PK_INLINE cutlass::Array<int8_t, N> finish_scaled(const Finish& p, const cutlass::Array<int, N>& a,
@@ -72,9 +82,8 @@ PK_INLINE cutlass::Array<int8_t, N> finish_scaled(const Finish& p, const cutlass
   cutlass::Array<float, N> t;
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < N; ++i) {
-    const float addend = add(mul(bias[i], p.inverse), p.offset), multiplier = min(mul(scale[i], p.inverse), FLT_MAX);
-    const bool known = addend == addend;
-    t[i] = fma(to_f32(a[i]), known ? multiplier : 0.0f, known ? addend : p.zero);
+    const Line line = folded(p, scale[i], bias[i]);
+    t[i] = fma(to_f32(a[i]), line.multiplier, line.addend);
   }
   if (p.residual == Residual::before) (add_scaled(p, t, residual), ...);
   cutlass::Array<int8_t, N> out;

@@ -158,18 +158,23 @@ struct Sm90Epilogue {
     return {tree, residual, stride, d, stride};
   }
 
-  // One launch on the stream; null, or why it did not run.
+  // One launch on the stream; null, or why it did not run. Tiles are taken in bands of up to `band` clusters, a power
+  // of two, so that those at work at a time share rows and columns in the L2 cache; 1: row by row.
   template <class Mainloop>
   static const char* run(int m, int n, int k, const typename Mainloop::Arguments& mainloop,
-                         const epilogue::Arguments& e, cudaStream_t stream) {
+                         const epilogue::Arguments& e, cudaStream_t stream, int band = 1) {
     using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Collective>;
     using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
     if (Swap && e.residual) return "a swapped configuration takes no residual";
     cutlass::KernelHardwareInfo hardware;
     if (cudaGetDevice(&hardware.device_id) != cudaSuccess) return "no CUDA device";
     hardware.sm_count = cutlass::KernelHardwareInfo::query_device_multiprocessor_count(hardware.device_id);
+    if constexpr (cute::size(Cluster{}) > 2) {  // which do not fill every part of the device
+      static const int clusters = cutlass::KernelHardwareInfo::query_device_max_active_clusters<Kernel>();
+      hardware.max_active_clusters = clusters;
+    }
     typename Gemm::Arguments args{
-        cutlass::gemm::GemmUniversalMode::kGemm, {m, n, k, 1}, mainloop, arguments(e, Swap ? m : n), hardware};
+        cutlass::gemm::GemmUniversalMode::kGemm, {m, n, k, 1}, mainloop, arguments(e, Swap ? m : n), hardware, {band}};
     Gemm gemm;
     if (gemm.can_implement(args) != cutlass::Status::kSuccess) return "CUTLASS cannot run this shape";
     if (Gemm::get_workspace_size(args) != 0) return "CUTLASS asks for a workspace";

@@ -48,6 +48,7 @@ ROUNDER_BITS = tl.constexpr(0x4B400000)
 STEPS = tl.constexpr(32767.0)  # means are sums of whole steps, so that the order of the sum cannot matter
 TINY = tl.constexpr(2.0**-126)
 NAN = tl.constexpr(0x7FC00000)
+SIGN = tl.constexpr(-(2**31))
 
 
 @triton.jit
@@ -58,21 +59,22 @@ def _round(t):
 
 @triton.jit
 def _to_e4m3(t):
-    """fp32 up to 448 to the bits of e4m3fn, half to even; int32. Below 2^-6 there are whole steps of 2^-9."""
+    """fp32 up to 448 to the bits of e4m3fn, half to even; int32. Below 2^-6 there are steps of 2^-9.
+
+    Adding 2^20 times the power of two below t rounds to eighth parts of that power, and counts them.
+    """
     bits = bits_of(t)
-    magnitude = bits & MAGNITUDE
-    normal = (magnitude + (0x7FFFF - (120 << 23)) + ((magnitude >> 20) & 1)) >> 20
-    code = tl.where(magnitude < (121 << 23), _round(number_of(magnitude) * 512.0), normal)
+    power = tl.maximum(bits & INFINITY, 121 << 23)
+    total = bits_of(tl.abs(t) + number_of(power + (20 << 23)))
+    code = (power >> 20) + (total - power) - ((20 << 23) + (121 << 3))
     return code | ((bits >> 24) & 0x80)
 
 
 @triton.jit
 def _from_e4m3(code):
-    magnitude = code & 0x7F
-    normal = (magnitude << 20) + (120 << 23)
-    bits = tl.where(magnitude < 8, bits_of(magnitude.to(tl.float32) * 0.001953125), normal)
-    bits = tl.where(magnitude == 0x7F, NAN, bits)
-    return number_of(bits | ((code & 0x80) << 24))
+    """Shifted to where fp32 has them, the bits are 2^-120 times the number, whether that is denormal or not."""
+    v = number_of(((code << 24) >> 4) & (SIGN | 0x07F00000)) * (2.0**120)
+    return tl.where(tl.abs(v) > 448.0, number_of(tl.full(v.shape, NAN, tl.int32)), v)
 
 
 @triton.jit
@@ -324,7 +326,8 @@ def _reduce(
     there = row * BLOCK < count
     exists = there & (j < WIDTH)
     place = row * BLOCK + j
-    TOGETHER: tl.constexpr = 3 if CODEC == "int8" or CODEC == "int4" else 1  # no more registers than behind it
+    # As many as need no more registers than what is behind it; of int2 and 1-bit codes a byte is work enough.
+    TOGETHER: tl.constexpr = 3 if CODEC == "int8" or CODEC == "int4" else (2 if CODEC == "fp8" else 1)
     total = _sum_tiles(
         payloads + begin, stride, ranks, row, j, there, exists, CODEC, BITS, PLANES, BLOCK, RECORD, ALIGNED, TOGETHER
     )

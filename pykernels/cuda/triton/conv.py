@@ -262,7 +262,9 @@ def qconv2d(
     elif s.pointwise:
         gemm(rows16(pixels_of(x)), weights.rows, out, epilogue)
     elif weights.layout.runs and s.dilation[1] == 1:
-        conv_few_channels(x, weights, s, out, epilogue)
+        dense = x if is_channels_last(x) else x.contiguous(memory_format=torch.channels_last)
+        if not library.int8_few_channels(dense, s, out, epilogue, machine(x.device)[0]):
+            conv_few_channels(dense, weights, s, out, epilogue)
     elif weights.layout.runs:
         columns, s = _columns(x, weights.layout.row, s, x_zero_point)
         _implicit_gemm(columns, weights, s, out, epilogue)

@@ -1,4 +1,4 @@
-"""The CUDA library's int8 GEMM and convolution, where it is loaded and its table prefers them to Triton's."""
+"""The CUDA library's int8 GEMM and convolutions, where it is loaded and its table prefers them to Triton's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pykernels.cuda.triton.conv_shape import ConvShape
     from pykernels.cuda.triton.gemm import Epilogue
 
-__all__ = ["int8_conv", "int8_gemm"]
+__all__ = ["few_channels", "int8_conv", "int8_few_channels", "int8_gemm"]
 
 
 def _aligned(*tensors: torch.Tensor | None) -> bool:
@@ -55,6 +55,30 @@ def int8_conv(x: torch.Tensor, s: ConvShape, out: torch.Tensor, epilogue: Epilog
         return False
     torch.ops.pykernels._cuda_int8_conv(
         x, w.rows, out, s.kernel, s.stride, s.padding, s.dilation, w.scales, w.sums, w.biases, e.x_scale,
+        e.x_zero_point, e.out_scale, e.out_zero_point, e.activation, r, e.residual_scale, e.residual_zero_point,
+        "after" if e.after else "before", config,
+    )  # fmt: skip
+    return True
+
+
+def few_channels(s: ConvShape) -> bool:
+    """Whether the library has a kernel for the few channels of this convolution: csrc/cuda/conv/few_channels.h."""
+    bytes_of_image = s.h * s.w * s.c
+    fits = s.groups == 1 and s.c <= 4 and s.dilation == (1, 1) and max(s.stride) <= 2 and max(s.padding) < 128
+    return fits and bytes_of_image < 2**31 and s.n * bytes_of_image < 2**33 and s.n * s.oh * s.ow < 2**31
+
+
+def int8_few_channels(x: torch.Tensor, s: ConvShape, out: torch.Tensor, epilogue: Epilogue, arch: int) -> bool:
+    """The convolution of few channels of x, channels_last, and the epilogue; False where that is left to Triton."""
+    e, r, w = epilogue, epilogue.residual, epilogue.weights
+    if w is None or not few_channels(s):
+        return False
+    dtype = None if r is None else r.dtype
+    config = tables.int8_few_channels(s.n * s.oh * s.ow, s.o, s.c, s.kernel, out.dtype, dtype, divmod(arch, 10))
+    if config is None or not _aligned(x, w.rows, out, w.scales, w.sums, w.biases, r):
+        return False
+    torch.ops.pykernels._cuda_int8_few_channels(
+        x, w.rows, out, s.kernel, s.stride, s.padding, w.scales, w.sums, w.biases, e.x_scale,
         e.x_zero_point, e.out_scale, e.out_zero_point, e.activation, r, e.residual_scale, e.residual_zero_point,
         "after" if e.after else "before", config,
     )  # fmt: skip

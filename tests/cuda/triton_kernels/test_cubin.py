@@ -96,7 +96,7 @@ def test_large_records_do_not_spill(codec: str, tmp_path: pathlib.Path) -> None:
     check(dense("_reduce", codec, 90, 16384), tmp_path, 64)
 
 
-@pytest.mark.parametrize(("codec", "loads", "registers"), [("int8", 16, 64), ("int4", 6, 56)])
+@pytest.mark.parametrize(("codec", "loads", "registers"), [("int8", 16, 64), ("int4", 6, 56), ("fp8", 16, 72)])
 def test_a_reduction_asks_several_ranks_at_once(codec: str, loads: int, registers: int, tmp_path: pathlib.Path) -> None:
     """`loads`: what every Triton that we promise reaches; one rank after the other would be 9 and 5."""
     kernel = dense("_reduce", codec, 90, 256)
