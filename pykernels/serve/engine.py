@@ -56,7 +56,7 @@ class Replica:
     async def check_health(self) -> None:
         """Ray asks this again and again; a replica that fails is replaced."""
         if not self.service.live:
-            raise RuntimeError(self.service.scheduler.death)
+            raise RuntimeError(self.service.runner.death)
 
     async def job(self, name: str, version: str, header: str | None, body: bytes) -> jobs.Answer:
         """A job's answer, for the consumers.

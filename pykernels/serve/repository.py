@@ -20,7 +20,7 @@ from typing import NamedTuple
 from pykernels.serve.batching import Counts
 from pykernels.serve.errors import Invalid, NotFound, Unavailable
 from pykernels.serve.model import UNTRIED, Limits, Model, ready, try_batches
-from pykernels.tune import Workers
+from pykernels.serve.runner import Runner
 
 __all__ = ["Entry", "Repository", "State", "models_in", "named"]
 
@@ -95,15 +95,15 @@ class Repository:
 
     Args:
         source: a folder of ``name/version/net.pk``, or files by name.
-        workers: where the plans are made ready.
+        runner: where networks are called, and made ready.
         limits: of every model.
         limit: bytes.
     """
 
     def __init__(
-        self, source: Path | Mapping[str, Path], workers: Workers, limits: Limits | None = None, limit: int = 1 << 34
+        self, source: Path | Mapping[str, Path], runner: Runner, limits: Limits | None = None, limit: int = 1 << 34
     ) -> None:
-        self.source, self.workers, self.limits, self.limit = source, workers, limits or Limits(), limit
+        self.source, self.runner, self.limits, self.limit = source, runner, limits or Limits(), limit
         self.entries: dict[tuple[str, int], Entry] = {}
         self.mapped: OrderedDict[tuple[str, int], Model] = OrderedDict()
         self.counts: dict[tuple[str, int], Counts] = {}  # also of those that are not mapped now
@@ -317,7 +317,7 @@ class Repository:
         key = model.name, model.version
         async with self._one_at_a_time:
             try:
-                whole = await try_batches(model, self.workers, self.limits)
+                whole = await try_batches(model, self.runner, self.limits)
             except (ValueError, TypeError, RuntimeError, MemoryError) as error:
                 log.warning("model %s version %d goes on without batches: %s", *key, error)
                 return
@@ -331,7 +331,7 @@ class Repository:
         counts = self.counts.setdefault((entry.name, entry.version), Counts())
         async with self._one_at_a_time:
             try:
-                model = await ready(entry.name, entry.version, entry.path, self.workers, self.limits, counts, tried)
+                model = await ready(entry.name, entry.version, entry.path, self.runner, self.limits, counts, tried)
             except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
                 entry.failure = str(error) or type(error).__name__, time.monotonic()
                 log.warning("model %s version %d cannot be loaded: %s", entry.name, entry.version, error)

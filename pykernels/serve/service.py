@@ -20,6 +20,7 @@ from pykernels.serve.budget import Budget
 from pykernels.serve.errors import Denied, Invalid, Refused
 from pykernels.serve.model import Limits, Model
 from pykernels.serve.repository import Repository
+from pykernels.serve.runner import Runner
 from pykernels.tune import Setup, Workers
 
 __all__ = ["Options", "Service", "Token"]
@@ -129,12 +130,13 @@ class Service:
         # The event loop copies a little here and there; OpenMP's threads would take cores from the instances for that.
         torch.set_num_threads(1)
         self.workers = Workers(Setup(options.threads, options.instances, options.batch))
-        self.scheduler = Scheduler(self.workers)
+        self.runner = Runner(self.workers, options.instances)
+        self.scheduler = Scheduler()
         target = None if options.p99_ms is None else options.p99_ms / 1e3
         models = options.models
         self.repository = Repository(
             Path(models) if isinstance(models, str) else {name: Path(file) for name, file in models.items()},
-            self.workers,
+            self.runner,
             Limits(options.batch, options.queue, target),
             options.mapped_bytes,
         )
@@ -165,7 +167,7 @@ class Service:
     @property
     def live(self) -> bool:
         """Whether it can answer at all; if not, it must be started again."""
-        return self.scheduler.death is None
+        return self.runner.death is None
 
     @property
     def ready(self) -> bool:

@@ -58,11 +58,9 @@ class Metrics(Collector):
         for (name, version), model in sorted(repository.mapped.items()):
             waiting.add_metric([name, str(version)], len(model.queue.waiting))
             mapped.add_metric([name, str(version)], model.bytes)
-        scheduler, budget = self.service.scheduler, self.service.budget
-        busy = GaugeMetricFamily(
-            "pykernels_busy_instances", "Instances that compute.", scheduler.instances - scheduler.free
-        )
-        instances = GaugeMetricFamily("pykernels_instances", "Instances that there are.", scheduler.instances)
+        runner, budget = self.service.runner, self.service.budget
+        busy = GaugeMetricFamily("pykernels_busy_instances", "Instances that compute.", runner.at_once - runner.free)
+        instances = GaugeMetricFamily("pykernels_instances", "Instances that there are.", runner.at_once)
         held = GaugeMetricFamily("pykernels_request_bytes", "Bytes of requests in memory.", budget.used)
         return [requests, rows, batches, spent, *times.values(), waiting, mapped, busy, instances, held]
 
