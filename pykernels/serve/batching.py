@@ -26,10 +26,9 @@ from torch.utils import _pytree as pytree
 from pykernels.serve.errors import Expired, Overloaded, TooLarge, Unavailable
 
 if TYPE_CHECKING:
-    from pykernels.optimize import Optimized
     from pykernels.serve.costs import Costs
     from pykernels.serve.runner import Runner
-    from pykernels.serve.signature import Request
+    from pykernels.serve.signature import Network, Request
 
 __all__ = ["Counts", "Queue", "Scheduler", "Spent", "compute"]
 
@@ -100,7 +99,7 @@ class Queue:
 
     def __init__(
         self,
-        network: Optimized,
+        network: Network,
         costs: Costs,
         limit: int,
         target: float | None,
@@ -223,9 +222,7 @@ class Queue:
         return min(patience, max(slack, 0.0))
 
 
-def compute(
-    network: Optimized, requests: Sequence[Request], size: int | None
-) -> tuple[list[Answer | Exception], Spent]:
+def compute(network: Network, requests: Sequence[Request], size: int | None) -> tuple[list[Answer | Exception], Spent]:
     """Answers to requests of one key by one call; on an instance's thread. Where that fails each is computed alone, so
     that only those fail whose fault it is.
 
@@ -242,9 +239,7 @@ def compute(
     return [answer for answers, _ in found for answer in answers], spent
 
 
-def _compute(
-    network: Optimized, requests: Sequence[Request], size: int | None
-) -> tuple[list[Answer | Exception], Spent]:
+def _compute(network: Network, requests: Sequence[Request], size: int | None) -> tuple[list[Answer | Exception], Spent]:
     begin = time.perf_counter()
     inputs = requests[0].inputs
     if size is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from pykernels.serve.environment import ENVIRONMENT, JOBS, NAME, STUBS
+from pykernels.serve.files import FILE
 from pykernels.serve.jobs import at_once
 from pykernels.serve.service import Options
 
@@ -130,10 +131,13 @@ def ray_service(options: Options, replicas: int, port: int, grpc_port: int) -> d
     a secret ``pykernels-token``."""
     models: str | dict[str, str] = MODELS
     if not isinstance(options.models, str):
-        models = {name: str(PurePosixPath(MODELS, name, "1", "net.pk")) for name in options.models}
+        models = {
+            name: str(PurePosixPath(MODELS, name, "1", *([] if Path(place).is_dir() else [FILE])))
+            for name, place in options.models.items()
+        }
     token = None if options.token_file is None else TOKEN
     inside = dataclasses.replace(options, models=models, token_file=token)
-    cores = options.threads * options.instances
+    cores = options.cores
     volumes: list[dict[str, Any]] = [
         {"name": "models", "persistentVolumeClaim": {"claimName": "pykernels-models", "readOnly": True}}
     ]
