@@ -138,7 +138,7 @@ def latency(net: pathlib.Path, x: torch.Tensor, seconds: float) -> None:
         print(f"{row}  {1e3 * spent[what] / len(found):13.2f}")
 
 
-def _load(protocol: str, address: str, shape: tuple[int, ...], clients: int, seconds: float, found: object) -> None:
+def _load(address: str, shape: tuple[int, ...], clients: int, seconds: float, found: object) -> None:
     """Many requests at once from one process, until the time is over; how many were answered."""
     import asyncio
 
@@ -165,6 +165,17 @@ def _load(protocol: str, address: str, shape: tuple[int, ...], clients: int, sec
     found.put(asyncio.run(all_of_them()))  # type: ignore[attr-defined]
 
 
+def rate(address: str, shape: tuple[int, ...], clients: int, seconds: float) -> float:
+    """Answers a second, to clients that each send their next request when they have the answer to the last one."""
+    context = multiprocessing.get_context("spawn")
+    answer: multiprocessing.Queue[float] = context.Queue()
+    asking = context.Process(target=_load, args=(address, shape, clients, seconds, answer))
+    asking.start()
+    found = answer.get()
+    asking.join()
+    return found
+
+
 def throughput(net: pathlib.Path, x: torch.Tensor, seconds: float, batch: int) -> None:
     cores = len(os.sched_getaffinity(0))
     fast = pk.load(net)
@@ -178,17 +189,11 @@ def throughput(net: pathlib.Path, x: torch.Tensor, seconds: float, batch: int) -
                 while time.perf_counter() - begin < seconds / ROUNDS:
                     calls += len(list(alone.map([rows] * 2 * cores)))
                 rates["Instances"].append(calls * batch / (time.perf_counter() - begin))
-            answer: multiprocessing.Queue[float] = multiprocessing.get_context("spawn").Queue()
-            load = multiprocessing.get_context("spawn").Process(
-                target=_load, args=("http", http, tuple(x.shape), 2 * cores * batch, seconds / ROUNDS, answer)
-            )
-            load.start()
-            rates["HTTP"].append(answer.get())
-            load.join()
+            rates["HTTP"].append(rate(http, tuple(x.shape), 2 * cores * batch, seconds / ROUNDS))
     print(f"\n{cores} instances of one thread, batches of up to {batch}: items a second")
     best = {what: statistics.median(found) for what, found in rates.items()}
-    for what, rate in best.items():
-        print(f"{what:12}  {rate:8.1f}  {rate / best['Instances']:.2f}")
+    for what, found in best.items():
+        print(f"{what:12}  {found:8.1f}  {found / best['Instances']:.2f}")
 
 
 def main() -> None:

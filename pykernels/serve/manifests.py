@@ -63,13 +63,14 @@ $grpc_servers
     grpc_connect_timeout 1s;   # since a replica that dies makes its node's proxy refuse many requests at once
     proxy_read_timeout 60s;
 
-    # An inference changes nothing, so it may be sent again, twice at most. 429 and 503 are answers: more requests make
-    # it worse. 502 is a node's proxy whose replica died: each node is listed twice, so that it can choose another one;
-    # 404 may be one that came back and was not told of replicas yet.
+    # An inference changes nothing, so it may be sent again, three times at most: two tries may meet a node that is
+    # lost, one more another's proxy that still knows replicas there. 429 and 503 are answers: more requests make it
+    # worse. 502 is a node's proxy whose replica died: each node is listed twice, so that it can choose another one; 404
+    # may be one that came back and was not told of replicas yet.
     proxy_next_upstream error timeout http_500 http_502 http_404 non_idempotent;
-    proxy_next_upstream_tries 3;
+    proxy_next_upstream_tries 4;
     grpc_next_upstream error timeout http_500 http_502 http_404 non_idempotent;
-    grpc_next_upstream_tries 3;
+    grpc_next_upstream_tries 4;
 
     location / { proxy_pass http://http_nodes; }
     location /v2/repository/ { proxy_pass http://http_nodes; proxy_next_upstream off; }
