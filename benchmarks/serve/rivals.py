@@ -6,13 +6,14 @@
 - `pykernels`: `pykernels serve --in-process`.
 - `onnxruntime`, `openvino`: the same server and application, batches and threads, with that runtime in the network's
   place. Batches of theirs are not held to the bits of single rows, or they would be served without.
-- `mlserver`: MLServer with our network in a runtime of its own, adaptive batches of the same size, and as many parallel
-  workers as the others have instances. It needs other versions of what we need, so it has an interpreter of its own,
-  with torch and pykernels beside it.
+- `mlserver`: MLServer (tried: 1.7.1, uvloop 0.21, fastapi 0.115, starlette 0.46) with our network in a runtime
+  of its own, adaptive batches of the same size, and as many parallel workers as the others have instances. It needs
+  other versions of what we need, so it has an interpreter of its own, with torch and pykernels beside it.
 
-fp32, 600 KB a request by NVIDIA's client over HTTP, one thread a call. Servers are asked in turn, a round each with a
-pause between; the medians of the rounds are printed. Latency: one client. Throughput: as many as fill batches. All
-servers wait meanwhile, and clients share the cores with the one that is asked.
+fp32, 600 KB a request by NVIDIA's client over gRPC, since MLServer takes no tensors as bytes over HTTP; one thread a
+call. Servers are asked in turn, a round each with a pause between; the medians of the rounds are printed. Latency: one
+client. Throughput: as many as fill batches. All servers wait meanwhile, and clients share the cores with the one that
+is asked.
 """
 
 from __future__ import annotations
@@ -62,9 +63,8 @@ class Network(MLModel):
 
     async def predict(self, payload):
         (given,) = payload.inputs
-        data = given.data.root if hasattr(given.data, "root") else given.data
-        x = np.frombuffer(data, np.float32) if isinstance(data, bytes) else np.asarray(data, np.float32)
-        y = self.network(torch.from_numpy(x.reshape(given.shape).copy()))
+        x = np.asarray(given.data.root, np.float32).reshape(given.shape)
+        y = self.network(torch.from_numpy(x))
         out = types.ResponseOutput(name="output_0", shape=list(y.shape), datatype="FP32", data=y.flatten().tolist())
         return types.InferenceResponse(model_name=self.name, outputs=[out])
 """
@@ -112,7 +112,9 @@ def serve(kind: str, path: str, instances: int, batch: int) -> None:
     model._load = lambda path, threads: Runtime(kind, str(path))  # type: ignore[assignment]
     model._same = lambda x, y: torch.allclose(x, y, 1e-2, 1e-3)
     options = Options(models={"net": path}, instances=instances, batch=batch)
-    in_process.serve(options, "127.0.0.1", 0, None, lambda http, _: print(f"http://127.0.0.1:{http}", flush=True))
+    place = "127.0.0.1"
+    told = f"http://{place}:{{}}  grpc://{place}:{{}}"
+    in_process.serve(options, place, 0, 0, lambda http, grpc: print(told.format(http, grpc), flush=True))
 
 
 @contextlib.contextmanager
@@ -131,8 +133,8 @@ def ours(network: list[str]) -> Iterator[str]:
     """The address of a server of ours."""
     with process([sys.executable, "-m", *network]) as begun:
         assert begun.stdout is not None
-        address = begun.stdout.readline().split()[0].partition("://")[2]
-        while UNTRIED in urllib.request.urlopen(f"http://{address}/v2/models/net/config").read().decode():
+        http, address = (place.partition("://")[2] for place in begun.stdout.readline().split())
+        while UNTRIED in urllib.request.urlopen(f"http://{http}/v2/models/net/config").read().decode():
             time.sleep(0.1)
         yield address
 
@@ -166,7 +168,7 @@ def mlserver(python: str, net: pathlib.Path, instances: int, batch: int) -> Iter
                 if time.monotonic() > end:
                     raise
                 time.sleep(0.2)
-        yield f"127.0.0.1:{http}"
+        yield f"127.0.0.1:{grpc}"
 
 
 def compared(folder: pathlib.Path, asked_for: argparse.Namespace, instances: int, batch: int) -> dict[str, Any]:
@@ -217,7 +219,7 @@ def main() -> None:
                     name: stack.enter_context(made)
                     for name, made in compared(folder, asked_for, instances, batch).items()
                 }
-                calls = {name: client("http", place) for name, place in places.items()}
+                calls = {name: client("grpc", place) for name, place in places.items()}
                 found: dict[str, list[float]] = {name: [] for name in places}
                 for _ in range(asked_for.rounds):
                     for name, place in places.items():
@@ -225,7 +227,7 @@ def main() -> None:
                         if what == "latency":
                             found[name].append(1e3 * statistics.median(timed(calls[name], x, asked_for.seconds)))
                         else:
-                            found[name].append(rate(place, SHAPE, 2 * cores * batch, asked_for.seconds))
+                            found[name].append(rate("grpc", place, SHAPE, 2 * cores * batch, asked_for.seconds))
             unit = "p50, ms" if what == "latency" else f"images/s, batches of up to {batch}"
             print(f"\n{asked_for.network}, fp32, {instances} instance(s) of one thread: {unit}")
             for name, rounds in found.items():
