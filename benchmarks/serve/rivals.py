@@ -125,7 +125,11 @@ def process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str
         yield begun
     finally:
         begun.terminate()
-        begun.wait(60)
+        try:
+            begun.wait(30)
+        except subprocess.TimeoutExpired:  # MLServer may wait for a worker that has died
+            begun.kill()
+            begun.wait()
 
 
 @contextlib.contextmanager
