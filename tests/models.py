@@ -63,8 +63,8 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 
 def network(name: str, seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
-    """A network of the zoo in evaluation mode, and a batch of two for it."""
-    make, size = ZOO[name]
+    """A network of the zoo, or another one of torchvision's, in evaluation mode, and a batch of two for it."""
+    make, size = ZOO.get(name, (partial(zoo.build, name), 64))
     torch.manual_seed(seed)
     model = make()
     if name == "vgg11_bn":  # 25088 x 4096 weights would make this test about memory

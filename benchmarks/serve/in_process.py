@@ -26,6 +26,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -142,27 +143,41 @@ def _load(protocol: str, address: str, shape: tuple[int, ...], clients: int, sec
     """Many requests at once from one process, until the time is over; how many were answered."""
     import asyncio
 
+    import tritonclient.grpc.aio
     import tritonclient.http.aio
 
     x = torch.randn(shape)
+    module: Any = {"http": tritonclient.http, "grpc": tritonclient.grpc}[protocol]
+    limit = {"conn_limit": clients} if protocol == "http" else {}
 
-    async def one(stub: tritonclient.http.aio.InferenceServerClient, end: float) -> int:
+    async def one(stub: Any, end: float) -> int:
         answered = 0
         while time.monotonic() < end:
-            given = tritonclient.http.InferInput(INPUT, list(shape), "FP32")
+            given = module.InferInput(INPUT, list(shape), "FP32")
             given.set_data_from_numpy(x.numpy())
             await stub.infer("net", [given])
             answered += 1
         return answered
 
     async def all_of_them() -> float:
-        async with tritonclient.http.aio.InferenceServerClient(address, conn_limit=clients) as stub:
+        async with module.aio.InferenceServerClient(address, **limit) as stub:
             await one(stub, time.monotonic() + 0.5)
             begin = time.monotonic()
             answered = sum(await asyncio.gather(*(one(stub, begin + seconds) for _ in range(clients))))
             return answered / (time.monotonic() - begin)
 
     found.put(asyncio.run(all_of_them()))  # type: ignore[attr-defined]
+
+
+def rate(protocol: str, address: str, shape: tuple[int, ...], clients: int, seconds: float) -> float:
+    """Answers a second, to clients that each send their next request when they have the answer to the last one."""
+    context = multiprocessing.get_context("spawn")
+    answer: multiprocessing.Queue[float] = context.Queue()
+    asking = context.Process(target=_load, args=(protocol, address, shape, clients, seconds, answer))
+    asking.start()
+    found = answer.get()
+    asking.join()
+    return found
 
 
 def throughput(net: pathlib.Path, x: torch.Tensor, seconds: float, batch: int) -> None:
@@ -178,17 +193,11 @@ def throughput(net: pathlib.Path, x: torch.Tensor, seconds: float, batch: int) -
                 while time.perf_counter() - begin < seconds / ROUNDS:
                     calls += len(list(alone.map([rows] * 2 * cores)))
                 rates["Instances"].append(calls * batch / (time.perf_counter() - begin))
-            answer: multiprocessing.Queue[float] = multiprocessing.get_context("spawn").Queue()
-            load = multiprocessing.get_context("spawn").Process(
-                target=_load, args=("http", http, tuple(x.shape), 2 * cores * batch, seconds / ROUNDS, answer)
-            )
-            load.start()
-            rates["HTTP"].append(answer.get())
-            load.join()
+            rates["HTTP"].append(rate("http", http, tuple(x.shape), 2 * cores * batch, seconds / ROUNDS))
     print(f"\n{cores} instances of one thread, batches of up to {batch}: items a second")
     best = {what: statistics.median(found) for what, found in rates.items()}
-    for what, rate in best.items():
-        print(f"{what:12}  {rate:8.1f}  {rate / best['Instances']:.2f}")
+    for what, found in best.items():
+        print(f"{what:12}  {found:8.1f}  {found / best['Instances']:.2f}")
 
 
 def main() -> None:

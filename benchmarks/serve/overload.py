@@ -3,9 +3,10 @@
     python -m benchmarks.serve.overload
 
 Requests of 600 KB. Each row: requests, what became of them, the median and the longest time of those that were
-answered, and the most memory that the server's process held (resident). Exit status 1 if under overload there was
-another answer than 200 and 429, if under normal load one was not answered, or if memory grew by more than requests may
-take.
+answered, and the most memory that the server's process held (resident). Where `wrk` is installed it asks as well,
+with as many connections and no pause after a refusal: "lost" are those that ended while it still sent what nobody reads
+any more. Exit status 1 if under overload there was another answer than 200 and 429, if under normal load one was not
+answered, or if memory grew by more than requests may take.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import pathlib
+import shutil
 import statistics
 import tempfile
 import threading
@@ -25,6 +27,7 @@ import pykernels as pk
 from benchmarks.serve.faults import Small
 from benchmarks.serve.in_process import server
 from benchmarks.serve.load import Asked, Load, told
+from benchmarks.serve.wrk import ask
 
 BOUND = 1 << 30  # `pykernels serve`'s bound for requests in memory
 
@@ -85,6 +88,14 @@ def main() -> int:
                     f"{memory.most / 1e6:6.0f}  {answers}",
                     flush=True,
                 )
+            if shutil.which("wrk") is not None:
+                with Memory(pid) as memory:
+                    answers = ask(
+                        pathlib.Path(folder), f"http://{http}", "net", x, asked_for.clients, asked_for.seconds
+                    )
+                bad |= not set(answers) <= {200, 429, "lost"} or 200 not in answers or memory.most > first + BOUND
+                requests = sum(count for answer, count in answers.items() if answer != "lost")
+                print(f"{'wrk':12} {requests:8} {'':9} {'':10} {memory.most / 1e6:6.0f}  {answers}", flush=True)
     return int(bad)
 
 

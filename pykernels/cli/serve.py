@@ -35,7 +35,8 @@ def serve(
         typer.Argument(
             metavar="NETWORKS",
             help="Saved networks, each FILE or NAME=FILE; or one folder of NAME/VERSION/net.pk; or one ONNX file or "
-            "model.py:callable (or module:callable), which is optimized first.",
+            "model.py:callable (or module:callable), which is optimized first. A folder that `pykernels split` wrote "
+            "stands for a file.",
         ),
     ],
     replicas: Annotated[
@@ -94,16 +95,20 @@ def serve(
         fail("--jobs: is for Ray Serve, not for --in-process")
     needed = NEEDED if jobs is None else (*NEEDED, "celery", "redis")
     _needs((*needed, "yaml") if write_config is not None else needed if in_process else (*needed, "ray"))
-    threads, replicas, max_batch = _sizes(setup, threads, replicas, max_batch)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("pykernels").setLevel(logging.INFO)
+    from pykernels.serve.files import parts_in
     from pykernels.serve.service import Options, Token
 
     with tempfile.TemporaryDirectory(prefix="pykernels-") as scratch:
         try:
             Token(token_file)
+            models = _models(networks, input_shape, precision, None if write_config else pathlib.Path(scratch))
+            parts = parts_in(models)
+            threads, replicas, max_batch = _sizes(setup, threads, replicas, max_batch, parts)
             options = Options(
-                models=_models(networks, input_shape, precision, None if write_config else pathlib.Path(scratch)),
+                models=models,
+                parts=parts,
                 threads=threads,
                 instances=replicas,
                 batch=max_batch,
@@ -169,7 +174,7 @@ def _needs(modules: tuple[str, ...]) -> None:
 
 
 def _sizes(
-    file: pathlib.Path | None, threads: int | None, replicas: int | None, batch: int | None
+    file: pathlib.Path | None, threads: int | None, replicas: int | None, batch: int | None, parts: int
 ) -> tuple[int, int, int]:
     """Threads, replicas and batch: as the options say, else as the setup does, else all cores and 16."""
     if file is not None:
@@ -179,14 +184,14 @@ def _sizes(
             fail(f"--setup: {str(error).removeprefix('path: ')}")
         threads, replicas, batch = threads or found.threads, replicas or found.instances, batch or found.batch
     threads = threads or 1
-    return threads, replicas or max(1, usable().count // threads), batch or 16
+    return threads, replicas or max(1, usable().count // (threads * parts)), batch or 16
 
 
 def _models(
     networks: list[str], input_shape: str | None, precision: str, scratch: pathlib.Path | None
 ) -> str | dict[str, str]:
     """What is served: a folder, or files by name."""
-    if len(networks) == 1 and pathlib.Path(networks[0]).is_dir():
+    if len(networks) == 1 and pathlib.Path(networks[0]).is_dir() and not _split(pathlib.Path(networks[0])):
         return str(pathlib.Path(networks[0]).resolve())
     found: dict[str, str] = {}
     for network in networks:
@@ -203,10 +208,17 @@ def _models(
             _optimize(place, input_shape, precision, path)
         elif path.suffix == ".py":
             fail(f"NETWORKS: {place}: which callable returns the model? {place}:make, say")
-        elif not path.is_file():
+        elif not path.is_file() and not _split(path):
             fail(f"NETWORKS: there is no file {place}")
         found[name] = str(path.resolve())
     return found
+
+
+def _split(path: pathlib.Path) -> bool:
+    """Whether it is a folder of parts."""
+    from pykernels.parallel.split import NAME
+
+    return path.is_dir() and any(NAME.fullmatch(file.name) for file in path.iterdir())
 
 
 def _optimize(model: str, input_shape: str | None, precision: str, path: pathlib.Path) -> None:

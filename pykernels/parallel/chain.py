@@ -21,6 +21,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from pykernels.network.saved import tree_json
 from pykernels.parallel.link import KEY, Link, LinkError, Silent, accept, dial, host_of, key_of_environment, listen
+from pykernels.parallel.split import files_in
 from pykernels.tune.cores import usable
 
 if TYPE_CHECKING:
@@ -72,18 +74,22 @@ class _Session:
 
 @dataclass
 class _Processes:
-    """The parts' processes on this machine."""
+    """The parts' processes on this machine: what each is told, and its file, which stays open."""
 
     commands: list[list[str]]
+    files: list[BufferedReader]
     environment: dict[str, str]
     folder: tempfile.TemporaryDirectory[str]
+    opened: contextlib.ExitStack
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self) -> None:
-        self.running = [self._start(command) for command in self.commands]
+        self.running = [self._start(number) for number in range(1, len(self.commands) + 1)]
 
-    def _start(self, command: list[str]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, env=self.environment, stdin=subprocess.PIPE)
+    def _start(self, number: int) -> subprocess.Popen[bytes]:
+        file = self.files[number - 1].fileno()
+        command = [sys.executable, "-m", "pykernels.parallel.part", f"/dev/fd/{file}", *self.commands[number - 1]]
+        return subprocess.Popen(command, env=self.environment, stdin=subprocess.PIPE, pass_fds=[file])
 
     def dead(self) -> dict[int, str]:
         """The parts that have ended, and how."""
@@ -95,7 +101,7 @@ class _Processes:
 
     def restart(self, number: int) -> None:
         self.end(self.running[number - 1])
-        self.running[number - 1] = self._start(self.commands[number - 1])
+        self.running[number - 1] = self._start(number)
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
         process.kill()
@@ -106,6 +112,7 @@ class _Processes:
     def close(self) -> None:
         for process in self.running:
             self.end(process)
+        self.opened.close()
         self.folder.cleanup()
 
 
@@ -117,6 +124,7 @@ class Chain:
 
     Attributes:
         restarts: how often a part's process was started anew.
+        death: why the pipeline was given up; None while it is not.
     """
 
     def __init__(
@@ -133,7 +141,7 @@ class Chain:
         self._flying: OrderedDict[int, _Request] = OrderedDict()
         self._numbers = itertools.count()
         self._closed = False
-        self._death: PartError | None = None
+        self.death: PartError | None = None
         self._fruitless = 0  # sessions without an answer
         self._times: deque[list[float]] = deque(maxlen=HELD)
         self.restarts = 0
@@ -163,20 +171,43 @@ class Chain:
             ValueError: an argument is none that can be, or a part cannot be saved.
             PartError: a part cannot be started.
         """
-        count = len(split.parts)
+        with tempfile.TemporaryDirectory(prefix="pykernels-") as folder:
+            return cls._of_files(split.save(folder), threads, in_flight, silence)
+
+    @classmethod
+    def of_folder(
+        cls,
+        folder: str | os.PathLike[str],
+        threads: int | None = None,
+        in_flight: int | None = None,
+        silence: float = 5.0,
+    ) -> Chain:
+        """The same of parts that `Split.save` wrote, whose processes map these files. Other files that take their
+        places change nothing: a part that is started anew gets the one that was there.
+
+        Raises:
+            ValueError, PartError: as `of`; or parts are missing.
+            OSError: a file cannot be read.
+        """
+        return cls._of_files(files_in(folder), threads, in_flight, silence)
+
+    @classmethod
+    def _of_files(cls, files: Sequence[Path], threads: int | None, in_flight: int | None, silence: float) -> Chain:
+        count = len(files)
         threads = max(1, usable().count // count) if threads is None else threads
         folder = tempfile.TemporaryDirectory(prefix="pykernels-")
         key = secrets.token_bytes(32)
         places = [str(Path(folder.name) / str(number)) for number in range(count + 1)]
         commands = [
             [
-                *(sys.executable, "-m", "pykernels.parallel.part", str(path)),
                 *("--number", str(number), "--count", str(count), "--listen", places[number - 1]),
                 *("--next", places[number], "--threads", str(threads), "--silence", str(silence), "--with-parent"),
             ]
-            for number, path in enumerate(split.save(folder.name), 1)
+            for number in range(1, count + 1)
         ]
-        processes = _Processes(commands, {**os.environ, KEY: key.hex()}, folder)
+        with contextlib.ExitStack() as opened:
+            kept = [opened.enter_context(open(file, "rb")) for file in files]
+            processes = _Processes(commands, kept, {**os.environ, KEY: key.hex()}, folder, opened.pop_all())
         return cls(places[0], places[-1], key, in_flight or 2 * count, silence, processes)
 
     @classmethod
@@ -213,8 +244,8 @@ class Chain:
             raise ValueError(f"inputs are nested as {spec}, the network takes {self._in_spec}")
         request = _Request(leaves, Future())
         with self._changed:
-            if self._death is not None:
-                raise self._death
+            if self.death is not None:
+                raise PartError(str(self.death), self.death.part)  # another one, since each keeps who has raised it
             if self._closed:
                 raise RuntimeError("submit: the pipeline is closed")
             self._waiting[next(self._numbers)] = request
@@ -461,7 +492,7 @@ class Chain:
 
     def _give_up(self, error: PartError) -> None:
         with self._changed:
-            self._death = error
+            self.death = error
             left = [*self._flying.values(), *self._waiting.values()]
             self._flying.clear()
             self._waiting.clear()

@@ -1,6 +1,6 @@
 """Which requests are computed together, and when: by what a call costs, and by the requests' deadlines.
 
-One `Scheduler` hands batches of all models to one set of pinned threads. All of it runs on one event loop; calls of
+One `Scheduler` hands batches of all models to the threads of their runners. All of it runs on one event loop; calls of
 networks alone, and what belongs to them, run on the threads.
 
 An instance that is idle takes what waits, so that batches grow by themselves while all are busy. It waits for more
@@ -26,10 +26,9 @@ from torch.utils import _pytree as pytree
 from pykernels.serve.errors import Expired, Overloaded, TooLarge, Unavailable
 
 if TYPE_CHECKING:
-    from pykernels.optimize import Optimized
     from pykernels.serve.costs import Costs
-    from pykernels.serve.signature import Request
-    from pykernels.tune import Workers
+    from pykernels.serve.runner import Runner
+    from pykernels.serve.signature import Network, Request
 
 __all__ = ["Counts", "Queue", "Scheduler", "Spent", "compute"]
 
@@ -94,20 +93,20 @@ class Queue:
         costs: of calls by rows. `costs.most` is 1 for a network whose requests must stay apart.
         limit: how many may wait.
         target: seconds in which answers are wanted; None where nobody said.
-        instances: how many calls run at once.
+        runner: where the network is called.
         counts: to be added to.
     """
 
     def __init__(
         self,
-        network: Optimized,
+        network: Network,
         costs: Costs,
         limit: int,
         target: float | None,
-        instances: int,
+        runner: Runner,
         counts: Counts | None = None,
     ) -> None:
-        self.network, self.costs, self.limit, self.target, self.instances = network, costs, limit, target, instances
+        self.network, self.costs, self.limit, self.target, self.runner = network, costs, limit, target, runner
         self.waiting: deque[Item] = deque()
         self.counts = Counts() if counts is None else counts
         self.coming = 0  # requests whose bodies are being read
@@ -135,7 +134,7 @@ class Queue:
         Raises:
             Overloaded: as many are being read or wait as could run or wait.
         """
-        if len(self.waiting) + self.coming >= self.limit + self.costs.most * self.instances:
+        if len(self.waiting) + self.coming >= self.limit + self.costs.most * self.runner.at_once:
             raise self.overloaded()
         self.coming += 1
         try:
@@ -157,7 +156,7 @@ class Queue:
     def delay(self) -> float:
         """Seconds until what waits will have been computed, about."""
         rows = sum(item.rows for item in self.waiting)
-        return self.costs.of(self.costs.most) / self.costs.most * rows / self.instances
+        return self.costs.of(self.costs.most) / self.costs.most * rows / self.runner.at_once
 
     def _note(self, now: float) -> None:
         """That a request came."""
@@ -213,7 +212,7 @@ class Queue:
         """Seconds for which waiting for one more like the last one pays, from when the last one came."""
         more = items[-1].rows
         patience = self.costs.patience(rows, more)
-        if self.gap * self.instances > patience:
+        if self.gap * self.runner.at_once > patience:
             return 0.0
         joint = self.costs.of(min(rows + more, self.costs.most))
         oldest = items[0]
@@ -223,9 +222,7 @@ class Queue:
         return min(patience, max(slack, 0.0))
 
 
-def compute(
-    network: Optimized, requests: Sequence[Request], size: int | None
-) -> tuple[list[Answer | Exception], Spent]:
+def compute(network: Network, requests: Sequence[Request], size: int | None) -> tuple[list[Answer | Exception], Spent]:
     """Answers to requests of one key by one call; on an instance's thread. Where that fails each is computed alone, so
     that only those fail whose fault it is.
 
@@ -242,9 +239,7 @@ def compute(
     return [answer for answers, _ in found for answer in answers], spent
 
 
-def _compute(
-    network: Optimized, requests: Sequence[Request], size: int | None
-) -> tuple[list[Answer | Exception], Spent]:
+def _compute(network: Network, requests: Sequence[Request], size: int | None) -> tuple[list[Answer | Exception], Spent]:
     begin = time.perf_counter()
     inputs = requests[0].inputs
     if size is not None:
@@ -274,23 +269,11 @@ def _urgency(queue: Queue) -> tuple[float, float]:
 
 class Scheduler:
     """Hands batches of several queues to the threads that are free, the queue whose request is wanted first before
-    others. On one event loop.
+    others. On one event loop."""
 
-    Args:
-        workers: pinned threads.
-
-    Attributes:
-        death: why no call can run any more; None while they can.
-    """
-
-    def __init__(self, workers: Workers) -> None:
-        self.workers = workers
-        self.instances = workers.setup.instances
-        self.free = self.instances
+    def __init__(self) -> None:
         self.stopping = False
-        self.death: str | None = None
         self._queues: dict[Queue, None] = {}  # that hold something
-        self._idle_since = -math.inf
         self._timer: asyncio.TimerHandle | None = None
         self._running: set[asyncio.Future[None]] = set()
 
@@ -362,8 +345,8 @@ class Scheduler:
             queue.expire(now)
         pause = math.inf
         for queue in sorted(self._queues, key=_urgency):
-            while self.free and queue.waiting:
-                batch = queue.take(now, self._idle_since)
+            while queue.runner.free and queue.waiting:
+                batch = queue.take(now, queue.runner.idle_since)
                 if not isinstance(batch, list):
                     if not self.stopping:
                         pause = min(pause, batch)
@@ -381,13 +364,13 @@ class Scheduler:
         for item in batch:
             queue.counts.waited += now - item.arrival
         try:
-            call = self.workers.submit(compute, queue.network, [item.request for item in batch], size)
+            call = queue.runner.submit(compute, queue.network, [item.request for item in batch], size)
         except RuntimeError as error:  # an instance has died: whoever watches over this process must start it again
-            self.death = str(error)
+            queue.runner.death = str(error)
             for item in batch:
-                item.future.set_exception(Unavailable(self.death))
+                item.future.set_exception(Unavailable(queue.runner.death))
             return
-        self.free -= 1
+        queue.runner.free -= 1
         task = asyncio.ensure_future(self._finish(queue, batch, asyncio.wrap_future(call)))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
@@ -411,6 +394,6 @@ class Scheduler:
                 else:
                     item.future.set_result(answer)
         finally:
-            self.free += 1
-            self._idle_since = time.monotonic()
+            queue.runner.free += 1
+            queue.runner.idle_since = time.monotonic()
             self._dispatch()

@@ -42,7 +42,7 @@ class Replica:
 
     async def __init__(self, options: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray waits for it
         self.options = Options(**options)
-        pin(serve.get_replica_context().rank.local_rank, self.options.threads * self.options.instances)
+        pin(serve.get_replica_context().rank.local_rank, self.options.cores)
         self.service = Service(self.options)
         self.answers = Answers(lambda: self.service)
         url = self.options.jobs
@@ -56,7 +56,7 @@ class Replica:
     async def check_health(self) -> None:
         """Ray asks this again and again; a replica that fails is replaced."""
         if not self.service.live:
-            raise RuntimeError(self.service.scheduler.death)
+            raise RuntimeError(self.service.runner.death)
 
     async def job(self, name: str, version: str, header: str | None, body: bytes) -> jobs.Answer:
         """A job's answer, for the consumers.
@@ -120,7 +120,7 @@ def bind(options: Options, replicas: int) -> Any:
         Replica,
         name=NAME,
         num_replicas=replicas,
-        ray_actor_options={"num_cpus": options.threads * options.instances},
+        ray_actor_options={"num_cpus": options.cores},
         max_ongoing_requests=waiting,  # the replica's own bound comes first, and says when to come again
         graceful_shutdown_timeout_s=SHUTDOWN,
         graceful_shutdown_wait_loop_s=0.5,
@@ -165,7 +165,7 @@ def run(
     stop = threading.Event()
     ray.init(
         address="local",  # one of its own, beside any that runs here
-        num_cpus=replicas * options.threads * options.instances,
+        num_cpus=replicas * options.cores,
         include_dashboard=False,
         log_to_driver=False,
         configure_logging=False,

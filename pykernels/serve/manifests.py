@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from pykernels.serve.environment import ENVIRONMENT, JOBS, NAME, STUBS
+from pykernels.serve.files import FILE
 from pykernels.serve.jobs import at_once
 from pykernels.serve.service import Options
 
@@ -62,13 +63,14 @@ $grpc_servers
     grpc_connect_timeout 1s;   # since a replica that dies makes its node's proxy refuse many requests at once
     proxy_read_timeout 60s;
 
-    # An inference changes nothing, so it may be sent again, twice at most. 429 and 503 are answers: more requests make
-    # it worse. 502 is a node's proxy whose replica died: each node is listed twice, so that it can choose another one;
-    # 404 may be one that came back and was not told of replicas yet.
+    # An inference changes nothing, so it may be sent again, three times at most: two tries may meet a node that is
+    # lost, one more another's proxy that still knows replicas there. 429 and 503 are answers: more requests make it
+    # worse. 502 is a node's proxy whose replica died: each node is listed twice, so that it can choose another one; 404
+    # may be one that came back and was not told of replicas yet.
     proxy_next_upstream error timeout http_500 http_502 http_404 non_idempotent;
-    proxy_next_upstream_tries 3;
+    proxy_next_upstream_tries 4;
     grpc_next_upstream error timeout http_500 http_502 http_404 non_idempotent;
-    grpc_next_upstream_tries 3;
+    grpc_next_upstream_tries 4;
 
     location / { proxy_pass http://http_nodes; }
     location /v2/repository/ { proxy_pass http://http_nodes; proxy_next_upstream off; }
@@ -130,10 +132,13 @@ def ray_service(options: Options, replicas: int, port: int, grpc_port: int) -> d
     a secret ``pykernels-token``."""
     models: str | dict[str, str] = MODELS
     if not isinstance(options.models, str):
-        models = {name: str(PurePosixPath(MODELS, name, "1", "net.pk")) for name in options.models}
+        models = {
+            name: str(PurePosixPath(MODELS, name, "1", *([] if Path(place).is_dir() else [FILE])))
+            for name, place in options.models.items()
+        }
     token = None if options.token_file is None else TOKEN
     inside = dataclasses.replace(options, models=models, token_file=token)
-    cores = options.threads * options.instances
+    cores = options.cores
     volumes: list[dict[str, Any]] = [
         {"name": "models", "persistentVolumeClaim": {"claimName": "pykernels-models", "readOnly": True}}
     ]

@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import re
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -19,14 +17,12 @@ from typing import NamedTuple
 
 from pykernels.serve.batching import Counts
 from pykernels.serve.errors import Invalid, NotFound, Unavailable
+from pykernels.serve.files import FILE, VERSION, Files, find
 from pykernels.serve.model import UNTRIED, Limits, Model, ready, try_batches
-from pykernels.tune import Workers
+from pykernels.serve.runner import Runner
 
-__all__ = ["Entry", "Repository", "State", "models_in", "named"]
+__all__ = ["Entry", "Repository", "State"]
 
-FILE = "net.pk"
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
-VERSION = re.compile(r"[1-9][0-9]{0,17}")
 AGAIN = 30.0  # seconds until a file that could not be loaded is tried again
 log = logging.getLogger(__name__)
 
@@ -42,47 +38,18 @@ class State(NamedTuple):
 
 @dataclass(eq=False)
 class Entry:
-    """A version's file.
+    """A version's files.
 
     Attributes:
-        identity: of the file's content, as far as the file system tells.
         failure: why it could not be loaded, and when (of `time.monotonic`) that was.
         loading: the task that maps it.
     """
 
     name: str
     version: int
-    path: Path
-    identity: tuple[int, int, int]
+    files: Files
     failure: tuple[str, float] | None = None
     loading: asyncio.Task[Model] | None = field(default=None, repr=False)
-
-
-def models_in(folder: Path) -> dict[tuple[str, int], Path]:
-    """``name/version/net.pk`` below a folder; what is named otherwise, or lies outside by a link, is left out."""
-    root = folder.resolve()
-    found = {}
-    for path in folder.glob(f"*/*/{FILE}"):
-        name, version = path.parent.parent.name, path.parent.name
-        inside = path.resolve().is_relative_to(root) and path.is_file()
-        if inside and NAME.fullmatch(name) and VERSION.fullmatch(version):
-            found[name, int(version)] = path
-    return found
-
-
-def named(files: Mapping[str, Path]) -> dict[tuple[str, int], Path]:
-    """Files that were named one by one, each version 1.
-
-    Raises:
-        ValueError: a name that is none.
-        FileNotFoundError: a file that is none.
-    """
-    for name, path in files.items():
-        if not NAME.fullmatch(name):
-            raise ValueError(f"models: {name!r} is no name: letters, digits, '_', '-' and '.' make one")
-        if not path.is_file():
-            raise FileNotFoundError(f"models: {name}: there is no file {path}")
-    return {(name, 1): path for name, path in files.items()}
 
 
 class Repository:
@@ -94,16 +61,16 @@ class Repository:
     takes batches when those have been tried, too.
 
     Args:
-        source: a folder of ``name/version/net.pk``, or files by name.
-        workers: where the plans are made ready.
+        source: a folder of ``name/version/net.pk``, or files by name; in place of a file, a folder of parts.
+        runner: where networks are called, and made ready.
         limits: of every model.
         limit: bytes.
     """
 
     def __init__(
-        self, source: Path | Mapping[str, Path], workers: Workers, limits: Limits | None = None, limit: int = 1 << 34
+        self, source: Path | Mapping[str, Path], runner: Runner, limits: Limits | None = None, limit: int = 1 << 34
     ) -> None:
-        self.source, self.workers, self.limits, self.limit = source, workers, limits or Limits(), limit
+        self.source, self.runner, self.limits, self.limit = source, runner, limits or Limits(), limit
         self.entries: dict[tuple[str, int], Entry] = {}
         self.mapped: OrderedDict[tuple[str, int], Model] = OrderedDict()
         self.counts: dict[tuple[str, int], Counts] = {}  # also of those that are not mapped now
@@ -142,13 +109,12 @@ class Repository:
     async def scan(self) -> None:
         """See which files there are now; what is gone, or another file than it was, is not mapped any longer."""
         source = self.source
-        found = await asyncio.to_thread(_found, source)
-        for key in [key for key in self.entries if key not in found or self.entries[key].identity != found[key][1]]:
+        found = await asyncio.to_thread(find, source)
+        for key in [key for key in self.entries if key not in found or self.entries[key].files != found[key]]:
             entry = self.entries[key]
             if key in found and key in self.mapped:
                 # Another file in the old one's place: that goes on until this one is ready.
-                path, identity = found[key]
-                fresh = Entry(*key, path, identity)
+                fresh = Entry(*key, found[key])
                 with contextlib.suppress(Unavailable):
                     model = await self._map(fresh)
                     self.entries[key], self.mapped[key] = fresh, model
@@ -157,14 +123,16 @@ class Repository:
             self.mapped.pop(key, None)
             if entry.loading is not None:
                 entry.loading.cancel()
-        for key, (path, identity) in found.items():
+        for key, files in found.items():
             if key not in self.entries:
-                self.entries[key] = Entry(*key, path, identity)
+                self.entries[key] = Entry(*key, files)
 
     async def refresh(self) -> None:
         """`scan`, and make the highest versions ready of models that are in use: they take over when they are."""
         await self.scan()
-        for name in {name for name, _ in self.mapped}:
+        used = {name for name, _ in self.mapped}
+        self._drop_lost()
+        for name in used:
             entry = self.entries.get((name, self.versions(name)[-1])) if self._known(name) else None
             if entry is not None and self._worth_trying(entry):
                 with contextlib.suppress(Unavailable):
@@ -182,7 +150,7 @@ class Repository:
         room = self.limit
         for name in sorted({name for name, _ in self.entries}):
             entry = self.entries[name, self.versions(name)[-1]]
-            room -= entry.identity[1]
+            room -= entry.files.bytes
             if room < 0 and self.mapped:
                 break
             try:
@@ -205,10 +173,11 @@ class Repository:
         while self._completing:
             await asyncio.wait(self._completing)
 
-    def close(self) -> None:
-        """Give up what is not settled."""
+    async def close(self) -> None:
+        """Give up what is not settled, and end the processes of what is mapped."""
         for task in self._completing:
             task.cancel()
+        await asyncio.gather(*(asyncio.to_thread(model.close) for model in self.mapped.values()))
 
     async def get(self, name: str, version: str = "") -> Model:
         """A model that is ready; it is mapped when it is not.
@@ -263,8 +232,9 @@ class Repository:
         return any(known == name for known, _ in self.entries)
 
     def _find(self, name: str, version: str) -> Model | Entry:
-        """The model if it is mapped, else its file."""
+        """The model if it is mapped, else its files."""
         versions = self.versions(name)
+        self._drop_lost()
         if version:
             key = self._key(name, version)
         else:
@@ -275,6 +245,11 @@ class Repository:
             self.mapped.move_to_end(key)
             return self.mapped[key]
         return self.entries[key]
+
+    def _drop_lost(self) -> None:
+        """What has lost its processes is made anew when it is wanted."""
+        for key in [key for key, model in self.mapped.items() if model.lost]:
+            asyncio.get_running_loop().run_in_executor(None, self.mapped.pop(key).close)
 
     def _key(self, name: str, version: str) -> tuple[str, int]:
         versions = self.versions(name)
@@ -317,7 +292,7 @@ class Repository:
         key = model.name, model.version
         async with self._one_at_a_time:
             try:
-                whole = await try_batches(model, self.workers, self.limits)
+                whole = await try_batches(model, self.limits)
             except (ValueError, TypeError, RuntimeError, MemoryError) as error:
                 log.warning("model %s version %d goes on without batches: %s", *key, error)
                 return
@@ -331,7 +306,7 @@ class Repository:
         counts = self.counts.setdefault((entry.name, entry.version), Counts())
         async with self._one_at_a_time:
             try:
-                model = await ready(entry.name, entry.version, entry.path, self.workers, self.limits, counts, tried)
+                model = await ready(entry.name, entry.version, entry.files, self.runner, self.limits, counts, tried)
             except (OSError, ValueError, TypeError, RuntimeError, MemoryError) as error:
                 entry.failure = str(error) or type(error).__name__, time.monotonic()
                 log.warning("model %s version %d cannot be loaded: %s", entry.name, entry.version, error)
@@ -357,13 +332,3 @@ class Repository:
         if entry.loading is not None:
             return State(*key, "LOADING", "")
         return State(*key, "UNAVAILABLE", "not loaded yet" if entry.failure is None else entry.failure[0])
-
-
-def _found(source: Path | Mapping[str, Path]) -> dict[tuple[str, int], tuple[Path, tuple[int, int, int]]]:
-    paths = models_in(source) if isinstance(source, Path) else named(source)
-    found = {}
-    for key, path in paths.items():
-        with contextlib.suppress(FileNotFoundError):  # gone since
-            status = os.stat(path)
-            found[key] = path, (status.st_ino, status.st_size, status.st_mtime_ns)
-    return found

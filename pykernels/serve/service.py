@@ -18,8 +18,10 @@ import torch
 from pykernels.serve.batching import Scheduler
 from pykernels.serve.budget import Budget
 from pykernels.serve.errors import Denied, Invalid, Refused
+from pykernels.serve.files import source_of
 from pykernels.serve.model import Limits, Model
 from pykernels.serve.repository import Repository
+from pykernels.serve.runner import Runner
 from pykernels.tune import Setup, Workers
 
 __all__ = ["Options", "Service", "Token"]
@@ -32,8 +34,9 @@ class Options:
     """What is served, and how.
 
     Attributes:
-        models: a folder of ``name/version/net.pk``, or files by name.
+        models: a folder of ``name/version/net.pk``, or files by name; in place of a file, a folder of parts.
         threads, instances: threads of one call; calls at once in one process. Each thread has a core of its own.
+        parts: how many the network that is split most has. Each is a process of `threads` threads.
         batch: the most rows of one call.
         p99_ms: milliseconds in which answers are wanted; requests wait for each other no longer. None where clients'
             own time limits are all there is.
@@ -53,6 +56,7 @@ class Options:
     models: str | Mapping[str, str]
     threads: int = 1
     instances: int = 1
+    parts: int = 1
     batch: int = 16
     p99_ms: float | None = None
     queue: int = 256
@@ -65,7 +69,8 @@ class Options:
     jobs: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("threads", "instances", "batch", "queue", "request_bytes", "memory_bytes", "mapped_bytes"):
+        counts = ("threads", "instances", "parts", "batch", "queue")
+        for name in (*counts, "request_bytes", "memory_bytes", "mapped_bytes"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value < 1 << 62:
                 raise ValueError(f"{name}: must be a whole number of at least 1, not {value!r}")
@@ -79,6 +84,11 @@ class Options:
                 raise ValueError(f"jobs: must be redis://HOST:PORT/NUMBER, not {self.jobs!r:.80}")
         if not self.models:
             raise ValueError("models: there are none")
+
+    @property
+    def cores(self) -> int:
+        """How many one process, with those of the parts, is given."""
+        return self.threads * max(self.instances, self.parts)
 
 
 class Token:
@@ -129,13 +139,13 @@ class Service:
         # The event loop copies a little here and there; OpenMP's threads would take cores from the instances for that.
         torch.set_num_threads(1)
         self.workers = Workers(Setup(options.threads, options.instances, options.batch))
-        self.scheduler = Scheduler(self.workers)
+        self.runner = Runner(self.workers, options.instances)
+        self.scheduler = Scheduler()
         target = None if options.p99_ms is None else options.p99_ms / 1e3
-        models = options.models
         self.repository = Repository(
-            Path(models) if isinstance(models, str) else {name: Path(file) for name, file in models.items()},
-            self.workers,
-            Limits(options.batch, options.queue, target),
+            source_of(options.models),
+            self.runner,
+            Limits(options.batch, options.queue, target, options.threads),
             options.mapped_bytes,
         )
         self.started = False
@@ -155,7 +165,7 @@ class Service:
     async def close(self) -> None:
         """Refuse what comes, answer what is there, end the threads."""
         await self.scheduler.drain()
-        self.repository.close()
+        await self.repository.close()
         if self._watch is not None:
             self._watch.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -165,7 +175,7 @@ class Service:
     @property
     def live(self) -> bool:
         """Whether it can answer at all; if not, it must be started again."""
-        return self.scheduler.death is None
+        return self.runner.death is None
 
     @property
     def ready(self) -> bool:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
 
-from pykernels.optimize import Optimized
 from pykernels.serve.errors import Invalid
 
-__all__ = ["DATATYPES", "Request", "Signature", "Spec", "examples"]
+__all__ = ["DATATYPES", "Network", "Request", "Signature", "Spec", "examples"]
 
 # Of the Open Inference Protocol; a network with other tensors is not served.
 DATATYPES = {
@@ -28,6 +27,29 @@ DATATYPES = {
     "FP64": torch.float64,
 }
 _NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+
+
+class Network(Protocol):
+    """What is served: an `Optimized` network, or what is called like one and says the same of itself."""
+
+    @property
+    def input_names(self) -> list[str]: ...
+
+    @property
+    def output_names(self) -> list[str]: ...
+
+    @property
+    def dynamic(self) -> bool: ...
+
+    @property
+    def example(self) -> list[tuple[torch.dtype, list[int]] | None]: ...
+
+    @property
+    def free(self) -> list[list[int]]: ...
+
+    def nested(self, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class Spec(NamedTuple):
@@ -74,7 +96,7 @@ class Signature:
     ones: bool
 
     @classmethod
-    def of(cls, network: Optimized) -> Signature:
+    def of(cls, network: Network) -> Signature:
         """Of a network; its outputs are those of a call, which is made with inputs of the example's sizes.
 
         Raises:
@@ -137,9 +159,7 @@ class Signature:
         return Request(inputs, rows, tuple(tuple(x.shape[1:]) for x in inputs))
 
 
-def examples(
-    network: Optimized, rows: int | None = None, times: int = 1, ones: bool = True
-) -> tuple[torch.Tensor, ...]:
+def examples(network: Network, rows: int | None = None, times: int = 1, ones: bool = True) -> tuple[torch.Tensor, ...]:
     """Random inputs of the example's sizes.
 
     Args:
@@ -159,7 +179,7 @@ def examples(
     return tuple(found)
 
 
-def _answers(network: Optimized) -> tuple[list[list[Any]], bool]:
+def _answers(network: Network) -> tuple[list[list[Any]], bool]:
     """Flat outputs for inputs of the example's sizes, and of larger ones where sizes are free; and `Signature.ones`."""
     first = [known[1][0] for known, free in zip(network.example, network.free, strict=True) if known and 0 in free]
     more = first[0] + 1 if first else None
@@ -175,7 +195,7 @@ def _answers(network: Optimized) -> tuple[list[list[Any]], bool]:
     return found, ones
 
 
-def _call(network: Optimized, inputs: Sequence[torch.Tensor]) -> list[Any]:
+def _call(network: Network, inputs: Sequence[torch.Tensor]) -> list[Any]:
     args, kwargs = network.nested(inputs)
     with torch.no_grad():
         return pytree.tree_leaves(network(*args, **kwargs))

@@ -20,7 +20,10 @@ import pykernels as pk
 from tests.models import UNet, network
 from tests.networks import ops
 
-ZOO = ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "densenet121", "squeezenet1_1", "unet"]
+ZOO = [
+    "resnet18", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0", "shufflenet_v2_x0_5",
+    "densenet121", "squeezenet1_1", "unet",
+]  # fmt: skip
 
 
 def exported(module: nn.Module, x: torch.Tensor, path: Path, dynamo: bool = False, opset: int = 18) -> Path:

@@ -17,6 +17,7 @@ import pykernels as pk
 from pykernels.serve.batching import Item, Queue, Scheduler
 from pykernels.serve.costs import Costs
 from pykernels.serve.errors import Expired, Overloaded, Unavailable
+from pykernels.serve.runner import Runner, Submits
 from pykernels.serve.signature import Request
 from pykernels.tune import Workers
 from tests.networks import Mixed, lively
@@ -31,7 +32,7 @@ def request(rows: int = 1, width: int = 4) -> Request:
 
 
 def queue(costs: Costs = CHEAP, limit: int = 8, target: float | None = None, instances: int = 1) -> Queue:
-    return Queue(None, costs, limit, target, instances)  # type: ignore[arg-type]  # nothing is called
+    return Queue(None, costs, limit, target, Runner(None, instances))  # type: ignore[arg-type]  # nothing is called
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -200,8 +201,8 @@ def one() -> Iterator[Workers]:
         yield workers
 
 
-def gated(gate: Gate, limit: int = 8) -> Queue:
-    return Queue(gate, Costs({1: 1e-3, 2: 1.1e-3, 4: 1.2e-3}), limit, None, 1)  # type: ignore[arg-type]
+def gated(gate: Gate, one: Submits, limit: int = 8) -> Queue:
+    return Queue(gate, Costs({1: 1e-3, 2: 1.1e-3, 4: 1.2e-3}), limit, None, Runner(one, 1))  # type: ignore[arg-type]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -214,9 +215,9 @@ def test_answers_of_batches_are_the_bits_of_single_calls(network: pk.Optimized, 
     expected = [network(x) for x in inputs]
 
     async def test() -> None:
-        scheduler = Scheduler(workers)
+        scheduler = Scheduler()
         costs = Costs({size: 1e-3 for size in (1, 2, 4, 8, 11)})
-        q = Queue(network, costs, 100, None, scheduler.instances)
+        q = Queue(network, costs, 100, None, Runner(workers, workers.setup.instances))
         requests = [Request((x,), x.shape[0], ((3, 16, 16),)) for x in inputs]
         found = await asyncio.gather(*(scheduler.answer(q, r) for r in requests))
         assert all(torch.equal(y, e) for (y,), e in zip(found, expected, strict=True))
@@ -232,8 +233,8 @@ def test_a_request_of_more_rows_than_a_batch_is_cut_and_joined(network: pk.Optim
     expected = network(x)
 
     async def test() -> None:
-        scheduler = Scheduler(workers)
-        q = Queue(network, Costs({1: 1e-3, 2: 1e-3, 4: 1e-3}), 8, None, scheduler.instances)
+        scheduler = Scheduler()
+        q = Queue(network, Costs({1: 1e-3, 2: 1e-3, 4: 1e-3}), 8, None, Runner(workers, workers.setup.instances))
         (found,) = await scheduler.answer(q, Request((x,), 9, ((3, 16, 16),)))
         assert torch.equal(found, expected)
 
@@ -242,7 +243,7 @@ def test_a_request_of_more_rows_than_a_batch_is_cut_and_joined(network: pk.Optim
 
 def test_a_cancelled_request_leaves_the_batch(gate: Gate, one: Workers) -> None:
     async def test() -> None:
-        scheduler, q = Scheduler(one), gated(gate)
+        scheduler, q = Scheduler(), gated(gate, one)
         first = asyncio.create_task(scheduler.answer(q, request()))
         await until(lambda: len(gate.sizes) == 1)
         others = [asyncio.create_task(scheduler.answer(q, request())) for _ in range(3)]
@@ -259,7 +260,7 @@ def test_a_cancelled_request_leaves_the_batch(gate: Gate, one: Workers) -> None:
 
 def test_who_gives_up_while_it_is_computed_does_not_disturb_the_others(gate: Gate, one: Workers) -> None:
     async def test() -> None:
-        scheduler, q = Scheduler(one), gated(gate)
+        scheduler, q = Scheduler(), gated(gate, one)
         task = asyncio.create_task(scheduler.answer(q, request()))
         await until(lambda: len(gate.sizes) == 1)
         task.cancel()
@@ -272,7 +273,7 @@ def test_who_gives_up_while_it_is_computed_does_not_disturb_the_others(gate: Gat
 
 def test_a_request_whose_time_is_over_is_told_and_not_computed(gate: Gate, one: Workers) -> None:
     async def test() -> None:
-        scheduler, q = Scheduler(one), gated(gate)
+        scheduler, q = Scheduler(), gated(gate, one)
         first = asyncio.create_task(scheduler.answer(q, request()))
         await until(lambda: len(gate.sizes) == 1)
         with pytest.raises(Expired, match="time was over before it was its turn"):
@@ -286,7 +287,7 @@ def test_a_request_whose_time_is_over_is_told_and_not_computed(gate: Gate, one: 
 
 def test_an_error_of_a_call_goes_to_its_requests_alone(gate: Gate, one: Workers) -> None:
     async def test() -> None:
-        scheduler, q = Scheduler(one), gated(gate)
+        scheduler, q = Scheduler(), gated(gate, one)
         gate.opened.release(2)
         bad = request()._replace(inputs=(torch.full((1, 4), math.nan),))
         with pytest.raises(ValueError, match="holds NaN"):
@@ -300,7 +301,7 @@ def test_an_error_of_a_call_goes_to_its_requests_alone(gate: Gate, one: Workers)
 
 def test_of_a_batch_that_fails_only_those_fail_whose_fault_it_is(gate: Gate, one: Workers) -> None:
     async def test() -> None:
-        scheduler, q = Scheduler(one), gated(gate)
+        scheduler, q = Scheduler(), gated(gate, one)
         first = asyncio.create_task(scheduler.answer(q, request()))
         await until(lambda: len(gate.sizes) == 1)
         bad = request()._replace(inputs=(torch.full((1, 4), math.nan),))
@@ -318,7 +319,7 @@ def test_of_a_batch_that_fails_only_those_fail_whose_fault_it_is(gate: Gate, one
 
 def test_a_stop_answers_what_was_taken_and_takes_nothing_more(gate: Gate, one: Workers) -> None:
     async def test() -> None:
-        scheduler, q = Scheduler(one), gated(gate)
+        scheduler, q = Scheduler(), gated(gate, one)
         tasks = [asyncio.create_task(scheduler.answer(q, request())) for _ in range(4)]
         await until(lambda: len(gate.sizes) == 1)
         stopped = asyncio.create_task(scheduler.drain())
@@ -335,15 +336,13 @@ def test_a_stop_answers_what_was_taken_and_takes_nothing_more(gate: Gate, one: W
 
 def test_dead_threads_are_told_to_whoever_asks(gate: Gate) -> None:
     class Dead:
-        setup = pk.Setup(1, 1)
-
         def submit(self, *_: Any) -> Future[Any]:
             raise RuntimeError("submit: an instance has died")
 
     async def test() -> None:
-        scheduler = Scheduler(Dead())  # type: ignore[arg-type]
+        q = gated(gate, Dead())
         with pytest.raises(Unavailable, match="an instance has died"):
-            await scheduler.answer(gated(gate), request())
-        assert scheduler.death == "submit: an instance has died"
+            await Scheduler().answer(q, request())
+        assert q.runner.death == "submit: an instance has died"
 
     run(test)

@@ -356,8 +356,8 @@ def test_a_timeout_of_the_client_is_kept(client: Client, service: Running) -> No
     inputs = [client.input("input_1", "FP32", numpy.ones((2, 4), numpy.float32))]
     client.infer("fixed", inputs, timeout=10_000_000)  # microseconds
     with pytest.raises(InferenceServerException, match=r"time was over|wait already"):
-        service.loop.call_soon_threadsafe(setattr, service.service.scheduler, "free", 0)  # all instances are busy
+        service.loop.call_soon_threadsafe(setattr, service.service.runner, "free", 0)  # all instances are busy
         try:
             client.infer("fixed", inputs, timeout=50_000)
         finally:
-            service.loop.call_soon_threadsafe(setattr, service.service.scheduler, "free", 1)
+            service.loop.call_soon_threadsafe(setattr, service.service.runner, "free", 1)

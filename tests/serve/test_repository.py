@@ -18,6 +18,7 @@ from pykernels.serve import repository as module
 from pykernels.serve.errors import Invalid, NotFound, Unavailable
 from pykernels.serve.model import UNTRIED, Limits
 from pykernels.serve.repository import Repository
+from pykernels.serve.runner import Runner
 from pykernels.tune import Workers
 from tests.networks import Function
 
@@ -33,9 +34,9 @@ def nets(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
+def runner() -> Iterator[Runner]:
     with Workers(pk.Setup(1, 1)) as workers:
-        yield workers
+        yield Runner(workers, 1)
 
 
 def put(net: Path, folder: Path, name: str, version: object) -> Path:
@@ -51,18 +52,18 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), 60))
 
 
-def repository(source: Any, workers: Workers, limit: int = 1 << 30) -> Repository:
-    return Repository(source, workers, Limits(batch=2), limit)
+def repository(source: Any, runner: Runner, limit: int = 1 << 30) -> Repository:
+    return Repository(source, runner, Limits(batch=2), limit)
 
 
 def test_the_highest_version_answers_and_every_other_one_that_is_asked_for(
-    tmp_path: Path, nets: list[Path], workers: Workers
+    tmp_path: Path, nets: list[Path], runner: Runner
 ) -> None:
     put(nets[0], tmp_path, "a", 2)
     put(nets[1], tmp_path, "a", 10)
 
     async def test() -> None:
-        r = repository(tmp_path, workers)
+        r = repository(tmp_path, runner)
         await r.start()
         assert r.versions("a") == [2, 10]
         assert (await r.get("a")).version == 10
@@ -76,11 +77,11 @@ def test_the_highest_version_answers_and_every_other_one_that_is_asked_for(
     run(test)
 
 
-def test_a_new_version_takes_over_when_it_is_ready(tmp_path: Path, nets: list[Path], workers: Workers) -> None:
+def test_a_new_version_takes_over_when_it_is_ready(tmp_path: Path, nets: list[Path], runner: Runner) -> None:
     put(nets[0], tmp_path, "a", 1)
 
     async def test() -> None:
-        r = repository(tmp_path, workers)
+        r = repository(tmp_path, runner)
         await r.start()
         put(nets[1], tmp_path, "a", 2)
         refreshing = asyncio.create_task(r.refresh())
@@ -92,13 +93,11 @@ def test_a_new_version_takes_over_when_it_is_ready(tmp_path: Path, nets: list[Pa
     run(test)
 
 
-def test_a_new_version_that_cannot_be_loaded_changes_nothing(
-    tmp_path: Path, nets: list[Path], workers: Workers
-) -> None:
+def test_a_new_version_that_cannot_be_loaded_changes_nothing(tmp_path: Path, nets: list[Path], runner: Runner) -> None:
     put(nets[0], tmp_path, "a", 1)
 
     async def test() -> None:
-        r = repository(tmp_path, workers)
+        r = repository(tmp_path, runner)
         await r.start()
         bad = put(nets[1], tmp_path, "a", 2)
         bad.write_bytes(bad.read_bytes()[:-100])
@@ -115,13 +114,13 @@ def test_a_new_version_that_cannot_be_loaded_changes_nothing(
 
 
 def test_a_version_that_is_gone_is_not_answered_and_another_one_takes_over(
-    tmp_path: Path, nets: list[Path], workers: Workers
+    tmp_path: Path, nets: list[Path], runner: Runner
 ) -> None:
     put(nets[0], tmp_path, "a", 1)
     put(nets[1], tmp_path, "a", 2)
 
     async def test() -> None:
-        r = repository(tmp_path, workers)
+        r = repository(tmp_path, runner)
         await r.start()
         shutil.rmtree(tmp_path / "a" / "2")
         await r.refresh()
@@ -132,11 +131,11 @@ def test_a_version_that_is_gone_is_not_answered_and_another_one_takes_over(
     run(test)
 
 
-def test_a_file_in_anothers_place_takes_over(tmp_path: Path, nets: list[Path], workers: Workers) -> None:
+def test_a_file_in_anothers_place_takes_over(tmp_path: Path, nets: list[Path], runner: Runner) -> None:
     path = shutil.copy(nets[0], tmp_path / "net.pk")
 
     async def test() -> None:
-        r = repository({"a": path}, workers)
+        r = repository({"a": path}, runner)
         await r.start()
         x = torch.randn(2, 4)
         before = (await r.get("a")).network(x)
@@ -149,12 +148,12 @@ def test_a_file_in_anothers_place_takes_over(tmp_path: Path, nets: list[Path], w
     run(test)
 
 
-def test_who_was_used_longest_ago_makes_room(tmp_path: Path, nets: list[Path], workers: Workers) -> None:
+def test_who_was_used_longest_ago_makes_room(tmp_path: Path, nets: list[Path], runner: Runner) -> None:
     for name in ("a", "b", "c"):
         put(nets[0], tmp_path, name, 1)
 
     async def test() -> None:
-        r = repository(tmp_path, workers, limit=2 * nets[0].stat().st_size)
+        r = repository(tmp_path, runner, limit=2 * nets[0].stat().st_size)
         await r.start()
         assert [name for name, _ in r.mapped] == ["a", "b"]
         await r.get("a")
@@ -167,7 +166,7 @@ def test_who_was_used_longest_ago_makes_room(tmp_path: Path, nets: list[Path], w
 
 
 def test_one_that_is_wanted_by_several_is_mapped_once(
-    tmp_path: Path, nets: list[Path], workers: Workers, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, nets: list[Path], runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(nets[0], tmp_path, "a", 1)
     calls = []
@@ -175,7 +174,7 @@ def test_one_that_is_wanted_by_several_is_mapped_once(
     monkeypatch.setattr(module, "ready", lambda *given: calls.append(given) or ready(*given))
 
     async def test() -> None:
-        r = repository(tmp_path, workers)
+        r = repository(tmp_path, runner)
         await r.scan()
         tasks = [asyncio.create_task(r.get("a")) for _ in range(5)]
         await asyncio.sleep(0)
@@ -187,12 +186,12 @@ def test_one_that_is_wanted_by_several_is_mapped_once(
 
 
 @pytest.mark.parametrize("name", ["../a", "a/../a", "..", ".", "", "/etc/passwd", "a\0", "A" * 10_000, "a/1/net.pk"])
-def test_names_are_looked_up_and_never_paths(tmp_path: Path, nets: list[Path], workers: Workers, name: str) -> None:
+def test_names_are_looked_up_and_never_paths(tmp_path: Path, nets: list[Path], runner: Runner, name: str) -> None:
     put(nets[0], tmp_path / "models", "a", 1)
     put(nets[0], tmp_path, "a", 1)
 
     async def test() -> None:
-        r = repository(tmp_path / "models", workers)
+        r = repository(tmp_path / "models", runner)
         await r.start()
         with pytest.raises(NotFound, match="is unknown"):
             await r.get(name)
@@ -201,11 +200,11 @@ def test_names_are_looked_up_and_never_paths(tmp_path: Path, nets: list[Path], w
 
 
 @pytest.mark.parametrize("version", ["../1", "1/", "-1", "0", "01", "1.0", "one", "１", "9" * 100])
-def test_versions_are_whole_numbers(tmp_path: Path, nets: list[Path], workers: Workers, version: str) -> None:
+def test_versions_are_whole_numbers(tmp_path: Path, nets: list[Path], runner: Runner, version: str) -> None:
     put(nets[0], tmp_path, "a", 1)
 
     async def test() -> None:
-        r = repository(tmp_path, workers)
+        r = repository(tmp_path, runner)
         await r.start()
         with pytest.raises(Invalid, match="is no whole number above 0"):
             await r.get("a", version)
@@ -213,7 +212,7 @@ def test_versions_are_whole_numbers(tmp_path: Path, nets: list[Path], workers: W
     run(test)
 
 
-def test_what_is_no_version_or_lies_outside_is_not_there(tmp_path: Path, nets: list[Path], workers: Workers) -> None:
+def test_what_is_no_version_or_lies_outside_is_not_there(tmp_path: Path, nets: list[Path], runner: Runner) -> None:
     models = tmp_path / "models"
     put(nets[0], models, "a", 1)
     for version in ("0", "01", "new", ".2"):
@@ -224,7 +223,7 @@ def test_what_is_no_version_or_lies_outside_is_not_there(tmp_path: Path, nets: l
     (models / "inside").symlink_to(models / "a")  # as Kubernetes mounts volumes
 
     async def test() -> None:
-        r = repository(models, workers)
+        r = repository(models, runner)
         await r.start()
         assert [(s.name, s.version) for s in r.index()] == [("a", 1), ("inside", 1)]
 
@@ -232,12 +231,12 @@ def test_what_is_no_version_or_lies_outside_is_not_there(tmp_path: Path, nets: l
 
 
 def test_what_was_taken_out_of_service_comes_back_when_it_is_loaded(
-    tmp_path: Path, nets: list[Path], workers: Workers
+    tmp_path: Path, nets: list[Path], runner: Runner
 ) -> None:
     put(nets[0], tmp_path, "a", 1)
 
     async def test() -> None:
-        r = repository(tmp_path, workers)
+        r = repository(tmp_path, runner)
         await r.start()
         r.unload("a")
         assert r.index()[0].state == "UNAVAILABLE" and not r.known("a")
@@ -252,10 +251,10 @@ def test_what_was_taken_out_of_service_comes_back_when_it_is_loaded(
     run(test)
 
 
-def test_a_start_with_nothing_to_serve_is_refused(tmp_path: Path, nets: list[Path], workers: Workers) -> None:
+def test_a_start_with_nothing_to_serve_is_refused(tmp_path: Path, nets: list[Path], runner: Runner) -> None:
     async def refused(source: Any, kind: type[Exception], message: str) -> None:
         with pytest.raises(kind, match=message):
-            await repository(source, workers).start()
+            await repository(source, runner).start()
 
     (tmp_path / "bad.pk").write_bytes(b"nothing")
     run(lambda: refused(tmp_path, ValueError, "models: there is no net.pk in"))
@@ -264,9 +263,9 @@ def test_a_start_with_nothing_to_serve_is_refused(tmp_path: Path, nets: list[Pat
     run(lambda: refused({"a": tmp_path / "bad.pk"}, ValueError, "models: model 'a' version 1 cannot be loaded"))
 
 
-def test_a_model_answers_before_its_batches_are_tried(nets: list[Path], workers: Workers) -> None:
+def test_a_model_answers_before_its_batches_are_tried(nets: list[Path], runner: Runner) -> None:
     async def test() -> None:
-        r = repository({"a": nets[0]}, workers)
+        r = repository({"a": nets[0]}, runner)
         await r.start()
         first = await r.get("a")
         assert first.apart == UNTRIED and first.queue.costs.most == 1
@@ -280,7 +279,7 @@ def test_a_model_answers_before_its_batches_are_tried(nets: list[Path], workers:
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_networks_whose_rows_depend_on_each_other_are_not_put_together(
-    tmp_path: Path, workers: Workers, batch: int
+    tmp_path: Path, runner: Runner, batch: int
 ) -> None:
     mixing = {
         "softmax": lambda m, x: m.a(x).softmax(0),
@@ -293,7 +292,7 @@ def test_networks_whose_rows_depend_on_each_other_are_not_put_together(
         pk.optimize(Function(function, a=nn.Linear(4, 3)), (torch.randn(2, 4),)).save(path)
 
     async def test() -> None:
-        r = Repository(tmp_path, workers, Limits(batch))
+        r = Repository(tmp_path, runner, Limits(batch))
         await r.start()
         await r.settled()
         models = {name: await r.get(name) for name in mixing}

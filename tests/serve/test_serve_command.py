@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import pykernels as pk
 from pykernels.cli import serve as command
 from pykernels.cli.main import app
+from pykernels.parallel import split
 
 MODEL = """
 import torch
@@ -68,6 +69,19 @@ def test_files_are_named_by_themselves_or_as_they_are_told(net: Path, asked: lis
 def test_a_folder_is_served_as_it_is(net: Path, asked: list[Any]) -> None:
     serve(net.parent, "--in-process")
     assert asked[0].models == str(net.parent)
+
+
+def test_a_folder_of_parts_is_one_network_which_takes_a_core_for_each(asked: list[Any], tmp_path: Path) -> None:
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).eval()
+    split(pk.optimize(layers, (torch.randn(2, 4),)), 2, rounds=1).save(tmp_path / "big")
+    serve(tmp_path / "big", "--in-process", "--replicas", 1)
+    assert asked[0].models == {"big": str(tmp_path / "big")}
+    assert (asked[0].parts, asked[0].instances, asked[0].cores) == (2, 1, 2)
+    serve(f"other={tmp_path / 'big'}", "--in-process", "--threads", 2)
+    assert asked[5].models == {"other": str(tmp_path / "big")} and asked[5].cores >= 4
+    (tmp_path / "big" / "part-2-of-2.pk").unlink()
+    said = serve(f"big={tmp_path / 'big'}", "--in-process", status=1)
+    assert "NETWORKS: big: the files of all parts of one network are needed" in said.replace("\n", " ")
 
 
 def test_a_setup_says_how_unless_the_command_does(net: Path, asked: list[Any], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pykernels.serve.linked import Linked
 from pykernels.serve.service import Service
 
 __all__ = ["Metrics", "router"]
@@ -44,6 +45,9 @@ class Metrics(Collector):
         }
         waiting = GaugeMetricFamily("pykernels_waiting_requests", "Requests in the queue.", labels=LABELS)
         mapped = GaugeMetricFamily("pykernels_mapped_bytes", "Bytes of the mapped file.", labels=LABELS)
+        restarts = CounterMetricFamily(
+            "pykernels_part_restarts", "Processes of a split network's parts that were started anew.", labels=LABELS
+        )
         repository = self.service.repository
         for (name, version), counts in sorted(repository.counts.items()):
             which = [name, str(version)]
@@ -58,13 +62,18 @@ class Metrics(Collector):
         for (name, version), model in sorted(repository.mapped.items()):
             waiting.add_metric([name, str(version)], len(model.queue.waiting))
             mapped.add_metric([name, str(version)], model.bytes)
-        scheduler, budget = self.service.scheduler, self.service.budget
+            if isinstance(model.network, Linked):
+                restarts.add_metric([name, str(version)], model.network.chain.restarts)
+        budget = self.service.budget
+        runners = {self.service.runner, *(model.queue.runner for model in repository.mapped.values())}
         busy = GaugeMetricFamily(
-            "pykernels_busy_instances", "Instances that compute.", scheduler.instances - scheduler.free
+            "pykernels_busy_instances", "Calls under way.", sum(runner.at_once - runner.free for runner in runners)
         )
-        instances = GaugeMetricFamily("pykernels_instances", "Instances that there are.", scheduler.instances)
+        instances = GaugeMetricFamily(
+            "pykernels_instances", "Calls that may be under way.", sum(runner.at_once for runner in runners)
+        )
         held = GaugeMetricFamily("pykernels_request_bytes", "Bytes of requests in memory.", budget.used)
-        return [requests, rows, batches, spent, *times.values(), waiting, mapped, busy, instances, held]
+        return [requests, rows, batches, spent, *times.values(), waiting, mapped, restarts, busy, instances, held]
 
 
 def router(service: Callable[[], Service]) -> APIRouter:

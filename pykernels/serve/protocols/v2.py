@@ -124,7 +124,7 @@ def config(service: Service, model: Model) -> dict[str, Any]:
         "backend": PLATFORM,
         "max_batch_size": model.queue.costs.most if batches else 0,
         "instance_group": [
-            {"name": f"{model.name}_0", "kind": "KIND_CPU", "count": service.scheduler.instances},
+            {"name": f"{model.name}_0", "kind": "KIND_CPU", "count": model.queue.runner.at_once},
         ],
         "default_model_filename": "net.pk",
     }
