@@ -202,7 +202,7 @@ def test_a_dropped_block_hands_on_its_input() -> None:
         model[1].second[1].weight.mul_(1e-3)
         model[1].second[1].bias.zero_()  # the block adds nearly nothing
     x = torch.randn(4, *IMAGE)
-    found = pk.prune(model, (x,), latency=0.2, data=images(), precision="fp32")
+    found = pk.prune(model, (x,), latency=0.3, data=images(), precision="fp32")
     assert found.recipe["blocks"] == ["1"] and isinstance(found.model[1], nn.Identity)
     assert not any(name.startswith("1.") for name in found.recipe["layers"])
     assert "dropped: 1" in str(found.report())
