@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import math
 import statistics
 import threading
 import time
@@ -33,7 +32,7 @@ from pykernels.bench.machine import machine
 from pykernels.bench.rivals.onnx_layers import exported
 from pykernels.bench.rivals.openvino_rival import quantized
 from pykernels.tune.choose import space
-from pykernels.tune.search import Candidate, NoSetup, Sample
+from pykernels.tune.search import Candidate, NoSetup, Sample, p99
 
 NETWORKS = ("mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "resnet18", "resnet50", "squeezenet1_1")
 ROUNDS, EACH, PAUSE = 5, 0.6, 0.1
@@ -47,8 +46,8 @@ def ours(name: str, precision: str) -> tuple[Case, pk.Optimized]:
     return case, pk.optimize(case.model, inputs, precision=precision, dynamic_shapes=free, **calibration)
 
 
-def p99(latencies: Sequence[float]) -> float:
-    return 1e3 * sorted(latencies)[math.ceil(0.99 * len(latencies)) - 1]
+def p99_ms(samples: Sequence[Sample]) -> float:
+    return 1e3 * p99([latency for sample in samples for latency in sample.latencies])
 
 
 def exhaustive(options: argparse.Namespace) -> None:
@@ -65,7 +64,7 @@ def exhaustive(options: argparse.Namespace) -> None:
                 samples[candidate].append(measure(candidate, EACH))
         rates = {c: statistics.median(s.items_per_second for s in found) for c, found in samples.items()}
         middle = {c: statistics.median(statistics.median(s.latencies) for s in found) for c, found in samples.items()}
-        slowest = {c: p99([t for s in found for t in s.latencies]) for c, found in samples.items()}
+        slowest = {c: p99_ms(found) for c, found in samples.items()}
         alone = {c: 1 / t for c, t in middle.items() if c.instances == c.batch == 1}
         bound = 4e3 * min(middle.values())
         kept = {c: rate for c, rate in rates.items() if slowest[c] <= bound}
@@ -123,7 +122,7 @@ def openvino(options: argparse.Namespace) -> None:
         case, fast = ours(name, options.precision)
         (x,), streams = case.inputs, Streams(case, options.precision)
         streams.run(1.0)
-        bound = p99([t for _ in range(3) for t in streams.run(2.0).latencies])
+        bound = p99_ms([streams.run(2.0) for _ in range(3)])
         try:
             setup = pk.tune(fast, x, latency_ms=bound, seconds=options.seconds)
         except NoSetup as error:
@@ -138,7 +137,7 @@ def openvino(options: argparse.Namespace) -> None:
             time.sleep(PAUSE)
             mine.append(measure(chosen, 2.0))
         rates = [statistics.median(s.items_per_second for s in found) for found in (theirs, mine)]
-        tails = [p99([t for s in found for t in s.latencies]) for found in (theirs, mine)]
+        tails = [p99_ms(found) for found in (theirs, mine)]
         told = f"{setup.instances} x {setup.threads} threads, batch {setup.batch}"
         each = [f"{tail:.2f} | {rate:.1f}" for tail, rate in zip(tails, rates, strict=True)]
         print(

@@ -55,9 +55,8 @@ class QuorumState(DenseState):
         self.default_block, self.default_feedback = kind.default_block, kind.default_feedback
         super().__init__(ProcessGroupDummy(0, 1), named_parameters, **options)
         self.manager = manager
-        self._undecided: int | None = (
-            None  # the manager's step that was trained last, until it is known what came of it
-        )
+        # the manager's step that was trained last, until it is known what came of it
+        self._undecided: int | None = None
         self._copies: dict[int, list[torch.Tensor]] = {}  # by bucket: residuals as they were before the step
         self._changed: dict[int, list[torch.Tensor]] = {}  # by bucket: the residuals that it has changed
         manager.register_state_dict_fn(KEY, self._heal, dict)
