@@ -36,6 +36,7 @@ from pykernels.tune.search import Candidate, NoSetup, Sample, p99
 
 NETWORKS = ("mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "resnet18", "resnet50", "squeezenet1_1")
 ROUNDS, EACH, PAUSE = 5, 0.6, 0.1
+REST = 1.0  # seconds of rest behind a run of the other: its threads go on spinning
 
 
 def ours(name: str, precision: str) -> tuple[Case, pk.Optimized]:
@@ -123,6 +124,7 @@ def openvino(options: argparse.Namespace) -> None:
         (x,), streams = case.inputs, Streams(case, options.precision)
         streams.run(1.0)
         bound = p99_ms([streams.run(2.0) for _ in range(3)])
+        time.sleep(REST)
         try:
             setup = pk.tune(fast, x, latency_ms=bound, seconds=options.seconds)
         except NoSetup as error:
@@ -132,10 +134,10 @@ def openvino(options: argparse.Namespace) -> None:
         chosen = Candidate(setup.threads, setup.instances, setup.batch)
         theirs, mine = [], []
         for _ in range(ROUNDS):
-            time.sleep(PAUSE)
             theirs.append(streams.run(2.0))
-            time.sleep(PAUSE)
+            time.sleep(REST)
             mine.append(measure(chosen, 2.0))
+            time.sleep(REST)
         rates = [statistics.median(s.items_per_second for s in found) for found in (theirs, mine)]
         tails = [p99_ms(found) for found in (theirs, mine)]
         told = f"{setup.instances} x {setup.threads} threads, batch {setup.batch}"

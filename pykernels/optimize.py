@@ -276,7 +276,7 @@ def _builder(modules: dict[str, Any]) -> Callable[[], None]:
 def optimize(
     model: nn.Module | str | os.PathLike[str],
     example_inputs: tuple[Any, ...] | torch.Tensor | Mapping[str, Any] | None = None,
-    precision: str = "fp32",
+    precision: str | Mapping[str, str] = "fp32",
     calibration: Iterable[Any] | None = None,
     dynamic_batch: bool = True,
     example_kwargs: Mapping[str, Any] | None = None,
@@ -301,10 +301,12 @@ def optimize(
             file's own sizes are taken.
         precision: ``fp32`` (the dtypes that the model has); ``bf16`` or ``fp16`` (weights and activations between
             inputs and outputs of the model's dtype); ``int8`` (8-bit weights and activations, see docs/optimize.md); or
-            ``auto``: the quickest on this machine's CPU that holds `budget`, int8 and fp32 chosen step by step.
-        calibration: for int8 and auto: inputs to observe the ranges of activations with, each a tensor, a tuple of
-            positional inputs, a dictionary of keyword inputs, or ``(args, kwargs)``. Without it int8 takes ranges from
-            synthetic inputs; the report says so, and accuracy suffers. auto needs it.
+            ``auto``: the quickest on this machine's CPU that holds `budget`, int8 and fp32 chosen step by step. Of a
+            network that was made so, ``report().choice`` says again what was chosen: give it with the same
+            `calibration` and nothing is searched for.
+        calibration: for int8, auto and choices: inputs to observe the ranges of activations with, each a tensor, a
+            tuple of positional inputs, a dictionary of keyword inputs, or ``(args, kwargs)``. Without it int8 takes
+            ranges from synthetic inputs; the report says so, and accuracy suffers. The others need it.
         dynamic_batch: accept any batch size (dimension 0). When export cannot, the report says why and the size is
             fixed.
         example_kwargs: keyword inputs of one call.
@@ -327,17 +329,18 @@ def optimize(
         ValueError: unknown `precision`, `calibration`, `budget` or `validate` given for a precision that has no use for
             it, a malformed `budget`, no `example_inputs` where they are needed, an ONNX file that is not understood or
             does not take them, ``auto`` without `calibration` or for a model that is quantized or not on the CPU,
-            or a model on several devices or on one that our ops do not run on.
+            steps of another model, or a model on several devices or on one that our ops do not run on.
         ImportError: ``auto`` without highspy, which the extra ``compress`` installs; an ONNX file without onnx.
         OSError: an ONNX file cannot be read.
         TypeError: an entry of `calibration` does not fit the inputs.
         NotExportable: torch.export cannot capture the model; `pykernels.swap` works on any module.
     """
-    if precision not in _PRECISIONS:
+    by_step = precision == "auto" or isinstance(precision, Mapping)
+    if not by_step and precision not in _PRECISIONS:
         raise ValueError(f"precision: {precision!r} is none of {', '.join(_PRECISIONS)}")
     if not isinstance(model, (nn.Module, str, os.PathLike)):
         raise ValueError(f"model: an nn.Module or the path of an ONNX file is needed, not {type(model).__name__}")
-    if calibration is not None and precision not in ("int8", "auto"):
+    if calibration is not None and not by_step and precision != "int8":
         raise ValueError(f"calibration: only int8 and auto are calibrated, precision is {precision!r}")
     if precision != "auto" and (budget is not None or validate is not None):
         name = "budget" if budget is not None else "validate"
@@ -355,9 +358,12 @@ def optimize(
         from_onnx.check(model, source, args, kwargs, batch=dynamic_batch and dynamic_shapes is None)
         dynamic_batch = dynamic_batch and source.free_batch
     sizes: dict[str, Any] = {"dynamic_batch": dynamic_batch, "dynamic_shapes": dynamic_shapes}
-    edges = _sixteen_bits(model) if precision in ("int8", "auto") and not has_quantizers(model) else None
-    if precision == "auto":
-        result = _choose(model, args, kwargs, calibration, edges, sizes, budget, validate, progress)
+    edges = _sixteen_bits(model) if (by_step or precision == "int8") and not has_quantizers(model) else None
+    if isinstance(precision, Mapping):
+        result = _search(model, args, kwargs, calibration, edges, sizes, (None, None), progress).follow(precision)
+    elif precision == "auto":
+        search = _search(model, args, kwargs, calibration, edges, sizes, (budget, validate), progress)
+        result = search.run(capture(model, args, kwargs, **sizes))
     else:
         if precision == "int8" and not has_quantizers(model):
             captured = _quantize(model, args, kwargs, calibration, edges, sizes, progress)
@@ -457,43 +463,40 @@ def _in_fp32(
     return copy.deepcopy(model).float(), args, kwargs, samples
 
 
-def _choose(
+def _search(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     calibration: Iterable[Any] | None,
     edges: torch.dtype | None,
     sizes: dict[str, Any],
-    budget: Mapping[str, float] | None,
-    validate: Callable[[Optimized], float] | None,
+    budget: tuple[Any, Any],
     progress: Callable[[str, int, int], None] | None,
-) -> Optimized:
-    """The quickest network within a budget, each step in a precision of its own."""
+) -> Any:
+    """What finds networks in which each step has a precision of its own; `budget` with what validates it."""
     from pykernels.precision.budget import Budget
 
-    wanted = Budget.read(budget, validate)
+    wanted = Budget.read(*budget)
     if calibration is None:
-        raise ValueError("calibration: precision 'auto' needs inputs like those of production")
+        raise ValueError("calibration: precision by step needs inputs like those of production")
     if has_quantizers(model):
         raise ValueError("model: it is quantized already, so there is nothing to choose; lower it with 'int8'")
     if device_of(model, (args, kwargs)).type != "cpu":
-        raise ValueError("model: precision 'auto' times plans, which run on the CPU; move the model there")
+        raise ValueError("model: precisions by step are of plans, which run on the CPU; move the model there")
     from pykernels.precision.auto import Search
     from pykernels.quantization import recipes
 
     given = (args, kwargs)
     plain, args, kwargs, calibration = _in_fp32(model, args, kwargs, calibration, edges)
     calibrated = recipes.calibrate_captured(plain, args, kwargs, calibration, **sizes, progress=progress)
-    search = Search(
+    return Search(
         calibrated,
         lower=lambda graph, precision: _lower(model, graph, precision, edges, given),
-        plain=capture(model, *given, **sizes),
         inputs=pytree.tree_leaves(given),
         edges=edges,
         budget=wanted,
         progress=progress,
     )
-    return search.run()
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Optimized:

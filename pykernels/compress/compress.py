@@ -115,8 +115,7 @@ def compress(
         loss, labels, freeze_norms: as for `pykernels.distill`.
         keep: names of modules that go on making all their channels.
         rounds: how many students are made at most.
-        recipe: do what an earlier call did, in place of a search, with the `train` and `data` that it needs. Precisions
-            by step are chosen anew: they depend on the machine.
+        recipe: do what an earlier call did, in place of a search, with the `train` and `data` that it needs.
         checkpoint: a folder that what is reached is written into; the same call goes on from there.
         progress: called as ``progress(stage, done, total)``.
 
@@ -136,15 +135,15 @@ def compress(
     known = None if recipe is None else check_recipe(recipe)
     if known is not None and budget is not None:
         raise ValueError("budget: a recipe leaves nothing to search for; give one of them")
-    wanted = Wanted() if known is not None and known["precision"] != "auto" else Wanted.read(budget)
+    wanted = Wanted.read(budget) if known is None else Wanted()
     options = _options(train, steps, optimizer, loss, labels, freeze_norms, keep, rounds)
     if validate is not None and not callable(validate):
         raise ValueError(f"validate: expected a function of a network, not {type(validate).__name__}")
     _installed()
     taught = None if train is None else Loader(train, "train", args)
     fit, held, notes = _samples(taught, None if data is None else Loader(data, "data", args), validate is None)
-    if known is not None and not fit and known["precision"] in ("int8", "auto"):
-        raise ValueError(f"data: the recipe's precision {known['precision']!r} needs some: give data, or train")
+    if known is not None and not fit and (known["precision"] == "int8" or isinstance(known["precision"], dict)):
+        raise ValueError("data: the recipe's precision, int8, needs some: give data, or train")
     search = Search(
         model,
         args,
@@ -243,7 +242,7 @@ def _identity(
 def _result(search: Search) -> Compressed:
     found = search.found
     assert found is not None
-    recipe = recipe_of(found.student.recipe, found.student.steps, found.precision)
+    recipe = recipe_of(found.student.recipe, found.student.steps, found.network.report().choice)
     return Compressed(found.network, found.student.model, recipe, search.conclude())
 
 

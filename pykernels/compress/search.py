@@ -36,6 +36,7 @@ from .report import Report, Row
 __all__ = ["Found", "Options", "Search", "Wanted"]
 
 Progress = Callable[[str, int, int], None]
+Precision = str | Mapping[str, str]  # as `pykernels.optimize` takes it
 SLACK = 1.02
 """Of the latency: what a measurement may lie above it."""
 _ROUNDS, _MOST_ROUNDS, _TURNS = 20, 200, 3  # of timing networks in turn
@@ -364,10 +365,11 @@ class Search:
         return self._row(student, "auto", quality=plain.quality) if self._holds(plain) else plain
 
     def _row(
-        self, student: Student, precision: str, network: Optimized | None = None, quality: float | None = None
+        self, student: Student, precision: Precision, network: Optimized | None = None, quality: float | None = None
     ) -> Row:
         """Make, time and judge a network, once."""
-        key = f"{student.key}-{precision}"
+        asked = _named(precision)
+        key = f"{student.key}-{asked}"
         if key in self._rows:
             return self._rows[key]
         stored = self.store.row(key)
@@ -377,7 +379,7 @@ class Search:
             network = network or self._lowered(student, precision, quality)
             seconds, latency = self._timed(network)
             report = network.report()
-            made = precision if precision == report.precision else f"{precision} ({report.precision})"
+            made = asked if asked == report.precision else f"{asked} ({report.precision})"
             row = Row(
                 f"{student.name}, {made}", report.precision, seconds, latency, self.judge(network), report.bytes_after
             )
@@ -386,7 +388,7 @@ class Search:
         self._since = time.monotonic()
         self.report.rows.append(row)
         self._rows[key] = row
-        self._made = Found(student, network, precision, len(self.report.rows) - 1)
+        self._made = Found(student, network, asked, len(self.report.rows) - 1)
         if self.found is None or (self._holds(row) and self._better(row, self.report.rows[self.found.place])):
             self.found = self._made
         return row
@@ -397,17 +399,17 @@ class Search:
             return (row.quality, -row.latency) > (other.quality, -other.latency)
         return row.latency < other.latency
 
-    def _lowered(self, student: Student, precision: str, quality: float | None = None) -> Optimized:
+    def _lowered(self, student: Student, precision: Precision, quality: float | None = None) -> Optimized:
         """A student on our kernels; for auto, what `quality` in fp32 leaves of the drop may be lost."""
         options: dict[str, Any] = {}
-        if precision in ("int8", "auto"):
+        if precision in ("int8", "auto") or not isinstance(precision, str):
             options["calibration"] = self.fit
         if precision == "auto":
             base = self.report.rows[0].quality
             left = (self.wanted.drop or 0.0) - (base - (base if quality is None else quality))
             options |= {"budget": {"drop": max(0.0, left)}, "validate": self.judge}
         return optimize(
-            student.model, self.args, precision, progress=self._shown(f"{student.name}, {precision}"), **options
+            student.model, self.args, precision, progress=self._shown(f"{student.name}, {_named(precision)}"), **options
         )
 
     def _timed(self, network: Optimized) -> tuple[float, float]:
@@ -470,6 +472,10 @@ class Search:
         if show is None:
             return None
         return lambda part, count, of: show(f"{stage}: {part}", done + count, of if total is None else total)
+
+
+def _named(precision: Precision) -> str:
+    return precision if isinstance(precision, str) else "mixed"
 
 
 def _adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -44,19 +44,21 @@ class Chosen:
     """The precision of one step, where each had its own.
 
     Attributes:
+        name: of the step, in the exported graph.
         what: what the step stands for.
         where: where that was in the model.
         precision: ``fp32`` or ``int8``.
         error: the relative squared error of the network's answer that int8 here is expected to make.
-        fp32, int8: measured seconds of the step, conversions apart.
+        fp32, int8: measured seconds of the step, conversions apart. Where precisions were given none of these is known.
     """
 
+    name: str
     what: str
     where: str
     precision: str
-    error: float
-    fp32: float
-    int8: float
+    error: float | None = None
+    fp32: float | None = None
+    int8: float | None = None
 
 
 @dataclass
@@ -73,7 +75,7 @@ class Report:
         bytes_after: bytes of the constants of the optimized graph, packed weights with their padding included.
         notes: remarks, such as why the batch size is fixed.
         device: where the weights are.
-        chosen: of ``precision="auto"``, what was weighed for each step that can run in int8.
+        chosen: where precisions were chosen by step, those of each step that can run in int8, and what was weighed.
     """
 
     precision: str = "fp32"
@@ -107,6 +109,11 @@ class Report:
         by = registry.runs if device.type == "cuda" else lambda _: ""
         return replace(self, device=str(device), fused=[replace(entry, by=by(entry.op)) for entry in self.fused])
 
+    @property
+    def choice(self) -> str | dict[str, str]:
+        """What ``pykernels.optimize(precision=...)`` makes this network of again: a name, or each step's precision."""
+        return {c.name: c.precision for c in self.chosen} if self.precision == "mixed" else self.precision
+
     def to_json(self) -> str:
         """The report as JSON, which `from_json` reads back."""
         return json.dumps(asdict(self))
@@ -123,11 +130,11 @@ class Report:
         except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"not a report of pykernels: {error}") from error
         texts = [report.precision, report.device, *(text for e in (*fused, *left) for text in asdict(e).values())]
-        texts += [text for entry in chosen for text in (entry.what, entry.where, entry.precision)]
+        texts += [text for entry in chosen for text in (entry.name, entry.what, entry.where, entry.precision)]
         counts = [report.moves, report.conversions, report.bytes_before, report.bytes_after]
         if not isinstance(report.notes, list) or not all(isinstance(text, str) for text in (*texts, *report.notes)):
             raise ValueError("not a report of pykernels: something in it is no text")
-        numbers = [number for entry in chosen for number in (entry.error, entry.fp32, entry.int8)]
+        numbers = [n for entry in chosen for n in (entry.error, entry.fp32, entry.int8) if n is not None]
         if not all(type(count) is int for count in counts) or not all(type(n) in (int, float) for n in numbers):
             raise ValueError("not a report of pykernels: something in it is no number")
         return report
@@ -150,12 +157,23 @@ class Report:
         if self.chosen:
             lines += ["", "precisions: microseconds in either, and the squared error that int8 is expected to make"]
             rows = [
-                (c.precision, f"{1e6 * c.fp32:.1f}", f"{1e6 * c.int8:.1f}", f"{c.error:.1e}", c.what, c.where)
+                (
+                    c.precision,
+                    _micro(c.fp32),
+                    _micro(c.int8),
+                    "" if c.error is None else f"{c.error:.1e}",
+                    c.what,
+                    c.where,
+                )
                 for c in self.chosen
             ]
             lines += _table(("runs in", "fp32", "int8", "error", "stands for", "in the model"), list(map(list, rows)))
         lines += ["", f"{self.moves} calls only move elements; {self.conversions} conversions between int8 and float"]
         return "\n".join(lines)
+
+
+def _micro(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e6 * seconds:.1f}"
 
 
 def _runs(rows: Iterable[Sequence[str]]) -> list[list[str]]:

@@ -8,6 +8,8 @@
 5. The chosen network is fitted to the calibration inputs, lowered, and held against the budget. While it fails, what
    makes most error for each second that it saves becomes float.
 6. It is timed in turn with the uniform networks that hold the budget; the quickest is the answer.
+
+What was chosen before can be made again (`Search.follow`): steps 1, and the network of step 5.
 """
 
 from __future__ import annotations
@@ -44,7 +46,6 @@ class Search:
     Args:
         calibrated: the model with quantizers.
         lower: from a graph and a precision to a network on our kernels; the graph is changed.
-        plain: the model without quantizers.
         inputs: flat inputs of the call that is timed.
         edges: as `assemble` takes it.
         progress: as for `pykernels.optimize`.
@@ -54,20 +55,19 @@ class Search:
         self,
         calibrated: Calibrated,
         lower: Callable[[Captured, str], Any],
-        plain: Captured,
         inputs: Sequence[Any],
         edges: torch.dtype | None,
         budget: Budget,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self.calibrated, self.mixture = calibrated, Mixture(calibrated)
-        self.lower, self.plain, self.inputs, self.edges, self.budget = lower, plain, inputs, edges, budget
+        self.lower, self.inputs, self.edges, self.budget = lower, inputs, edges, budget
         self.progress = progress
         self.samples = [tuple(self._cast(x) for x in sample) for sample in calibrated.samples]
 
-    def run(self) -> Any:
-        """The quickest network that holds the budget."""
-        networks = {name: self._lowered(self.plain, self.plain.module, name) for name in ("fp32", *STORED)}
+    def run(self, plain: Captured) -> Any:
+        """The quickest network that holds the budget; `plain` is the model without quantizers."""
+        networks = {name: self._lowered(plain, plain.module, name) for name in ("fp32", *STORED)}
         self.reference = Reference(networks["fp32"], self.samples, self.calibrated.captured.in_spec, self.budget)
         everything = [True] * len(self.mixture.steps)
         refined = self._refined(everything)
@@ -86,6 +86,27 @@ class Search:
             networks["mixed"], kept["mixed"], chosen = self._mended(chosen)
         assignments = {"mixed": chosen, "int8": everything}
         return self._quickest(networks, kept, assignments)
+
+    def follow(self, precisions: Mapping[str, str]) -> Any:
+        """The network in which steps have these precisions, by name: all that can run in int8, and no others.
+
+        Raises:
+            ValueError: the model has other steps, or a precision is neither ``int8`` nor ``fp32``.
+        """
+        names = [step.name for step in self.mixture.steps]
+        for name in sorted(set(precisions) ^ set(names)):
+            what = "has also" if name in names else "has no step"
+            raise ValueError(f"precision: it is for another model: this one {what} {name!r}")
+        wrong = {step: value for step, value in precisions.items() if value not in ("int8", "fp32")}
+        if wrong:
+            step, value = next(iter(wrong.items()))
+            raise ValueError(f"precision: of step {step!r} it is {value!r}, neither 'int8' nor 'fp32'")
+        int8 = [precisions[name] == "int8" for name in names]
+        network = self._eight_bits(self._refined(int8))
+        report = network.report()
+        report.precision = "int8" if all(int8) else "mixed" if any(int8) else "fp32"
+        report.chosen += [Chosen(s.name, s.what, s.where, precisions[s.name]) for s in self.mixture.steps]
+        return network
 
     # --- networks ---
 
@@ -187,7 +208,7 @@ class Search:
         for place, (step, cost) in enumerate(zip(self.mixture.steps, table.steps, strict=True)):
             error = cost.error + sum(table.values[value].error for value in step.reads)
             precision = "int8" if int8[place] else "fp32" if name == "mixed" else name
-            report.chosen.append(Chosen(step.what, step.where, precision, error, *cost.seconds))
+            report.chosen.append(Chosen(step.name, step.what, step.where, precision, error, *cost.seconds))
 
 
 def costs(mixture: Mixture, times: timing.Times, weighed: sensitivity.Sensitivity) -> Table:

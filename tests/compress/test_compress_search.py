@@ -40,8 +40,11 @@ def test_precisions_are_chosen_by_step_where_int8_loses_too_much() -> None:
     found, calls = run(world, budget={"latency": 0.6, "drop": 0.01})
     assert calls == ["fp32 of 1.00", "int8 of 1.00", "auto of 1.00"]
     assert world.options["auto of 1.00"]["budget"] == {"drop": 0.01}
-    assert found.recipe["precision"] == "auto" and verdicts(found) == ["the original", "loses too much", "chosen"]
+    assert verdicts(found) == ["the original", "loses too much", "chosen"]
     assert "auto (mixed)" in str(found.report())
+    assert found.recipe["precision"] == {"linear": "int8"}  # what was chosen, which nothing chooses anew
+    again, calls = run(world, recipe=found.recipe)
+    assert again.recipe == found.recipe and verdicts(again) == ["the original", "chosen"]
 
 
 def fragile() -> World:
@@ -213,12 +216,13 @@ def test_progress_names_the_stage() -> None:
         ({"budget": {"drop": True}}, "budget: 'drop' is True, not a number"),
         ({"recipe": {"version": 2}}, "recipe: a dictionary of version 1"),
         ({"recipe": {"version": 1, "precision": "int4"}}, "recipe: precision 'int4' is none of"),
+        ({"recipe": {"version": 1, "precision": "auto"}}, "recipe: precision 'auto' is none of"),
         ({"recipe": {"version": 1, "precision": "int8", "distil": {"steps": 0}}}, "recipe: 'distil' must have steps"),
         ({"recipe": {"version": 1, "precision": "int8", "prune": 3}}, "recipe: 'prune' must be"),
         ({"recipe": {"version": 1, "precision": "int8"}, "budget": {"drop": 0.1}}, "budget: a recipe leaves nothing"),
         (
             {"recipe": {"version": 1, "precision": "int8"}, "data": None},
-            "data: the recipe's precision 'int8' needs some",
+            "data: the recipe's precision, int8, needs some",
         ),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,39 @@ def test_a_tight_budget_is_held_by_a_mixture(tmp_path: Path) -> None:
     assert loaded.report() == report
     x = torch.randn(3, 3, 16, 16)
     assert torch.equal(loaded(x), fast(x))
+
+
+def test_what_was_chosen_can_be_made_again() -> None:
+    model, inputs = small()
+    with halved():
+        fast, _ = auto(small, {"error": 0.002})
+    choice = json.loads(json.dumps(fast.report().choice))
+    assert set(choice.values()) == {"int8", "fp32"} and list(choice) == [c.name for c in fast.report().chosen]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "measure", None)  # nothing is measured
+        again = pk.optimize(model, (inputs[0],), precision=choice, calibration=inputs)
+    x = torch.randn(3, 3, 16, 16)
+    assert torch.equal(again(x), fast(x)) and again.report().choice == choice
+    assert again.report().chosen[0].fp32 is None and "runs in" in str(again.report())
+    whole = pk.optimize(model, (inputs[0],), precision=dict.fromkeys(choice, "int8"), calibration=inputs)
+    assert torch.equal(whole(x), pk.optimize(model, (inputs[0],), precision="int8", calibration=inputs)(x))
+    assert whole.report().choice == "int8"
+
+
+def test_choices_for_another_model_are_refused() -> None:
+    model, inputs = small()
+    with halved():
+        choice = {entry.name: "int8" for entry in auto(small)[0].report().chosen}
+    first = next(iter(choice))
+    for wrong, message in (
+        ({**choice, "conv9": "int8"}, "precision: it is for another model: this one has no step 'conv9'"),
+        ({step: p for step, p in choice.items() if step != first}, f"this one has also '{first}'"),
+        ({**choice, first: "bf16"}, f"precision: of step '{first}' it is 'bf16', neither"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            pk.optimize(model, (inputs[0],), precision=wrong, calibration=inputs)
+    with pytest.raises(ValueError, match="calibration: precision by step needs"):
+        pk.optimize(model, (inputs[0],), precision=choice)
 
 
 def test_a_budget_that_only_float_holds_gets_float() -> None:
