@@ -15,7 +15,7 @@ import torch
 
 __all__ = ["OPSETS", "dtype_of", "read", "require", "tensor_of"]
 
-OPSETS = range(13, 22)
+OPSETS = range(7, 29)
 """The versions of ONNX's operators that are understood."""
 
 _DTYPES = {

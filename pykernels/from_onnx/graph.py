@@ -20,11 +20,11 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pykernels.from_onnx import layers, moves, pointwise, sizes  # noqa: F401  (they fill the table)
+from pykernels.from_onnx import layers, moves, older, pointwise, sizes  # noqa: F401  (they fill the table)
 from pykernels.from_onnx.file import dtype_of, read, require, tensor_of
 from pykernels.from_onnx.inputs import Declared, Source
 from pykernels.from_onnx.quantizers import dequantize, quantize
-from pykernels.from_onnx.table import ON_SIZES, OPERATORS, Refused, refusals
+from pykernels.from_onnx.table import OLDER, ON_SIZES, OPERATORS, Operator, Refused, refusals
 from pykernels.ops.errors import reason
 
 __all__ = ["load"]
@@ -48,7 +48,7 @@ def load(path: str | os.PathLike[str]) -> fx.GraphModule:
     file = pathlib.Path(path)
     try:
         model, tensors = read(file)
-        reader = _Reader(model.graph, tensors, file.parent)
+        reader = _Reader(model, tensors, file.parent)
         module = reader.module()
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
@@ -59,8 +59,10 @@ def load(path: str | os.PathLike[str]) -> fx.GraphModule:
 class _Reader:
     """Values are constants (tensors), nodes that yield tensors, and nodes that yield sizes: numbers, or lists."""
 
-    def __init__(self, graph: Any, tensors: dict[str, torch.Tensor], folder: pathlib.Path) -> None:
+    def __init__(self, model: Any, tensors: dict[str, torch.Tensor], folder: pathlib.Path) -> None:
+        graph = model.graph
         self.source, self.folder = graph, folder
+        self.opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
         self.graph, self.root = fx.Graph(), nn.Module()
         self.values: dict[str, torch.Tensor | fx.Node | None] = dict(tensors)  # None: of a node that is not understood
         self.sizes: set[fx.Node] = set()
@@ -104,7 +106,7 @@ class _Reader:
         name = node.name or next(iter(node.output), "")
         results: Any = None
         try:
-            if kind in OPERATORS or kind in _OWN:
+            if self._entry(kind) is not None or kind in _OWN:
                 # after what is not understood nothing is said of what reads it
                 results = None if any(value is None for value in inputs) else self._convert(kind, node, inputs)
             else:
@@ -117,6 +119,11 @@ class _Reader:
                 value.meta.setdefault("onnx", (kind, name))
         for position, output in enumerate(node.output):
             self.values[output] = several[position] if position < len(several) else None
+
+    def _entry(self, kind: str) -> Operator | None:
+        """An operator as it is in the file's opset."""
+        before, entry = OLDER.get(kind, (0, None))
+        return entry if self.opset < before else OPERATORS.get(kind)
 
     def _convert(self, kind: str, node: Any, inputs: list[Any]) -> Any:
         attributes = {a.name: self._attribute(a) for a in node.attribute}
@@ -132,7 +139,8 @@ class _Reader:
             if not isinstance(inputs[0], torch.Tensor):
                 raise Refused("the shape of sizes")
             return sizes.tensor(sizes.size(inputs[0]) if kind == "Size" else sizes.shape(inputs[0], **attributes))
-        entry = OPERATORS[kind]
+        entry = self._entry(kind)
+        assert entry is not None
         given = [value for value in inputs if value is not _NOTHING]
         if kind in ON_SIZES and any(_is_node(v) for v in given) and all(self._small(value) for value in given):
             numbers = [_listed(value) if isinstance(value, torch.Tensor) else value for value in given]

@@ -209,6 +209,23 @@ def layer_normalization(
     return y if bias is None else y + bias
 
 
+@operator("RMSNormalization")
+def rms_normalization(
+    x: torch.Tensor, scale: torch.Tensor, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
+) -> torch.Tensor:
+    sizes = list(x.shape[axis:])
+    if list(scale.shape) == sizes:
+        return F.rms_norm(x, sizes, scale, epsilon)
+    return F.rms_norm(x, sizes, eps=epsilon) * scale
+
+
+@operator("MeanVarianceNormalization")
+def mean_variance_normalization(x: torch.Tensor, *, axes: list[int] | None = None) -> torch.Tensor:
+    axes = [0, 2, 3] if axes is None else axes
+    centred = x - x.mean(axes, keepdim=True)
+    return centred / ((centred * centred).mean(axes, keepdim=True).sqrt() + 1e-9)
+
+
 @operator("LpNormalization")
 def lp_normalization(x: torch.Tensor, *, axis: int = -1, p: int = 2) -> torch.Tensor:
     return x / torch.linalg.vector_norm(x, p, axis, keepdim=True)

@@ -113,6 +113,47 @@ def gather_elements(x: torch.Tensor, indices: torch.Tensor, *, axis: int = 0) ->
     return torch.gather(x, axis, indices)
 
 
+@operator("GatherND")
+def gather_nd(x: torch.Tensor, indices: torch.Tensor, *, batch_dims: int = 0) -> torch.Tensor:
+    """Indices [..., k] of the k dimensions behind those of the batch."""
+    rank = indices.dim() - 1
+    batch = [torch.arange(x.shape[d]).reshape(-1, *[1] * (rank - 1 - d)) for d in range(batch_dims)]
+    return x[(*batch, *indices.long().unbind(-1))]
+
+
+@operator("ScatterND")
+def scatter_nd(
+    x: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor, *, reduction: str = "none"
+) -> torch.Tensor:
+    if reduction not in ("none", "add"):
+        raise Refused(f"reduction {reduction}")
+    return torch.index_put(x, indices.long().unbind(-1), updates, accumulate=reduction == "add")
+
+
+@operator("ScatterElements")
+def scatter_elements(
+    x: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor, *, axis: int = 0, reduction: str = "none"
+) -> torch.Tensor:
+    indices = torch.where(indices < 0, indices + x.shape[axis], indices).long()
+    if reduction == "none":
+        return torch.scatter(x, axis, indices, updates)
+    ways = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
+    if reduction not in ways:
+        raise Refused(f"reduction {reduction}")
+    return torch.scatter_reduce(x, axis, indices, updates, ways[reduction])
+
+
+@operator("OneHot", known="depth")
+def one_hot(indices: torch.Tensor, depth: Any, values: torch.Tensor, *, axis: int = -1) -> torch.Tensor:
+    """`values` are off and on."""
+    count = int(_listed(depth)[0])
+    bounded([count, *indices.shape])
+    axis = axis % (indices.dim() + 1)
+    places = torch.arange(count).reshape(-1, *[1] * (indices.dim() - axis))
+    wanted = torch.where(indices < 0, indices + count, indices).unsqueeze(axis)
+    return torch.where(wanted == places, values[1], values[0])
+
+
 @operator("Expand", known="shape")
 def expand(x: torch.Tensor, shape: list[Any]) -> torch.Tensor:
     rank = max(x.dim(), len(shape))

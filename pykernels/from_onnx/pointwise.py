@@ -16,14 +16,17 @@ from pykernels.from_onnx.table import Refused, operator
 __all__: list[str] = []
 
 _PLAIN: dict[str, Callable[..., torch.Tensor]] = {
-    "Abs": torch.abs, "Acos": torch.acos, "Asin": torch.asin, "Atan": torch.atan, "Ceil": torch.ceil, "Cos": torch.cos,
-    "Erf": torch.erf, "Exp": torch.exp, "Floor": torch.floor, "HardSwish": F.hardswish, "IsNaN": torch.isnan,
-    "Log": torch.log, "Mish": F.mish, "Neg": torch.neg, "Not": torch.logical_not, "Reciprocal": torch.reciprocal,
-    "Relu": torch.relu, "Round": torch.round, "Sigmoid": torch.sigmoid, "Sign": torch.sign, "Sin": torch.sin,
-    "Softplus": F.softplus, "Softsign": F.softsign, "Sqrt": torch.sqrt, "Tan": torch.tan, "Tanh": torch.tanh,
+    "Abs": torch.abs, "Acos": torch.acos, "Acosh": torch.acosh, "Asin": torch.asin, "Asinh": torch.asinh,
+    "Atan": torch.atan, "Atanh": torch.atanh, "BitwiseNot": torch.bitwise_not, "Ceil": torch.ceil, "Cos": torch.cos,
+    "Cosh": torch.cosh, "Erf": torch.erf, "Exp": torch.exp, "Floor": torch.floor, "HardSwish": F.hardswish,
+    "IsNaN": torch.isnan, "Log": torch.log, "Mish": F.mish, "Neg": torch.neg, "Not": torch.logical_not,
+    "Reciprocal": torch.reciprocal, "Relu": torch.relu, "Round": torch.round, "Sigmoid": torch.sigmoid,
+    "Sign": torch.sign, "Sin": torch.sin, "Sinh": torch.sinh, "Softplus": F.softplus, "Softsign": F.softsign,
+    "Sqrt": torch.sqrt, "Tan": torch.tan, "Tanh": torch.tanh,
 }  # fmt: skip
 _BINARY: dict[str, Callable[..., torch.Tensor]] = {
-    "Add": torch.add, "And": torch.logical_and, "Equal": torch.eq, "Greater": torch.gt, "GreaterOrEqual": torch.ge,
+    "Add": torch.add, "And": torch.logical_and, "BitwiseAnd": torch.bitwise_and, "BitwiseOr": torch.bitwise_or,
+    "BitwiseXor": torch.bitwise_xor, "Equal": torch.eq, "Greater": torch.gt, "GreaterOrEqual": torch.ge,
     "Less": torch.lt, "LessOrEqual": torch.le, "Mul": torch.mul, "Or": torch.logical_or, "Pow": torch.pow,
     "Sub": torch.sub, "Xor": torch.logical_xor,
 }  # fmt: skip
@@ -178,6 +181,19 @@ def prelu(x: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
     return torch.where(x > 0, x, x * slope)
 
 
+@operator("Shrink")
+def shrink(x: torch.Tensor, *, bias: float = 0.0, lambd: float = 0.5) -> torch.Tensor:
+    if bias == lambd:
+        return F.softshrink(x, lambd)
+    zero = torch.zeros_like(x)
+    return torch.where(x < -lambd, x + bias, torch.where(x > lambd, x - bias, zero))
+
+
+@operator("Swish")
+def swish(x: torch.Tensor, *, alpha: float = 1.0) -> torch.Tensor:
+    return F.silu(x) if alpha == 1.0 else x * torch.sigmoid(alpha * x)
+
+
 @operator("HardSigmoid")
 def hard_sigmoid(x: torch.Tensor, *, alpha: float = 0.2, beta: float = 0.5) -> torch.Tensor:
     if abs(alpha - 1 / 6) < 1e-6 and beta == 0.5:
@@ -195,6 +211,12 @@ def softmax(x: torch.Tensor, *, axis: int = -1) -> torch.Tensor:
     return torch.softmax(x, axis)
 
 
+@operator("Hardmax")
+def hardmax(x: torch.Tensor, *, axis: int = -1) -> torch.Tensor:
+    first = torch.argmax(x, axis, keepdim=True)
+    return torch.zeros_like(x).scatter(axis, first, 1.0)
+
+
 @operator("LogSoftmax")
 def log_softmax(x: torch.Tensor, *, axis: int = -1) -> torch.Tensor:
     return torch.log_softmax(x, axis)
@@ -209,9 +231,10 @@ def dropout(x: torch.Tensor, ratio: Any = None, training: Any = None, *, seed: i
 
 @operator("CumSum", known="axis")
 def cumulative_sum(x: torch.Tensor, axis: Any, *, exclusive: int = 0, reverse: int = 0) -> torch.Tensor:
-    if exclusive or reverse:
-        raise Refused("exclusive or reverse")
-    return torch.cumsum(x, axis[0] if isinstance(axis, list) else axis)
+    axis = axis[0] if isinstance(axis, list) else axis
+    y = x.flip(axis) if reverse else x
+    y = torch.cumsum(y, axis, dtype=x.dtype) - y if exclusive else torch.cumsum(y, axis, dtype=x.dtype)
+    return y.flip(axis) if reverse else y
 
 
 def _product(x: torch.Tensor, axes: list[int], keepdim: bool) -> torch.Tensor:

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
-__all__ = ["ON_SIZES", "OPERATORS", "Operator", "Refused", "on_sizes", "operator", "refusals"]
+__all__ = ["OLDER", "ON_SIZES", "OPERATORS", "Operator", "Refused", "on_sizes", "operator", "refusals"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -55,18 +55,24 @@ class Operator(NamedTuple):
 
 
 OPERATORS: dict[str, Operator] = {}
+OLDER: dict[str, tuple[int, Operator]] = {}
+"""Operators that were others before an opset, and are of the table above since."""
 ON_SIZES: dict[str, Callable[..., Any]] = {}
 """What is computed with sizes before there is data: the same operators on Python's numbers and lists of them."""
 
 
 def operator(
-    *names: str, known: str = "", numbers: bool = False, several: bool = False
+    *names: str, known: str = "", numbers: bool = False, several: bool = False, before: int | None = None
 ) -> Callable[[Function], Function]:
-    """Enter a function under ONNX's names."""
+    """Enter a function under ONNX's names, for the opsets below `before` where that is given."""
 
     def enter(function: Function) -> Function:
+        entry = Operator(function, frozenset(known.split()), numbers, several)
         for name in names:
-            OPERATORS[name] = Operator(function, frozenset(known.split()), numbers, several)
+            if before is None:
+                OPERATORS[name] = entry
+            else:
+                OLDER[name] = before, entry
         return function
 
     return enter
