@@ -102,9 +102,10 @@ def test_a_transformer(opset: int, tmp_path: Path) -> None:
     assert ("pykernels.layer_norm" in found) is (opset > 16)
 
 
-def test_a_u_net(tmp_path: Path) -> None:
+@pytest.mark.parametrize("opset", [9, 13])
+def test_a_u_net(opset: int, tmp_path: Path) -> None:
     x = torch.randn(3, 3, 16, 16)
-    path = exported(UNet(4), x[:2], tmp_path / "unet.onnx", opset=13)
+    path = exported(UNet(4), x[:2], tmp_path / "unet.onnx", opset=opset)
     found = ops(close(path, x))
     assert not any("conv" in name and "pykernels" not in name for name in found)
 
