@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import importlib
 import pathlib
 import sys
 from typing import Annotated, Any
@@ -15,9 +16,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 import pykernels
-from pykernels.bench import machine as machines
-from pykernels.bench.command import bench
-from pykernels.cli.compress import compress as compress_command
 from pykernels.cli.errors import fail
 from pykernels.cli.model import (
     IMAGENET_MEAN,
@@ -32,26 +30,38 @@ from pykernels.cli.model import (
     inputs_in,
     load_with_example,
 )
-from pykernels.cli.parallel import part as part_command
-from pykernels.cli.parallel import split as split_command
-from pykernels.cli.plan import app as plan_app
-from pykernels.cli.serve import serve as serve_command
-from pykernels.cli.tune import tune as tune_command
 from pykernels.cuda import registry
+
+_LATER = {
+    "bench": "pykernels.bench.command:bench",
+    "compress": "pykernels.cli.compress:compress",
+    "part": "pykernels.cli.parallel:part",
+    "serve": "pykernels.cli.serve:serve",
+    "split": "pykernels.cli.parallel:split",
+    "tune": "pykernels.cli.tune:tune",
+    "plan": "pykernels.cli.plan:app",
+    "comm": "pykernels.parallel.command:app",
+}
+_LOOKS: dict[str, Any] = {
+    "add_completion": False, "rich_markup_mode": "rich", "pretty_exceptions_show_locals": False,
+}  # fmt: skip
 
 
 class Commands(typer.core.TyperGroup):
-    """The commands; `comm` is imported when it is asked for, since torch's FSDP takes a second."""
+    """The commands. Most are imported when they are asked for: a server need not wait for the benchmarks' rivals."""
 
     def list_commands(self, context: Any) -> list[str]:
-        return [*super().list_commands(context), "comm"]
+        return [*super().list_commands(context), *_LATER]
 
     def get_command(self, context: Any, name: str) -> Any:
-        if name != "comm":
+        if name not in _LATER:
             return super().get_command(context, name)
-        from pykernels.parallel.command import app as comm
-
-        command = typer.main.get_command(comm)
+        module, _, attribute = _LATER[name].partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+        if not isinstance(found, typer.Typer):
+            function, found = found, typer.Typer(**_LOOKS)
+            found.command()(function)
+        command = typer.main.get_command(found)
         command.name = name
         return command
 
@@ -61,9 +71,7 @@ app = typer.Typer(
     cls=Commands,
     help="Make PyTorch models faster on the hardware at hand: hand-written kernels, model surgery, int8.",
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_show_locals=False,
+    **_LOOKS,
 )
 
 
@@ -89,6 +97,8 @@ def doctor() -> None:
     The processor's features and the kernels chosen for it, torch, threads, the CUDA library, and for each op where it
     runs. Leaves with status 1 when the CPU library is not usable.
     """
+    from pykernels.bench import machine as machines
+
     found = machines.machine()
     console = Console()
     facts = Table.grid(padding=(0, 2))
@@ -202,15 +212,6 @@ def optimize(
     console.print(
         f"saved [bold]{output}[/] ({output.stat().st_size / 1e6:.1f} MB): net = pykernels.load({str(output)!r})"
     )
-
-
-app.command()(bench)
-app.command(name="compress")(compress_command)
-app.command(name="part")(part_command)
-app.command(name="serve")(serve_command)
-app.command(name="split")(split_command)
-app.command(name="tune")(tune_command)
-app.add_typer(plan_app, name="plan")
 
 
 def _build(build: dict[str, str]) -> str:
