@@ -206,7 +206,27 @@ def gpu_checks(networks: Networks) -> Iterator[tuple[str, Callable[[], str | Non
         network(networks.x(2).to(device))
         return apart(network.to(other)(networks.x(2).to(other)), expected(networks.x(2)), "int8")
 
+    def from_the_host() -> str | None:
+        """Two threads on streams of their own; a copy is made of the network on the CPU."""
+        here = networks.here("int8")
+        with pk.Instances(here, pk.Setup(1, 2, device=str(device))) as instances:
+            calls = [(batch, instances.submit(networks.x(batch))) for batch in BATCHES * 20]
+            answers = [(batch, call.result()) for batch, call in calls]
+        right = {batch: here(networks.x(batch)) for batch in BATCHES}
+        elsewhere = next((str(y.device) for _, y in answers if y.device.type != "cpu"), None)
+        if elsewhere is not None:
+            return f"an answer is on {elsewhere}"
+        return next((found for batch, y in answers if (found := apart(y, right[batch], "int8"))), None)
+
+    def tuned() -> str | None:
+        devices = ["cpu", str(device)]
+        setup = pk.tune(networks.here("int8"), networks.x(2), latency_ms=1e3, seconds=6.0, devices=devices)
+        tried = {trial.device for trial in setup.tried}
+        return None if tried == set(devices) and setup.gpu else f"tried were {tried}, on {setup.gpu}"
+
     yield "CUDA graphs", graphs
+    yield "called from the host", from_the_host
+    yield "tuned", tuned
     yield "two streams", streams
     yield "in the caller's CUDA graph", captured
     if torch.cuda.device_count() > 1:

@@ -82,8 +82,8 @@ def times(net: pathlib.Path) -> None:
         print(f"{what:20} {statistics.median(found):6.2f} s")
 
 
-def replicas(ancestor: int) -> Iterator[int]:
-    """Processes of replicas that descend from another process."""
+def descendants(ancestor: int) -> Iterator[tuple[int, bytes]]:
+    """Processes that descend from another process, and their command lines."""
     names, parents = {}, {}
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
         try:
@@ -95,8 +95,13 @@ def replicas(ancestor: int) -> Iterator[int]:
         above = pid
         while above in parents and above != ancestor:
             above = parents[above]
-        if above == ancestor and name.startswith(b"ray::ServeReplica:pykernels:"):
-            yield pid
+        if above == ancestor:
+            yield pid, name
+
+
+def replicas(ancestor: int) -> Iterator[int]:
+    """Processes of replicas that descend from another process."""
+    return (pid for pid, name in descendants(ancestor) if name.startswith(b"ray::ServeReplica:pykernels:"))
 
 
 def held(net: pathlib.Path, count: int) -> float:

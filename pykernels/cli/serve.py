@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import ipaddress
 import logging
 import os
 import pathlib
 import tempfile
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import torch
 import typer
@@ -18,7 +17,7 @@ from rich.progress import Progress
 
 import pykernels
 from pykernels.cli.errors import fail
-from pykernels.cli.model import bar, columns, load_with_example
+from pykernels.cli.model import bar, columns, device_of, load_with_example
 from pykernels.graph.qdq import has_quantizers
 from pykernels.tune.cores import usable
 
@@ -40,13 +39,31 @@ def serve(
         ),
     ],
     replicas: Annotated[
-        int | None, typer.Option(min=1, help="Calls at once, each on cores of its own; all cores without it.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Calls at once, each on cores of its own; all cores without it. On Ray with --device cuda: processes, "
+            "by default as many as the GPUs hold.",
+        ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of one call; 1.")] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="The most rows of one call; 16.")] = None,
     setup: Annotated[
-        pathlib.Path | None, typer.Option(help="What `pykernels tune -o` wrote: replicas, threads and batch.")
+        pathlib.Path | None, typer.Option(help="What `pykernels tune -o` wrote: replicas, threads, batch and device.")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; cuda:1 with --in-process. The setup's, or cpu, without it.")
+    ] = None,
+    gpus_per_replica: Annotated[
+        float, typer.Option(help="On Ray with --device cuda: 0.5 puts two replicas on each GPU.")
+    ] = 1.0,
+    batch_error: Annotated[
+        float,
+        typer.Option(
+            help="Batches are formed where answers differ from single ones by at most so much of the largest value; 0: "
+            "where they have the same bits."
+        ),
+    ] = 0.0,
     p99_ms: Annotated[
         float | None, typer.Option(help="Milliseconds in which answers are wanted: batches wait no longer for rows.")
     ] = None,
@@ -105,13 +122,18 @@ def serve(
             Token(token_file)
             models = _models(networks, input_shape, precision, None if write_config else pathlib.Path(scratch))
             parts = parts_in(models)
-            threads, replicas, max_batch = _sizes(setup, threads, replicas, max_batch, parts)
+            sizes = _sizes(setup, threads, replicas, max_batch, device, parts, gpus_per_replica, in_process)
+            if write_config is None:
+                _check_device(sizes, gpus_per_replica, in_process)
             options = Options(
                 models=models,
                 parts=parts,
-                threads=threads,
-                instances=replicas,
-                batch=max_batch,
+                threads=sizes.threads,
+                instances=sizes.instances,
+                batch=sizes.batch,
+                device=sizes.device,
+                gpus=gpus_per_replica,
+                batch_error=batch_error,
                 p99_ms=p99_ms,
                 queue=queue,
                 request_bytes=request_mb << 20,
@@ -124,17 +146,17 @@ def serve(
         except (OSError, ValueError) as error:
             fail(_option(str(error)))
         if write_config is not None:
-            _write(write_config, options, port, grpc_port)
+            _write(write_config, options, sizes.replicas, port, grpc_port)
             return
         if token_file is None and not _loopback(host):
             console.print("[yellow]--host lets others in, and without --token-file they need no token[/]")
         try:
-            _run(options, host, port, grpc_port, in_process)
+            _run(options, sizes.replicas, host, port, grpc_port, in_process)
         except (OSError, ValueError) as error:
             fail(_option(str(error)))
 
 
-def _run(options: Options, host: str, port: int, grpc_port: int, in_process: bool) -> None:
+def _run(options: Options, replicas: int, host: str, port: int, grpc_port: int, in_process: bool) -> None:
     def started(http: int, grpc: int) -> None:
         place = f"[{host}]" if ":" in host else host
         print(f"http://{place}:{http}  grpc://{place}:{grpc}", flush=True)
@@ -153,15 +175,14 @@ def _run(options: Options, host: str, port: int, grpc_port: int, in_process: boo
         os.environ.setdefault(name, value)
     from pykernels.serve.engine import run
 
-    replicas, options = options.instances, dataclasses.replace(options, instances=1)
     run(options, replicas, host, port, grpc_port, started)
 
 
-def _write(folder: pathlib.Path, options: Options, port: int, grpc_port: int) -> None:
+def _write(folder: pathlib.Path, options: Options, replicas: int, port: int, grpc_port: int) -> None:
     from pykernels.serve.manifests import write
 
     try:
-        found = write(folder, dataclasses.replace(options, instances=1), options.instances, port, grpc_port)
+        found = write(folder, options, replicas, port, grpc_port)
     except OSError as error:
         fail(f"--write-config: {error}")
     console.print(f"wrote {', '.join(map(str, found))}")
@@ -173,18 +194,58 @@ def _needs(modules: tuple[str, ...]) -> None:
         fail(f"serve: {', '.join(missing)} is missing: pip install 'pykernels[serve]'")
 
 
+class _Sizes(NamedTuple):
+    """Threads of a call, calls at once in a process, processes; the most rows of a call; where."""
+
+    threads: int
+    instances: int
+    replicas: int
+    batch: int
+    device: str
+
+
 def _sizes(
-    file: pathlib.Path | None, threads: int | None, replicas: int | None, batch: int | None, parts: int
-) -> tuple[int, int, int]:
-    """Threads, replicas and batch: as the options say, else as the setup does, else all cores and 16."""
+    file: pathlib.Path | None,
+    threads: int | None,
+    replicas: int | None,
+    batch: int | None,
+    device: str | None,
+    parts: int,
+    gpus: float,
+    in_process: bool,
+) -> _Sizes:
+    """As the options say, else as the setup does, else all cores (of a GPU's process two calls at once) and 16."""
+    instances = None
     if file is not None:
         try:
             found = pykernels.Setup.load(file)
         except (OSError, ValueError) as error:
             fail(f"--setup: {str(error).removeprefix('path: ')}")
-        threads, replicas, batch = threads or found.threads, replicas or found.instances, batch or found.batch
-    threads = threads or 1
-    return threads, replicas or max(1, usable().count // (threads * parts)), batch or 16
+        threads, instances, batch = threads or found.threads, found.instances, batch or found.batch
+        device = device or found.device
+    threads, batch, device = threads or 1, batch or 16, device or "cpu"
+    cores = max(1, usable().count // (threads * parts))
+    if in_process:
+        at_once = replicas or instances or (cores if device == "cpu" else min(2, cores))
+        return _Sizes(threads, at_once, 1, batch, device)
+    if device == "cpu":
+        return _Sizes(threads, 1, replicas or instances or cores, batch, device)
+    from pykernels.serve.service import on_a_gpu
+
+    if ":" in device:
+        fail(f"--device: on Ray it is cuda, and Ray says which, not {device}")
+    replicas = replicas or max(1, torch.cuda.device_count() * on_a_gpu(gpus))
+    return _Sizes(threads, instances or max(1, min(2, cores // replicas)), replicas, batch, device)
+
+
+def _check_device(sizes: _Sizes, gpus: float, in_process: bool) -> None:
+    """What is not there is told before anything starts."""
+    from pykernels.serve.service import on_a_gpu
+
+    device_of(sizes.device)
+    most = torch.cuda.device_count() * on_a_gpu(gpus)
+    if sizes.device != "cpu" and not in_process and sizes.replicas > most:
+        fail(f"--replicas: {sizes.replicas} of {gpus:g} GPUs each are more than the {most} that fit here")
 
 
 def _models(
@@ -253,6 +314,9 @@ def _option(message: str) -> str:
         "p99_ms": "--p99-ms",
         "token_file": "--token-file",
         "jobs": "--jobs",
+        "device": "--device",
+        "gpus": "--gpus-per-replica",
+        "batch_error": "--batch-error",
         "host and port": "--host, --port",
     }
     name, separator, rest = message.partition(": ")

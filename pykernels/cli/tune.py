@@ -21,9 +21,12 @@ def tune(
         typer.Option(help="Most items a second whose p99 latency keeps this bound; without, the shortest call."),
     ] = None,
     seconds: Annotated[float, typer.Option(help="About how long it may take.")] = 30.0,
+    devices: Annotated[
+        str, typer.Option(help="Which to try: cpu,cuda compares them, with the copies to the GPU and back.")
+    ] = "cpu",
     output: Annotated[pathlib.Path | None, typer.Option("--output", "-o", help="Where the setup is saved.")] = None,
 ) -> None:
-    """Find how many threads, instances and items a call serve a saved network best here, by timing it on the CPU.
+    """Find how many threads, instances and items a call serve a saved network best here, and where, by timing it.
 
     Prints what was tried, the best first. (How layers are cut into tasks is another choice: `pykernels optimize
     --tune`.)
@@ -43,7 +46,8 @@ def tune(
             progress.update(task, description=f"timing {stage}", completed=done, total=total)
 
         try:
-            setup = pykernels.tune(fast, args, latency_ms, seconds, kwargs=kwargs, progress=show)
+            names = devices.split(",")
+            setup = pykernels.tune(fast, args, latency_ms, seconds, kwargs=kwargs, progress=show, devices=names)
         except (RuntimeError, ValueError, TypeError) as error:
             progress.stop()
             fail(_option(str(error)))
@@ -58,7 +62,7 @@ def tune(
 
 def _option(message: str) -> str:
     """An error of `pykernels.tune`, by the option's name."""
-    for name in ("latency_ms", "seconds"):
+    for name in ("latency_ms", "seconds", "devices"):
         if message.startswith(f"{name}:"):
             return f"--{name.replace('_', '-')}{message.removeprefix(name)}"
     return message

@@ -19,7 +19,7 @@ from torch.utils import _python_dispatch
 
 from pykernels.ops.errors import reason
 
-__all__ = ["CudaGraphs"]
+__all__ = ["PATIENCE", "CudaGraphs"]
 
 SHAPES = 8  # graphs kept
 PATIENCE = 8  # calls after which another kind of input takes the place of the one that was used last the longest ago

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @serve.ingress()
 class Replica:
-    """One replica: pinned to cores of its own, then a `Service` of one instance.
+    """One replica: pinned to cores of its own, then a `Service`.
 
     Args:
         options: fields of `Options`.
@@ -114,13 +114,19 @@ def bind(options: Options, replicas: int) -> Any:
     Args:
         options: what is served; each replica has `options.instances` instances.
         replicas: how many.
+
+    Raises:
+        ValueError: the device has a number: which GPU a replica gets is Ray's to say.
     """
+    if ":" in options.device:
+        raise ValueError(f"device: on Ray it is cuda, and Ray says which, not {options.device}")
+    gpus = {} if options.device == "cpu" else {"num_gpus": options.gpus}
     waiting = options.queue + 4 * options.batch * options.instances
     deployment = serve.deployment(
         Replica,
         name=NAME,
         num_replicas=replicas,
-        ray_actor_options={"num_cpus": options.cores},
+        ray_actor_options={"num_cpus": options.cores, **gpus},
         max_ongoing_requests=waiting,  # the replica's own bound comes first, and says when to come again
         graceful_shutdown_timeout_s=SHUTDOWN,
         graceful_shutdown_wait_loop_s=0.5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import string
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from pykernels.serve.environment import ENVIRONMENT, JOBS, NAME, STUBS
 from pykernels.serve.files import FILE
 from pykernels.serve.jobs import at_once
-from pykernels.serve.service import Options
+from pykernels.serve.service import Options, on_a_gpu
 
 __all__ = ["nginx", "ray_service", "serve_config", "write"]
 
@@ -81,17 +82,17 @@ $grpc_servers
 """
 
 DOCKERFILE = """\
-# Offline, from wheels that were fetched before: pip wheel --wheel-dir wheels 'pykernels[serve]'
-# docker build -t $image . && docker run -p 8000:8000 -p 8001:8001 -v $$PWD/models:$models:ro $image
+# Offline, from wheels that were fetched before: pip wheel --wheel-dir wheels 'pykernels[$extras]'
+# docker build -t $image . && docker run$gpus -p 8000:8000 -p 8001:8001 -v $$PWD/models:$models:ro $image
 FROM python:3.11-slim
 COPY wheels /wheels
-RUN pip install --no-index --find-links /wheels 'pykernels[serve]' && useradd --uid 1000 --create-home ray
+RUN pip install --no-index --find-links /wheels 'pykernels[$extras]' && useradd --uid 1000 --create-home ray
 USER ray
 WORKDIR /home/ray
 ENV $environment
 EXPOSE 8000 8001
 STOPSIGNAL SIGTERM
-CMD ["pykernels", "serve", "$models", "--in-process", "--host", "0.0.0.0"]
+CMD ["pykernels", "serve", "$models", "--in-process", "--device", "$device", "--host", "0.0.0.0"]
 """
 
 
@@ -138,7 +139,9 @@ def ray_service(options: Options, replicas: int, port: int, grpc_port: int) -> d
         }
     token = None if options.token_file is None else TOKEN
     inside = dataclasses.replace(options, models=models, token_file=token)
-    cores = options.cores
+    gpu = options.device != "cpu"
+    together = on_a_gpu(options.gpus) if gpu else 1  # replicas in a pod, which has one GPU
+    cores, pods = together * options.cores, math.ceil(replicas / together)
     volumes: list[dict[str, Any]] = [
         {"name": "models", "persistentVolumeClaim": {"claimName": "pykernels-models", "readOnly": True}}
     ]
@@ -160,6 +163,9 @@ def ray_service(options: Options, replicas: int, port: int, grpc_port: int) -> d
             "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         }
         if serves:
+            if gpu:
+                for granted in container["resources"].values():
+                    granted["nvidia.com/gpu"] = "1"
             container["ports"] = [
                 {"containerPort": port, "name": "serve"},
                 {"containerPort": grpc_port, "name": "grpc"},
@@ -194,10 +200,10 @@ def ray_service(options: Options, replicas: int, port: int, grpc_port: int) -> d
                 "workerGroupSpecs": [
                     {
                         "groupName": "replicas",
-                        "replicas": replicas,
+                        "replicas": pods,
                         "minReplicas": 1,
-                        "maxReplicas": 4 * replicas,
-                        "rayStartParams": {"num-cpus": str(cores)},
+                        "maxReplicas": 4 * pods,
+                        "rayStartParams": {"num-cpus": str(cores), **({"num-gpus": "1"} if gpu else {})},
                         "template": pod("ray-worker", cores, serves=True),
                     }
                 ],
@@ -223,12 +229,20 @@ def write(folder: Path, options: Options, replicas: int, port: int, grpc_port: i
     Raises:
         OSError: a file cannot be written.
     """
-    environment = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
+    cpu = options.device == "cpu"
+    image = {
+        "image": IMAGE,
+        "models": MODELS,
+        "device": options.device,
+        "extras": "serve" if cpu else "serve,gpu",
+        "gpus": "" if cpu else " --gpus all",
+        "environment": " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items()),
+    }
     texts = {
         "serve.yaml": yaml.safe_dump(serve_config(options, replicas, port, grpc_port), sort_keys=False),
         "rayservice.yaml": yaml.safe_dump(ray_service(options, replicas, port, grpc_port), sort_keys=False),
         "nginx.conf": nginx(options, ["127.0.0.1"], port, grpc_port),
-        "Dockerfile": string.Template(DOCKERFILE).substitute(image=IMAGE, models=MODELS, environment=environment),
+        "Dockerfile": string.Template(DOCKERFILE).substitute(image),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():

@@ -21,6 +21,7 @@ from pykernels.serve.linked import Linked
 from pykernels.serve.runner import Runner
 from pykernels.serve.signature import Network, Request, Signature, examples
 from pykernels.tune.instances import check
+from pykernels.tune.on_device import OnDevice, calls_to_warm_up, from_host
 
 __all__ = ["UNTRIED", "Limits", "Model", "ready", "try_batches"]
 
@@ -38,12 +39,17 @@ class Limits:
         queue: how many requests may wait.
         target: seconds in which answers are wanted; None where nobody said.
         threads: of each part of a network that is split.
+        device: where networks run.
+        batch_error: how far an answer to a batch may be from that to its rows, in parts of the largest value; 0 wants
+            the same bits.
     """
 
     batch: int = 16
     queue: int = 256
     target: float | None = None
     threads: int = 1
+    device: str = "cpu"
+    batch_error: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +58,11 @@ class Model:
 
     Attributes:
         name, version: what clients call it.
-        network: on the CPU, mapped; or a pipeline of processes.
+        network: on the CPU, mapped; on a CUDA device; or a pipeline of processes.
         signature: its inputs and outputs.
         queue: the requests that wait for it, and what its calls cost.
         apart: why its requests are not put together; None where they are.
-        bytes: of its files.
+        bytes: of its files; on a CUDA device, of its weights there.
     """
 
     name: str
@@ -92,44 +98,53 @@ class Model:
 async def ready(
     name: str, version: int, files: Files, runner: Runner, limits: Limits, counts: Counts, tried: bool = True
 ) -> Model:
-    """Map a network, or start the processes of its parts, check that it can be served, and make its plans ready on
-    every instance: for every batch size (`try_batches`), or for single rows alone, with requests that stay apart, where
-    it is not to be `tried`.
+    """Map a network, or bring it to its device, or start the processes of its parts; check that it can be served, and
+    make it ready on every instance: for every batch size (`try_batches`), or for single rows alone, with requests that
+    stay apart, where it is not to be `tried`. On a CUDA device its graphs have been captured then.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: it is no network of ours, its calls write into something, or its inputs or outputs are no tensors.
+        ValueError: it is no network of ours, its calls write into something, or its inputs or outputs are no tensors;
+            or it is split, and is to run on another device than the CPU.
+        RuntimeError: the device cannot be used.
         PartError: a part cannot be started.
     """
-    network = await asyncio.to_thread(_load, files.path, limits.threads)
+    network = await asyncio.to_thread(_load, files.path, limits)
     runner = network.runner if isinstance(network, Linked) else runner
     signature = await asyncio.wrap_future(runner.submit(Signature.of, network))
-    apart, costs = await _measure(network, signature, runner, limits.batch if tried else 0)
+    apart, costs = await _measure(network, signature, runner, limits.batch if tried else 0, limits.batch_error)
     queue = Queue(network, costs, limits.queue, limits.target, runner, counts)
-    return Model(name, version, network, signature, queue, apart, files.bytes)
+    held = network.bytes if isinstance(network, OnDevice) else files.bytes
+    return Model(name, version, network, signature, queue, apart, held)
 
 
 async def try_batches(model: Model, limits: Limits) -> Model:
     """The same model, its plans ready for every batch size, with a queue that puts requests together.
 
-    That happens only where a batch gave the bits that its rows gave one by one, for random inputs of each size: parts
-    of a network that are left to torch need not, and a network may look at its whole batch.
+    That happens only where a batch gave the bits that its rows gave one by one, for random inputs of each size, or what
+    is as close as `limits` ask: parts of a network that are left to torch need not, and a network may look at its whole
+    batch.
     """
-    apart, costs = await _measure(model.network, model.signature, model.queue.runner, limits.batch)
+    runner = model.queue.runner
+    apart, costs = await _measure(model.network, model.signature, runner, limits.batch, limits.batch_error)
     old = model.queue
-    queue = Queue(model.network, costs, limits.queue, limits.target, old.runner, old.counts)
+    queue = Queue(model.network, costs, limits.queue, limits.target, runner, old.counts)
     return replace(model, queue=queue, apart=apart)
 
 
-def _load(path: Path, threads: int) -> Network:
+def _load(path: Path, limits: Limits) -> Network:
     if path.is_dir():
-        return Linked(path, threads)
-    network = load(path)
+        if limits.device != "cpu":
+            raise ValueError(f"a network that is split runs on the CPU, not on {limits.device}")
+        return Linked(path, limits.threads)
+    network = load(path, limits.device)
     check(network)
-    return network
+    return from_host(network)
 
 
-async def _measure(network: Network, signature: Signature, runner: Runner, most: int) -> tuple[str | None, Costs]:
+async def _measure(
+    network: Network, signature: Signature, runner: Runner, most: int, error: float
+) -> tuple[str | None, Costs]:
     """Why requests must stay apart, if they must, and seconds a call by batch size, up to `most`; 0 tries nothing."""
     if not signature.batched:
         seconds, _ = await _timed(network, examples(network, ones=signature.ones), runner)
@@ -149,8 +164,9 @@ async def _measure(network: Network, signature: Signature, runner: Runner, most:
         while len(single) < size:
             row = [x[len(single) : len(single) + 1].contiguous() for x in rows]
             single.append(await asyncio.wrap_future(runner.submit(_call, network, row)))
-        if not await asyncio.to_thread(_joined, answers, single[:size]):
-            return f"a batch of {size} does not give the bits of its rows one by one", Costs({1: costs[1]})
+        if not await asyncio.to_thread(_joined, answers, single[:size], error):
+            fault = "does not give the bits" if not error else f"is more than {error:g} of its largest value off those"
+            return f"a batch of {size} {fault} of its rows one by one", Costs({1: costs[1]})
     return None, Costs({size: seconds for size, seconds in costs.items() if size <= most})
 
 
@@ -163,6 +179,8 @@ async def _timed(
     def one() -> tuple[float, list[torch.Tensor]]:
         try:
             together.wait(PATIENCE)
+            for _ in range(calls_to_warm_up(network) - 1):
+                _call(network, inputs)
             begin = time.perf_counter()
             answer = _call(network, inputs)  # the plans are made ready, which is next to nothing in a long call
             times = [time.perf_counter() - begin]
@@ -191,12 +209,23 @@ def _call(network: Network, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor
     return pytree.tree_leaves(network(*args, **kwargs))
 
 
-def _joined(answers: Sequence[Sequence[torch.Tensor]], single: Sequence[Sequence[torch.Tensor]]) -> bool:
+def _joined(answers: Sequence[Sequence[torch.Tensor]], single: Sequence[Sequence[torch.Tensor]], error: float) -> bool:
     """Whether each of the answers to a batch is that to its rows one by one."""
     expected = [torch.cat(ys) for ys in zip(*single, strict=True)]
-    return all(y.shape == e.shape and _same(y, e) for answer in answers for y, e in zip(answer, expected, strict=True))
+    return all(
+        y.shape == e.shape and (_same(y, e) or _close(y, e, error))
+        for answer in answers
+        for y, e in zip(answer, expected, strict=True)
+    )
 
 
 def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
     """Bit for bit: NaN is NaN."""
     return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+
+
+def _close(x: torch.Tensor, y: torch.Tensor, error: float) -> bool:
+    """Floats whose greatest difference is at most so much of the largest value; nothing is close to a NaN."""
+    if not error or not x.is_floating_point():
+        return False
+    return bool((x.double() - y.double()).abs().max() <= error * y.double().abs().max())

@@ -53,12 +53,12 @@ class Entry:
 
 
 class Repository:
-    """Networks by name and version, mapped when they are first wanted. On one event loop.
+    """Networks by name and version, mapped (or brought to their device) when they are first wanted. On one event loop.
 
     A request that names no version gets the highest one that is ready; a new one takes over when it is. Mapped networks
-    are let go, the one used longest ago first, when their files are larger than `limit` together; what waits for one
-    that goes is still answered. Where nothing else answers for a model, it is ready as soon as single rows are, and
-    takes batches when those have been tried, too.
+    are let go, the one used longest ago first, when their files (on a device: weights) are larger than `limit`
+    together; what waits for one that goes is still answered. Where nothing else answers for a model, it is ready as
+    soon as single rows are, and takes batches when those have been tried, too.
 
     Args:
         source: a folder of ``name/version/net.pk``, or files by name; in place of a file, a folder of parts.

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from pykernels.cuda import registry
 from pykernels.serve.batching import Scheduler
 from pykernels.serve.budget import Budget
 from pykernels.serve.errors import Denied, Invalid, Refused
@@ -23,8 +24,9 @@ from pykernels.serve.model import Limits, Model
 from pykernels.serve.repository import Repository
 from pykernels.serve.runner import Runner
 from pykernels.tune import Setup, Workers
+from pykernels.tune.setup import DEVICE
 
-__all__ = ["Options", "Service", "Token"]
+__all__ = ["Options", "Service", "Token", "on_a_gpu"]
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,11 @@ class Options:
         queue: how many requests of a model may wait; more are refused.
         request_bytes: the most of one request, decompressed.
         memory_bytes: the most of all requests that are being read or answered.
-        mapped_bytes: the most of the files that are mapped.
+        mapped_bytes: the most of the files that are mapped, or of the weights on a CUDA device.
+        device: where networks run: ``cpu``, ``cuda``, or in one process ``cuda:N``.
+        gpus: how much of one a process takes on Ray, where `device` is ``cuda``; less than 1 where several share it.
+        batch_error: how far an answer to a batch may be from those to its rows, in parts of the largest value; 0 wants
+            the same bits.
         refresh: seconds between two looks into the folder.
         token_file: holds the token that every request but those for health must bring; None for no token.
         control: whether clients may load and unload models.
@@ -63,6 +69,9 @@ class Options:
     request_bytes: int = 1 << 26
     memory_bytes: int = 1 << 30
     mapped_bytes: int = 1 << 34
+    device: str = "cpu"
+    gpus: float = 1.0
+    batch_error: float = 0.0
     refresh: float = 5.0
     token_file: str | None = None
     control: bool = False
@@ -78,6 +87,13 @@ class Options:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: must be a finite number above 0, not {value!r}")
+        if not isinstance(self.device, str) or DEVICE.fullmatch(self.device) is None:
+            raise ValueError(f"device: must be cpu, cuda or cuda:N, not {self.device!r:.80}")
+        if self.device != "cpu" and self.parts > 1:
+            raise ValueError(f"device: a network that is split runs on the CPU, not on {self.device}")
+        on_a_gpu(self.gpus)
+        if not 0 <= self.batch_error < 1:
+            raise ValueError(f"batch_error: must be at least 0, and less than 1, not {self.batch_error!r}")
         if self.jobs is not None:
             address = urlsplit(self.jobs)
             if address.scheme not in ("redis", "rediss") or not address.hostname:
@@ -89,6 +105,17 @@ class Options:
     def cores(self) -> int:
         """How many one process, with those of the parts, is given."""
         return self.threads * max(self.instances, self.parts)
+
+
+def on_a_gpu(gpus: float) -> int:
+    """How many processes that take so much of a GPU share one.
+
+    Raises:
+        ValueError: it is not above 0, or more than 1.
+    """
+    if not 0 < gpus <= 1:
+        raise ValueError(f"gpus: must be above 0, and at most 1, not {gpus!r}")
+    return int(1 / gpus + 1e-9)  # three of 1 / 3
 
 
 class Token:
@@ -129,10 +156,13 @@ class Service:
 
     Raises:
         OSError: the token's file cannot be read.
-        ValueError: there are not so many cores, or the token is none.
+        ValueError: there are not so many cores, the device cannot be used, or the token is none.
     """
 
     def __init__(self, options: Options) -> None:
+        complaint = registry.unusable(torch.device(options.device))
+        if complaint is not None:
+            raise ValueError(f"device: {options.device} cannot be used: {complaint}")
         self.options = options
         self.token = Token(options.token_file)
         self.budget = Budget(options.request_bytes, options.memory_bytes)
@@ -145,7 +175,7 @@ class Service:
         self.repository = Repository(
             source_of(options.models),
             self.runner,
-            Limits(options.batch, options.queue, target, options.threads),
+            Limits(options.batch, options.queue, target, options.threads, options.device, options.batch_error),
             options.mapped_bytes,
         )
         self.started = False

@@ -16,12 +16,14 @@ import pykernels
 from pykernels.optimize import Optimized, inputs_of_call
 from pykernels.tune.cores import cpu_name, usable
 from pykernels.tune.instances import Instances, check
+from pykernels.tune.on_device import calls_to_warm_up, copy_on, from_host
 from pykernels.tune.search import Candidate, Measure, Sample, candidates, search
-from pykernels.tune.setup import Setup
+from pykernels.tune.setup import DEVICE, Setup
 
 __all__ = ["space", "tune"]
 
 BATCHES = (1, 2, 4, 8, 16, 32)
+BATCHES_ON_CUDA = (*BATCHES, 64, 128)
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -33,41 +35,46 @@ def tune(
     batches: Sequence[int] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    devices: Sequence[str] | None = None,
 ) -> Setup:
-    """Find how many threads, instances and items a call serve this network best here, by timing it.
+    """Find how many threads, instances and items a call serve this network best here, and where, by timing it.
 
     Without `latency_ms` the latency of one call with these inputs is minimized, over the number of threads. With it,
     items a second are maximized over threads, instances and batch, among setups whose p99 latency keeps the bound.
     Latency is that of a call to `Instances` while all instances are busy and nothing waits; how long calls queue is up
     to who sends them. Candidates are measured in turn, and the worse half is dropped again and again
-    (`pykernels.tune.search`).
+    (`pykernels.tune.search`). On a CUDA device a call has one thread, begins with inputs in the host's memory and ends
+    with answers there.
 
     Args:
-        network: on the CPU. It is not changed; `Optimized.tune`, which cuts its layers, is something else.
+        network: on devices where it is not, a copy is measured. It is not changed; `Optimized.tune`, which cuts its
+            layers, is something else.
         inputs: of one call: positional ones, a lone tensor, or a dictionary of keyword inputs.
         latency_ms: bound of the p99 latency, in milliseconds.
         seconds: about how long it may take; one measurement more at most.
-        batches: sizes to try, by default 1, 2, 4 ... 32 where the network's batch size is free and a bound is given;
-            else the size of the inputs. The inputs are repeated, or cut.
+        batches: sizes to try, by default 1, 2, 4 ... 32 (on a CUDA device 128) where the network's batch size is free
+            and a bound is given; else the size of the inputs. The inputs are repeated, or cut.
         kwargs: keyword inputs of the call beside positional ones.
         progress: called as ``progress(stage, done, total)``, in seconds.
+        devices: which to try, of ``cpu``, ``cuda``, ``cuda:1`` ...; the one that the network is on without.
 
     Raises:
         TypeError: `network` is no `Optimized` network.
-        ValueError: it is not on the CPU, or its calls write into something; `inputs` do not fit; `latency_ms` or
-            `seconds` is not above 0; `batches` are no sizes, or the batch size is not free.
+        ValueError: its calls write into something; `inputs` do not fit; `latency_ms` or `seconds` is not above 0;
+            `batches` are no sizes, or the batch size is not free; `devices` are none, or one cannot be used.
         NoSetup: (a ValueError) no setup keeps the bound; the message names the best p99 that was reached.
     """
     for name, value in (("latency_ms", latency_ms), ("seconds", seconds)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name}: must be a finite number above 0, not {value!r}")
-    wanted, measure = space(network, inputs, batches, kwargs, several=latency_ms is not None)
+    wanted, measure = space(network, inputs, batches, kwargs, several=latency_ms is not None, devices=devices)
     trials = search(wanted, measure, latency_ms, seconds, progress=progress)
     best = trials[0]
     return Setup(
         threads=best.threads,
         instances=best.instances,
         batch=best.batch,
+        device=best.device,
         bound_ms=latency_ms,
         latency_ms=best.latency_ms,
         p99_ms=best.p99_ms,
@@ -76,6 +83,7 @@ def tune(
         cpu=cpu_name(),
         cores=usable().count,
         isa=torch.ops.pykernels._isa(),
+        gpu=next((torch.cuda.get_device_name(c.device) for c in wanted if c.device != "cpu"), None),
         version=pykernels.__version__,
         tried=tuple(trials),
         untried=len(wanted) - len(trials),
@@ -88,6 +96,7 @@ def space(
     batches: Sequence[int] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     several: bool = True,
+    devices: Sequence[str] | None = None,
 ) -> tuple[list[Candidate], Measure]:
     """The setups of a network here, and what measures one; `several`: also those of several instances and batches.
 
@@ -96,15 +105,32 @@ def space(
     check(network)
     args, kwargs = inputs_of_call(inputs, kwargs)
     leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves = [leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     own = _batch(network, leaves)
-    sizes = _sizes(own, batches, several)
+    networks = _networks(network, devices)
+    wanted: list[Candidate] = []
     calls: dict[int, Call] = {}
-    for size in sizes:
-        given = [_resized(leaf, size) if 0 in free else leaf for leaf, free in zip(leaves, network.free, strict=True)]
-        calls[size] = pytree.tree_unflatten(leaves if size == (own or 1) else given, spec)
-    with torch.no_grad():
-        network(*args, **kwargs)  # what is wrong with the inputs is said by the network
-    return candidates(usable().count, sizes, several), _measure(network, calls)
+    for device in sorted(networks, reverse=True):  # a GPU's setups are few: they do not wait until the time is over
+        sizes = _sizes(own, batches, several, BATCHES if device == "cpu" else BATCHES_ON_CUDA)
+        wanted += candidates(usable().count, sizes, several, device)
+        for size in sizes:
+            given = [_resized(x, size) if 0 in free else x for x, free in zip(leaves, network.free, strict=True)]
+            calls[size] = pytree.tree_unflatten(leaves if size == (own or 1) else given, spec)
+        args, kwargs = calls[sizes[0]]
+        with torch.no_grad():
+            from_host(networks[device])(*args, **kwargs)  # what is wrong with the inputs is said by the network
+    return wanted, _measure(networks, calls)
+
+
+def _networks(network: Optimized, devices: Sequence[str] | None) -> dict[str, Optimized]:
+    """The network on each device."""
+    names = [network.report().device] if devices is None else list(devices)
+    if isinstance(devices, str) or not names or not all(isinstance(n, str) and DEVICE.fullmatch(n) for n in names):
+        raise ValueError(f"devices: must be some of cpu, cuda, cuda:0, cuda:1 ..., not {devices!r}")
+    try:
+        return {name: copy_on(network, name) for name in names}
+    except ValueError as error:
+        raise ValueError(f"devices: {str(error).removeprefix('device: ')}") from None
 
 
 def _batch(network: Optimized, leaves: Sequence[Any]) -> int | None:
@@ -122,9 +148,9 @@ def _batch(network: Optimized, leaves: Sequence[Any]) -> int | None:
     return found.pop() if found else None
 
 
-def _sizes(own: int | None, batches: Sequence[int] | None, several: bool) -> list[int]:
+def _sizes(own: int | None, batches: Sequence[int] | None, several: bool, usual: Sequence[int]) -> list[int]:
     if batches is None:
-        return list(BATCHES) if own is not None and several else [own or 1]
+        return list(usual) if own is not None and several else [own or 1]
     sizes = sorted(set(batches))
     if not sizes or any(type(size) is not int or size < 1 for size in sizes):
         raise ValueError(f"batches: must be whole numbers of at least 1, not {list(batches)}")
@@ -140,10 +166,12 @@ def _resized(x: torch.Tensor, size: int) -> torch.Tensor:
     return taken.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def _measure(network: Optimized, calls: Mapping[int, Call]) -> Measure:
+def _measure(networks: Mapping[str, Optimized], calls: Mapping[int, Call]) -> Measure:
     def measure(candidate: Candidate, seconds: float) -> Sample:
         args, kwargs = calls[candidate.batch]
-        setup = Setup(candidate.threads, candidate.instances, candidate.batch)
+        network = networks[candidate.device]
+        setup = Setup(candidate.threads, candidate.instances, candidate.batch)  # where the network is
+        before_all = calls_to_warm_up(network) + 1
         with Instances(network, setup) as instances, ThreadPoolExecutor(candidate.instances) as clients:
             together = threading.Barrier(candidate.instances)
 
@@ -151,8 +179,8 @@ def _measure(network: Optimized, calls: Mapping[int, Call]) -> Measure:
                 """When it began and ended, and what each call took."""
                 try:
                     together.wait()
-                    instances(*args, **kwargs)  # threads start, plans are made ready, weights come into the caches
-                    instances(*args, **kwargs)
+                    for _ in range(before_all):  # threads start, plans are made ready, weights come into the caches
+                        instances(*args, **kwargs)
                     together.wait()
                 except BaseException:
                     together.abort()  # or the others would wait for this one

@@ -14,6 +14,7 @@ from typing import Any
 
 from pykernels.graph.alias import writes
 from pykernels.optimize import Optimized
+from pykernels.tune.on_device import copy_on, from_host
 from pykernels.tune.setup import Setup
 from pykernels.tune.workers import Workers
 
@@ -21,17 +22,14 @@ __all__ = ["Instances", "check"]
 
 
 def check(network: Optimized) -> None:
-    """Whether several threads may call this network at once, on the CPU.
+    """Whether several threads may call this network at once.
 
     Raises:
         TypeError: it is no `Optimized` network.
-        ValueError: it is elsewhere, or its calls write into buffers or inputs.
+        ValueError: its calls write into buffers or inputs.
     """
     if not isinstance(network, Optimized):
         raise TypeError(f"network: an Optimized network is needed, not {type(network).__name__}")
-    device = network.report().device
-    if device != "cpu":
-        raise ValueError(f"network: it is on {device}; instances are threads on the CPU")
     if any(writes(node) for node in network.program.graph.nodes):
         raise ValueError("network: its calls write into buffers or inputs, so they cannot run side by side")
 
@@ -43,12 +41,13 @@ class Instances:
     own before torch starts that thread's OpenMP pool, which inherits them. Numbers and cores of other threads stay as
     they are. `setup.batch` is what the setup was measured with: calls may have any size, nothing is put together here.
 
-    Gradients are not recorded. Results are those of ``network(...)``, bit for bit. Close it, or use it as a context
-    manager.
+    Gradients are not recorded. Results are those of ``network(...)``, bit for bit. On a CUDA device inputs are copied
+    there from the host's memory and answers back to it, beside the calls of other instances. Close it, or use it as a
+    context manager.
 
     Args:
-        network: an `Optimized` network on the CPU whose calls write into nothing.
-        setup: threads and instances.
+        network: an `Optimized` network whose calls write into nothing.
+        setup: threads, instances and device; where the network is on another device, a copy of it runs there.
         queue: how many calls may wait; `submit` blocks while so many do.
         cores: the logical processors to take, by default all that the calling thread may use. Two objects that are
             to run side by side need disjoint ones.
@@ -58,15 +57,21 @@ class Instances:
 
     Raises:
         TypeError: `network` or `setup` is something else.
-        ValueError: as `check`; `queue` is below 1; the setup asks for more cores than there are, by the affinity mask,
-            by the control groups' quota or by `cores`; or `cores` names some that this thread may not use.
+        ValueError: as `check`; the setup's device cannot be used; `queue` is below 1; the setup asks for more cores
+            than there are, by the affinity mask, by the control groups' quota or by `cores`; or `cores` names some that
+            this thread may not use.
         RuntimeError: the system did not pin a thread, or torch did not take the number of threads.
     """
 
     def __init__(self, network: Optimized, setup: Setup, queue: int = 256, cores: Iterable[int] | None = None) -> None:
         check(network)
-        self._network, self._workers = network, Workers(setup, queue, cores)
+        self._workers = Workers(setup, queue, cores)
         self.setup, self.cores = self._workers.setup, self._workers.cores
+        try:
+            self._network = from_host(network if setup.device is None else copy_on(network, setup.device))
+        except BaseException:
+            self._workers.close()
+            raise
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
         """Queue a call of the network. Blocks while the queue is full. Errors of the call go to the future.

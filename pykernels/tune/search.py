@@ -10,24 +10,26 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from pykernels.tune.setup import Trial
+from pykernels.tune.setup import Trial, place
 
 __all__ = ["Candidate", "Measure", "NoSetup", "Sample", "candidates", "counts", "p99", "search"]
 
 ROUNDS = 9  # at most, before half of the candidates go
 SLICE = 0.1  # seconds of one measurement, or more
+AT_ONCE = 4  # calls on a CUDA device: one computes, one is copied there, one back, one is between
 PAUSE = 0.03  # seconds between two: the threads of OpenMP spin for some milliseconds after a call
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Threads a call, calls at once, items a call."""
+    """Threads a call, calls at once, items a call; where."""
 
     threads: int
     instances: int
     batch: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,13 @@ def counts(most: int) -> list[int]:
     return sorted({n for n in steps if n <= most} | {most})
 
 
-def candidates(cores: int, batches: Sequence[int], several: bool) -> list[Candidate]:
+def candidates(cores: int, batches: Sequence[int], several: bool, device: str = "cpu") -> list[Candidate]:
     """All that need no more than `cores`, of one instance or of `several`: those that leave few cores idle first, and
-    among them small batches."""
+    among them small batches. On a CUDA device each call has one thread, which copies and launches, and a few at once
+    are enough to keep it busy: small batches first."""
+    if device != "cpu":
+        most = min(cores, AT_ONCE) if several else 1
+        return [Candidate(1, n, batch, device) for batch in sorted(batches) for n in range(1, most + 1)]
     found = [
         Candidate(threads, instances, batch)
         for threads in counts(cores)
@@ -90,6 +96,7 @@ class _Entry:
             items_per_second=statistics.median(s.items_per_second for s in self.samples),
             calls=len(latencies),
             rounds=len(self.samples),
+            device=c.device,
         )
 
 
@@ -156,7 +163,7 @@ def search(
         best = min(trials, key=lambda trial: trial.p99_ms)
         raise NoSetup(
             f"latency_ms: no setup keeps a p99 of {bound_ms:g} ms; the best p99 was {best.p99_ms:.2f} ms, with "
-            f"{best.instances} x {best.threads} threads and batch {best.batch}"
+            f"{best.instances} x {best.threads} threads and batch {best.batch}{place(best.device)}"
         )
     return trials
 
@@ -164,7 +171,7 @@ def search(
 def _hopeless(candidate: Candidate, entries: Sequence[_Entry], bound_ms: float) -> bool:
     """Whether half of the calls with fewer items were over the bound already: more items do not take less time."""
     return any(
-        (e.candidate.threads, e.candidate.instances) == (candidate.threads, candidate.instances)
+        replace(e.candidate, batch=candidate.batch) == candidate
         and e.candidate.batch < candidate.batch
         and e.trial().latency_ms > bound_ms
         for e in entries

@@ -6,14 +6,20 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-__all__ = ["Setup", "Trial"]
+__all__ = ["DEVICE", "Setup", "Trial", "place"]
 
-DEVICES = ("cpu",)
+DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 MOST = 1 << 20  # of what is counted: more is a mistake
+
+
+def place(device: str | None) -> str:
+    """A device in words behind others: none for the CPU."""
+    return "" if device in (None, "cpu") else f" on {device}"
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Trial:
     """A setup that was measured.
 
     Attributes:
-        threads, instances, batch: as in `Setup`.
+        threads, instances, batch, device: as in `Setup`.
         latency_ms: milliseconds a call, the median of the rounds' medians.
         p99_ms: milliseconds in which 99 % of all calls were done.
         items_per_second: items (dimension 0) of all instances together, the median of the rounds.
@@ -39,12 +45,14 @@ class Trial:
     items_per_second: float
     calls: int
     rounds: int
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name in ("threads", "instances", "batch", "calls", "rounds"):
             _count(self, name)
         for name in ("latency_ms", "p99_ms", "items_per_second"):
             _measure(self, name)
+        _device(self)
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,11 @@ class Setup:
         threads: threads of one call.
         instances: calls at once, each on cores of its own.
         batch: items a call: dimension 0 of its inputs.
-        device: ``cpu``.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; None is where the network is.
         bound_ms: the bound that p99_ms was to keep; None where the latency of a call was minimized.
         latency_ms, p99_ms, items_per_second, calls: what was measured, as in `Trial`; None where nothing was.
-        cpu, cores, isa: the machine it was measured on: the processor's name, how many cores the process could use, the
-            kernels in force.
+        cpu, cores, isa, gpu: the machine it was measured on: the processor's name, how many cores the process could
+            use, the kernels in force; the CUDA device's name where one was tried.
         version: of pykernels.
         tried: everything that was measured, the best first.
         untried: for how many setups the time did not suffice, or which could not keep the bound as fewer items did not.
@@ -71,7 +79,7 @@ class Setup:
     threads: int
     instances: int
     batch: int = 1
-    device: str = "cpu"
+    device: str | None = None
     bound_ms: float | None = None
     latency_ms: float | None = None
     p99_ms: float | None = None
@@ -80,6 +88,7 @@ class Setup:
     cpu: str | None = None
     cores: int | None = None
     isa: str | None = None
+    gpu: str | None = None
     version: str | None = None
     tried: tuple[Trial, ...] = dataclasses.field(default=(), repr=False)
     untried: int = 0
@@ -94,30 +103,31 @@ class Setup:
         for name in ("bound_ms", "latency_ms", "p99_ms", "items_per_second"):
             if getattr(self, name) is not None:
                 _measure(self, name)
-        for name in ("cpu", "isa", "version"):
+        for name in ("cpu", "isa", "gpu", "version"):
             if not isinstance(getattr(self, name), str | None):
                 _wrong(self, name, "text")
-        if self.device not in DEVICES:
-            _wrong(self, "device", " or ".join(DEVICES))
+        if self.device is not None:
+            _device(self)
         if not isinstance(self.tried, tuple) or not all(isinstance(trial, Trial) for trial in self.tried):
             _wrong(self, "tried", "a tuple of Trial")
 
     def __str__(self) -> str:
-        text = f"{self.instances} x {self.threads} threads, batch {self.batch}"
+        text = f"{self.instances} x {self.threads} threads, batch {self.batch}{place(self.device)}"
         if self.latency_ms is not None and self.p99_ms is not None and self.items_per_second is not None:
             text += f": {self.latency_ms:.2f} ms, p99 {self.p99_ms:.2f} ms, {self.items_per_second:.1f} items/s"
         return text
 
     def report(self) -> str:
         """The table of what was tried, the best first, with the machine and the choice; printable."""
-        rows = [("threads", "instances", "batch", "ms", "p99 ms", "items/s", "calls", "rounds", "")]
+        rows = [("device", "threads", "instances", "batch", "ms", "p99 ms", "items/s", "calls", "rounds", "")]
         for t in self.tried:
-            chosen = (t.threads, t.instances, t.batch) == (self.threads, self.instances, self.batch)
+            own = self.threads, self.instances, self.batch, self.device
+            chosen = (t.threads, t.instances, t.batch, t.device) == own
             over = self.bound_ms is not None and t.p99_ms > self.bound_ms
             times = f"{t.latency_ms:.2f}", f"{t.p99_ms:.2f}", f"{t.items_per_second:.1f}"
             counts = str(t.calls), str(t.rounds)
             remark = "chosen" if chosen else "over the bound" if over else ""
-            rows.append((str(t.threads), str(t.instances), str(t.batch), *times, *counts, remark))
+            rows.append((t.device, str(t.threads), str(t.instances), str(t.batch), *times, *counts, remark))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         aligned = ("  ".join(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)) for row in rows)
         lines = [f"{text}  {row[-1]}".rstrip() for text, row in zip(aligned, rows, strict=True)] if self.tried else []
@@ -126,7 +136,8 @@ class Setup:
         if self.untried:
             lines.append(f"not tried: {self.untried} setups, for which the time or the bound left no room")
         if self.cpu is not None:
-            lines.append(f"{self.cpu}, {self.cores} cores, {self.isa}, pykernels {self.version}")
+            gpu = "" if self.gpu is None else f", {self.gpu}"
+            lines.append(f"{self.cpu}, {self.cores} cores, {self.isa}{gpu}, pykernels {self.version}")
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -211,6 +222,11 @@ def _measure(owner: Any, name: str) -> None:
     value = getattr(owner, name)
     if type(value) not in (int, float) or not 0 < value < math.inf:
         _wrong(owner, name, "a finite number above 0")
+
+
+def _device(owner: Any) -> None:
+    if not isinstance(owner.device, str) or DEVICE.fullmatch(owner.device) is None:
+        _wrong(owner, "device", "cpu, cuda or cuda:N")
 
 
 def _wrong(owner: Any, name: str, wanted: str) -> NoReturn:

@@ -28,9 +28,15 @@ class Deployed:
 
         return sorted(replicas(self.process.pid))
 
-    def ask(self, x: torch.Tensor) -> torch.Tensor:
+    def parts(self) -> list[int]:
+        """Processes of the parts of split networks, in the order in which they were started."""
+        from benchmarks.serve.start import descendants
+
+        return sorted(pid for pid, command in descendants(self.process.pid) if b"pykernels.parallel.part" in command)
+
+    def ask(self, x: torch.Tensor, model: str = "line") -> torch.Tensor:
         body = json.dumps({"instances": x.tolist()}).encode()
-        answer = urllib.request.urlopen(f"http://{self.http}/v1/models/line:predict", body, timeout=60)
+        answer = urllib.request.urlopen(f"http://{self.http}/v1/models/{model}:predict", body, timeout=60)
         return torch.tensor(json.load(answer)["predictions"])
 
 
@@ -43,11 +49,11 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def deploy(net: Path, *options: str) -> Iterator[Deployed]:
-    """`pykernels serve NET` on Ray, with more options, until the context ends."""
+def deploy(net: Path | str, *options: str) -> Iterator[Deployed]:
+    """`pykernels serve NET` on Ray (NET is a file or NAME=FILE), with more options, until the context ends."""
     http, grpc = free_ports(2)
     process = subprocess.Popen(
-        [sys.executable, "-m", "pykernels", "serve", net, "--port", str(http), "--grpc-port", str(grpc), *options],
+        [sys.executable, "-m", "pykernels", "serve", str(net), "--port", str(http), "--grpc-port", str(grpc), *options],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},

@@ -24,6 +24,7 @@ from pykernels.serve.linked import Linked
 from pykernels.serve.model import Limits, Model, ready
 from pykernels.serve.runner import Runner
 from tests.networks import lively
+from tests.serve.deployed import deploy
 from tests.serve.serving import PATIENCE, serving
 
 
@@ -219,6 +220,29 @@ def test_parts_are_processes_and_a_lost_one_costs_no_request(network: pk.Optimiz
         now = [process.pid for process in model.network.chain._processes.running]
         assert now[0] == pids[0] and now[1] != pids[1]
     assert not any(alive(pid) for pid in now)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_on_ray_a_replica_is_a_pipeline_and_a_lost_part_costs_no_request(network: pk.Optimized, folder: Path) -> None:
+    pytest.importorskip("ray", reason="the extra `serve` is not installed")
+    images = [torch.randn(1, 3, 8, 8) for _ in range(200)]
+    with deploy(f"net={folder}", "--replicas", "1", "--max-batch", "4") as deployed:
+        (replica,), before = deployed.replicas(), deployed.parts()
+        assert len(before) == 2
+        own = set().union(*(os.sched_getaffinity(pid) for pid in before))
+        assert own <= os.sched_getaffinity(replica) and len(os.sched_getaffinity(replica)) == 2
+        with ThreadPoolExecutor(8) as clients:
+            asked = [clients.submit(deployed.ask, x, "net") for x in images]
+            until(lambda: sum(answer.done() for answer in asked) > 20)
+            os.kill(before[1], signal.SIGKILL)
+            assert not asked[-1].done()
+        for x, answer in zip(images, asked, strict=True):
+            assert torch.equal(answer.result(), network(x))
+        now = deployed.parts()
+        assert deployed.replicas() == [replica] and len(now) == 2 and len(set(now) & set(before)) == 1
+    until(lambda: not any(alive(pid) for pid in [replica, *now]))
 
 
 @pytest.mark.slow

@@ -52,13 +52,15 @@ def test_the_serve_config_is_what_ray_takes(written: Path, options: Options) -> 
     schema = pytest.importorskip("ray.serve.schema", reason="Ray is not installed")
     jobs = dataclasses.replace(options, jobs="redis://redis:6379/0")
     schema.ServeDeploySchema.model_validate(manifests.serve_config(jobs, 3, 8000, 8001))
+    gpus = dataclasses.replace(options, device="cuda", gpus=0.5)
+    schema.ServeDeploySchema.model_validate(manifests.serve_config(gpus, 3, 8000, 8001))
     schema.ServeDeploySchema.model_validate(yaml.safe_load((written / "serve.yaml").read_text()))
     service = yaml.safe_load((written / "rayservice.yaml").read_text())
     schema.ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
 
 
 @pytest.mark.skipif(CRD is None, reason="PYKERNELS_KUBERAY_CRD names no definition of KubeRay's")
-def test_the_ray_service_is_what_kuberay_takes(written: Path) -> None:
+def test_the_ray_service_is_what_kuberay_takes(written: Path, options: Options) -> None:
     assert CRD is not None
     held = Path(CRD).read_bytes()
     definition = yaml.load(
@@ -68,6 +70,7 @@ def test_the_ray_service_is_what_kuberay_takes(written: Path) -> None:
     service = yaml.safe_load((written / "rayservice.yaml").read_text())
     strict = _closed(schema)
     jsonschema.validate(service, strict)
+    jsonschema.validate(manifests.ray_service(dataclasses.replace(options, device="cuda"), 3, 8000, 8001), strict)
     service["spec"]["rayClusterConfig"]["headGroupSpecs"] = {}
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(service, strict)

@@ -54,7 +54,7 @@ def serve(*arguments: object, status: int = 0) -> str:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What would be served, in place of serving it."""
     found: list[Any] = []
-    monkeypatch.setattr(command, "_run", lambda options, *place: found.extend([options, *place]))
+    monkeypatch.setattr(command, "_run", lambda options, _, *place: found.extend([options, *place]))
     return found
 
 

@@ -14,6 +14,7 @@ from pykernels.tune import choose
 from pykernels.tune.cores import usable
 from pykernels.tune.search import Candidate, NoSetup, Sample, candidates, counts, search
 from tests.networks import Mixed, lively
+from tests.stand_in import Gpu
 
 
 class World:
@@ -189,7 +190,7 @@ def test_tune_tries_batches_under_a_bound(network: pk.Optimized, monkeypatch: py
     """What is measured is replaced, so nothing is timed: 1 ms an item."""
     shapes: dict[int, list[int]] = {}
 
-    def measure(network: pk.Optimized, calls: Any) -> Any:
+    def measure(networks: dict[str, pk.Optimized], calls: Any) -> Any:
         shapes.update({size: list(args[0].shape) for size, (args, _) in calls.items()})
         return lambda c, seconds: Sample((c.batch * 1e-3,) * 10, 1000.0 * c.instances + c.batch)
 
@@ -213,7 +214,7 @@ def test_an_error_in_one_client_ends_the_measurement(network: pk.Optimized, monk
 
     if usable().count < 2:
         pytest.skip("needs two cores")
-    measure = choose._measure(network, {1: ((torch.zeros(1),), {})})
+    measure = choose._measure({"cpu": network}, {1: ((torch.zeros(1),), {})})
     monkeypatch.setattr(network, "forward", forward)
     with pytest.raises(MemoryError, match="too much"):
         measure(Candidate(1, 2, 1), 0.1)
@@ -221,6 +222,50 @@ def test_an_error_in_one_client_ends_the_measurement(network: pk.Optimized, monk
 
 class _Two:
     count = 2
+
+
+def test_a_gpu_is_tried_when_it_is_asked_for(network: pk.Optimized, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured is replaced: a call on the GPU takes 4 ms, whatever its items, on the CPU 1 ms an item."""
+    Gpu(monkeypatch)
+    known: dict[str, str] = {}
+
+    def measure(networks: dict[str, pk.Optimized], calls: Any) -> Any:
+        known.update({name: there.report().device for name, there in networks.items()})
+
+        def sample(c: Candidate, seconds: float) -> Sample:
+            taken = 4e-3 if c.device == "cuda" else c.batch * 1e-3
+            return Sample((taken,) * 10, c.instances * c.batch / taken)
+
+        return sample
+
+    monkeypatch.setattr(choose, "_measure", measure)
+    monkeypatch.setattr(choose, "usable", _Two)
+    x = torch.randn(3, 3, 16, 16)
+    setup = pk.tune(network, x, latency_ms=9.0, seconds=4.0, devices=("cpu", "cuda"))
+    assert known == {"cpu": "cpu", "cuda": "cuda"}
+    assert (setup.device, setup.threads, setup.instances, setup.batch, setup.gpu) == ("cuda", 1, 2, 128, "A GPU")
+    assert pk.Setup.from_json(setup.to_json()) == setup
+    assert "2 x 1 threads, batch 128 on cuda: 4.00 ms" in setup.report() and "A GPU, pykernels" in setup.report()
+    shortest = pk.tune(network, x[:2], seconds=1.0, devices=("cpu", "cuda"))
+    assert shortest.device == "cpu" and {trial.device for trial in shortest.tried} == {"cpu", "cuda"}
+
+
+def test_a_gpu_is_measured_from_the_host_when_its_graphs_are_captured(
+    network: pk.Optimized, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Gpu(monkeypatch)
+    x = torch.randn(2, 3, 16, 16)
+    setup = pk.tune(network, x, latency_ms=1e5, seconds=0.3, batches=[2], devices=["cuda"])
+    assert setup.device == "cuda" and setup.batch == 2 and network.report().device == "cpu"
+    assert gpu.captured == 1 and gpu.log.count("slept") >= sum(trial.calls for trial in setup.tried)
+
+
+def test_few_calls_at_once_are_tried_on_a_gpu_small_batches_first() -> None:
+    found = candidates(16, [2, 1], several=True, device="cuda:1")
+    assert [(c.batch, c.instances) for c in found] == [(b, n) for b in (1, 2) for n in (1, 2, 3, 4)]
+    assert {(c.threads, c.device) for c in found} == {(1, "cuda:1")}
+    assert candidates(16, [1], several=False, device="cuda") == [Candidate(1, 1, 1, "cuda")]
+    assert {c.instances for c in candidates(2, [1], several=True, device="cuda")} == {1, 2}
 
 
 def test_inputs_keep_their_items_and_their_layout() -> None:
@@ -245,6 +290,9 @@ def test_a_fixed_batch_size_is_kept() -> None:
         ({"latency_ms": 0.0}, "latency_ms: must be a finite number above 0, not 0.0"),
         ({"latency_ms": math.inf}, "latency_ms: must be a finite number above 0, not inf"),
         ({"latency_ms": math.nan}, "latency_ms: must be a finite number above 0, not nan"),
+        ({"devices": []}, r"devices: must be some of cpu, cuda, cuda:0, cuda:1 ..., not \[\]"),
+        ({"devices": "cpu"}, "devices: must be some of cpu, cuda"),
+        ({"devices": ["tpu"]}, "devices: must be some of cpu, cuda"),
         ({"seconds": -1.0}, "seconds: must be a finite number above 0, not -1.0"),
         ({"batches": [0]}, r"batches: must be whole numbers of at least 1, not \[0\]"),
         ({"batches": []}, "batches: must be whole numbers"),

@@ -17,6 +17,7 @@ SETUP = pk.Setup(
     threads=1,
     instances=2,
     batch=4,
+    device="cpu",
     bound_ms=20.0,
     latency_ms=10.0,
     p99_ms=14.0,
@@ -44,6 +45,7 @@ def test_json_and_files_give_the_same_setup_back(tmp_path: Path) -> None:
 def test_a_setup_made_by_hand_needs_threads_and_instances() -> None:
     assert pk.Setup.from_json('{"threads": 2, "instances": 3}') == pk.Setup(2, 3)
     assert pk.Setup(2, 3).report() == "3 x 2 threads, batch 1"
+    assert str(pk.Setup(1, 2, 8, "cuda:1")) == "2 x 1 threads, batch 8 on cuda:1"
 
 
 def test_it_cannot_be_changed() -> None:
@@ -72,8 +74,14 @@ def test_it_cannot_be_changed() -> None:
         (changed(items_per_second=float("nan")), "NaN is no number"),
         (changed(bound_ms=0).replace('"bound_ms": 0', '"bound_ms": 1e999'), "setup: bound_ms must be a finite number"),
         (changed(cpu=3), "setup: cpu must be text, not 3"),
-        (changed(device="cuda"), "setup: device must be cpu, not 'cuda'"),
+        (changed(device="tpu"), "setup: device must be cpu, cuda or cuda:N, not 'tpu'"),
+        (changed(device="cuda:x"), "setup: device must be cpu, cuda or cuda:N"),
         (changed(device=["cpu"]), "setup: device must be cpu"),
+        (changed(gpu=1), "setup: gpu must be text, not 1"),
+        (
+            changed(tried=[{**dataclasses.asdict(TRIALS[0]), "device": None}]),
+            "trial: device must be cpu, cuda or cuda:N",
+        ),
         (changed(tried={}), "setup: tried must be a list"),
         (changed(tried=[1]), r"tried\[0\]: a JSON object is needed, not int"),
         (changed(tried=[{}]), r"tried\[0\]: 'threads' is missing"),
@@ -103,9 +111,20 @@ def test_what_is_made_in_python_is_checked_as_well() -> None:
 
 def test_the_report_shows_what_was_tried_chosen_and_over_the_bound() -> None:
     lines = SETUP.report().splitlines()
-    assert lines[0].split() == ["threads", "instances", "batch", "ms", "p99", "ms", "items/s", "calls", "rounds"]
-    assert lines[1].split() == ["1", "2", "4", "10.00", "14.00", "800.0", "500", "9", "chosen"]
-    assert lines[2].split() == ["2", "1", "8", "16.00", "25.00", "490.5", "90", "3", "over", "the", "bound"]
+    assert lines[0].split() == [
+        "device",
+        "threads",
+        "instances",
+        "batch",
+        "ms",
+        "p99",
+        "ms",
+        "items/s",
+        "calls",
+        "rounds",
+    ]
+    assert lines[1].split() == ["cpu", "1", "2", "4", "10.00", "14.00", "800.0", "500", "9", "chosen"]
+    assert lines[2].split() == ["cpu", "2", "1", "8", "16.00", "25.00", "490.5", "90", "3", "over", "the", "bound"]
     assert lines[3].startswith("most items/s with p99 up to 20 ms: 2 x 1 threads, batch 4: 10.00 ms")
     assert lines[4].startswith("not tried: 3 setups")
     assert lines[5] == "A CPU, 2 cores, avx2, pykernels 0.1.0"

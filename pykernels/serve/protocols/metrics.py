@@ -44,7 +44,9 @@ class Metrics(Collector):
             for name, (text, _) in seconds.items()
         }
         waiting = GaugeMetricFamily("pykernels_waiting_requests", "Requests in the queue.", labels=LABELS)
-        mapped = GaugeMetricFamily("pykernels_mapped_bytes", "Bytes of the mapped file.", labels=LABELS)
+        mapped = GaugeMetricFamily(
+            "pykernels_mapped_bytes", "Bytes of the mapped file, or of weights on a GPU.", labels=LABELS
+        )
         restarts = CounterMetricFamily(
             "pykernels_part_restarts", "Processes of a split network's parts that were started anew.", labels=LABELS
         )

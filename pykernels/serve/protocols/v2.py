@@ -15,6 +15,7 @@ from pykernels.serve.batching import Counts
 from pykernels.serve.errors import Forbidden, Invalid, Unsupported
 from pykernels.serve.model import Model
 from pykernels.serve.service import Service
+from pykernels.tune.on_device import OnDevice
 
 __all__ = [
     "EXTENSIONS",
@@ -117,14 +118,17 @@ def metadata(service: Service, model: Model) -> dict[str, Any]:
 
 def config(service: Service, model: Model) -> dict[str, Any]:
     """A model's configuration in Triton's form, in which shapes leave out the rows that batches are made of."""
-    batches = model.apart is None
+    batches, network = model.apart is None, model.network
+    where: dict[str, Any] = {"kind": "KIND_CPU"}
+    if isinstance(network, OnDevice):
+        where = {"kind": "KIND_GPU", "gpus": [network.device.index or 0]}
     found: dict[str, Any] = {
         "name": model.name,
         "platform": PLATFORM,
         "backend": PLATFORM,
         "max_batch_size": model.queue.costs.most if batches else 0,
         "instance_group": [
-            {"name": f"{model.name}_0", "kind": "KIND_CPU", "count": model.queue.runner.at_once},
+            {"name": f"{model.name}_0", **where, "count": model.queue.runner.at_once},
         ],
         "default_model_filename": "net.pk",
     }

@@ -14,6 +14,8 @@ import pykernels as pk
 from benchmarks.gpu.check_networks import apart, check_networks, mobile
 from pykernels.network.report import Report
 from pykernels.quantization import recipes
+from pykernels.tune.on_device import from_host
+from tests.stand_in import Gpu
 
 X = torch.randn(2, 3, 15, 15)
 
@@ -52,6 +54,19 @@ def test_an_int8_network_is_the_cpus_to_the_bit(quantized: nn.Module, mode: Laun
     ours = [n.target._schema.name for n in there.program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
     assert mode.calls.total() == 2 * sum(name.startswith("pykernels::") for name in ours)
     assert {"qconv2d", "int8_linear", "qmul", "qcat", "max_pool2d", "quantize_per_tensor"} <= set(mode.calls)
+
+
+def test_an_int8_network_called_from_the_host_answers_there(mode: Launchers, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
+    small = recipes.quantize(small, (X,), [X], refine=False)
+    here, there = pk.optimize(small, X, precision="int8"), as_on_a_gpu(small, "int8", mode)
+    gpu = Gpu(monkeypatch)
+    there.cuda_graph = False  # so every call runs the launchers
+    called = from_host(there.to("cuda"))
+    with mode:
+        y = called(X)
+    same(y, here(X))
+    assert mode.calls["qconv2d"] == 1 and gpu.log[-1] == "slept"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
