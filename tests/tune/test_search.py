@@ -103,6 +103,20 @@ def test_that_none_keeps_the_bound_is_said_with_the_best_p99() -> None:
         search(wanted, measure, 20.0, 5.0, clock=lambda: now[0], sleep=lambda s: None)
 
 
+def test_one_call_that_was_disturbed_costs_the_best_setup_nothing() -> None:
+    wanted, now, seen = [Candidate(1, n, 1) for n in (1, 2, 3, 4)], [0.0], set()
+
+    def measure(c: Candidate, seconds: float) -> Sample:
+        now[0] += seconds
+        count = int(seconds / 40e-3)
+        late = 1 if c not in seen else 0  # of every setup but the slowest one
+        seen.add(c)
+        return Sample((0.3,) * (late and c.instances > 1) + (40e-3,) * count, c.instances * 25.0)
+
+    trials = search(wanted, measure, 100.0, 20.0, clock=lambda: now[0], sleep=lambda s: None)
+    assert chosen(trials) == wanted[3] and trials[0].p99_ms == 40.0
+
+
 def test_p99_is_of_all_calls_and_medians_are_of_rounds() -> None:
     """One call of 200 may be late, three may not."""
     now = [0.0]
