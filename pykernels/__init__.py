@@ -10,7 +10,8 @@ import pykernels.ops  # noqa: F401
 from pykernels.compress import Compressed, compress
 from pykernels.distil import distill
 from pykernels.nn.swap import swap
-from pykernels.optimize import Optimized, load, optimize
+from pykernels.optimize import optimize
+from pykernels.optimized import Optimized, load
 from pykernels.prune import Pruned, prune
 from pykernels.tune import Instances, Setup, tune
 

@@ -20,6 +20,7 @@ ORDER = (
     "quantization",
     "precision",
     "nn",
+    "optimized",
     "optimize",
     "tune",
     "comm",
@@ -107,4 +108,5 @@ def test_importing_the_package_imports_nothing_that_it_may_not_need() -> None:
 
 
 def test_the_root_of_the_package_holds_what_a_user_imports() -> None:
-    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py", "distil.py", "optimize.py"}
+    wanted = {"__init__.py", "__main__.py", "distil.py", "optimize.py", "optimized.py"}
+    assert {path.name for path in ROOT.glob("*.py")} == wanted

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pykernels.optimize import Optimized, load
+from pykernels.optimized import Optimized, load
 
 from .report import Row
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pykernels.ops.errors import reason
-from pykernels.optimize import Optimized
+from pykernels.optimized import Optimized
 from pykernels.prune.surgery import refuse
 
 from .checkpoint import Checkpoint, fingerprint

@@ -26,7 +26,8 @@ from torch.utils import _pytree as pytree
 from pykernels.distil import Stopped as Halted
 from pykernels.distil import distill
 from pykernels.network.plan.timing import quiet_seconds
-from pykernels.optimize import Optimized, optimize
+from pykernels.optimize import optimize
+from pykernels.optimized import Optimized
 from pykernels.prune import prune
 
 from .checkpoint import Checkpoint

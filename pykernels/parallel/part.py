@@ -21,7 +21,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from pykernels.network.saved import tree_json
-from pykernels.optimize import Optimized, load
+from pykernels.optimized import Optimized, load
 from pykernels.parallel.link import Link, LinkError, Silent, accept, dial_until, key_of_environment, listen
 
 __all__ = ["attend", "main"]

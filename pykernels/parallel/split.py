@@ -23,7 +23,7 @@ from pykernels.graph.alias import writes
 from pykernels.network.plan.cut import Cuts, Spec
 from pykernels.network.plan.cut import Part as Piece
 from pykernels.network.report import Report
-from pykernels.optimize import Optimized, load
+from pykernels.optimized import Optimized, load
 
 if TYPE_CHECKING:
     from pykernels.parallel.chain import Chain

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils import _pytree as pytree
 
-from pykernels.optimize import load
+from pykernels.optimized import load
 from pykernels.serve.batching import Counts, Queue
 from pykernels.serve.costs import Costs, sizes
 from pykernels.serve.files import Files

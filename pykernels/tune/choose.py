@@ -13,7 +13,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 import pykernels
-from pykernels.optimize import Optimized, inputs_of_call
+from pykernels.optimize import inputs_of_call
+from pykernels.optimized import Optimized
 from pykernels.tune.cores import cpu_name, usable
 from pykernels.tune.instances import Instances, check
 from pykernels.tune.on_device import calls_to_warm_up, copy_on, from_host

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from pykernels.graph.alias import writes
-from pykernels.optimize import Optimized
+from pykernels.optimized import Optimized
 from pykernels.tune.on_device import copy_on, from_host
 from pykernels.tune.setup import Setup
 from pykernels.tune.workers import Workers

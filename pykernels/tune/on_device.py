@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from pykernels.cuda import registry
 from pykernels.cuda.graphs import PATIENCE
-from pykernels.optimize import Optimized
+from pykernels.optimized import Optimized
 
 __all__ = ["OnDevice", "calls_to_warm_up", "copy_on", "from_host"]
 
