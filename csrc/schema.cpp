@@ -119,7 +119,8 @@ STABLE_TORCH_LIBRARY(pykernels, m) {
       "compress_encode(Tensor x, Tensor(a!)? residual, Tensor(b!) payload, Tensor segments, str codec, int block, "
       "bool stochastic=False, int seed=0) -> ()");
   m.def(
-      "compress_decode(Tensor payloads, Tensor(a!) out, Tensor segments, str codec, int block, float factor=1.0) "
+      "compress_decode(Tensor payloads, Tensor(a!) out, Tensor segments, str codec, int block, float factor=1.0, "
+      "Tensor? weights=None) "
       "-> ()");
   m.def(
       "compress_reduce(Tensor payloads, Tensor(a!)? residual, Tensor(b!) payload, Tensor segments, str codec, "

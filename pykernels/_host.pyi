@@ -27,6 +27,7 @@ def compress_decode(
     codec: str,
     block: int,
     factor: float = 1.0,
+    weights: NDArray[np.float32] | None = None,
 ) -> None: ...
 def compress_reduce(
     payloads: NDArray[np.uint8],

@@ -277,6 +277,10 @@ def samples() -> list[Sample]:
     add("compress_decode",
         lambda n: {"payloads": sent[None].repeat(2, 1), "out": torch.randn(n, 40), "segments": segments},
         batched=["out"], mutated=["out"], codec="int8", block=32, factor=0.5)  # fmt: skip
+    add("compress_decode",
+        lambda n: {"payloads": sent.repeat(n, 1), "out": torch.randn(101), "segments": segments,
+                   "weights": torch.rand(n)},
+        "weights", batched=["payloads", "weights"], mutated=["out"], codec="int8", block=32)  # fmt: skip
     add("compress_reduce",
         lambda n: {"payloads": sent.repeat(n, 1), "residual": torch.randn(101), "payload": torch.zeros_like(sent),
                    "segments": segments},

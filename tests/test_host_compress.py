@@ -59,6 +59,10 @@ def test_the_bytes_are_those_of_the_ops(
     _host.compress_decode(both, got, segments, codec, BLOCK, 0.3)
     compress.compress_decode(torch.from_numpy(both), out, *rest, 0.3)
     assert np.array_equal(got, array(out))
+    weights = np.array([0.25, -1.7], np.float32)
+    _host.compress_decode(both, got, segments, codec, BLOCK, 0.3, weights)
+    compress.compress_decode(torch.from_numpy(both), out, *rest, 0.3, torch.from_numpy(weights))
+    assert np.array_equal(got, array(out))
     again = sent.copy()
     _host.compress_reduce(both, kept, again, segments, codec, BLOCK, 0.5, stochastic, seed)
     compress.compress_reduce(torch.from_numpy(both), residual, payload, *rest, 0.5, stochastic, seed)
@@ -124,6 +128,23 @@ def test_what_is_decoded_needs_ranks_and_a_writable_output() -> None:
         _host.compress_decode(np.zeros(size, np.uint8), out, segments, "int8", BLOCK)
     with pytest.raises(RuntimeError, match="compress_decode: out must be writable"):
         _host.compress_decode(np.zeros((1, size), np.uint8), read_only(out), segments, "int8", BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (np.ones(2), "weights must be of dtype float32"),
+        (np.ones((2, 1), np.float32), "weights must be flat, not of 2 dimensions"),
+        (np.ones(3, np.float32), "weights must have a number for each row of payloads, 2, not 3"),
+        (np.ones(0, np.float32), "weights must have a number for each row of payloads, 2, not 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_weights_are_one_a_row(weights: np.ndarray, message: str) -> None:
+    segments, elements, size = rows([100], "int8")
+    payloads, out = np.zeros((2, size), np.uint8), np.zeros(elements, np.float32)
+    with pytest.raises(RuntimeError, match=f"compress_decode: {message}"):
+        _host.compress_decode(payloads, out, segments, "int8", BLOCK, weights=weights)
 
 
 def test_no_torch_is_imported() -> None:

@@ -78,7 +78,9 @@ def check_dense(codec: str) -> bool:
         good &= agrees("compress_encode", x, None, payload, *how, stochastic, 2**40)
         reference.compress_encode(x, None, payload, *how, stochastic, 1)
         payloads = torch.stack([payload] * 3)
-        good &= agrees("compress_decode", payloads, torch.zeros(first, dtype=dtype), *how, 0.37)
+        out, weights = torch.zeros(first, dtype=dtype), torch.tensor([0.3, 1e-3, -2.0])
+        good &= agrees("compress_decode", payloads, out, *how, 0.37)
+        good &= agrees("compress_decode", payloads, out, *how, 0.37, weights)
         good &= agrees("compress_reduce", payloads, residual, payload, *how, 0.37, stochastic, 9)
     return good
 

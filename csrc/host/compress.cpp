@@ -44,6 +44,13 @@ Residual residual_of(const char* op, const Optional& array) {
   return {static_cast<float*>(info.ptr), info.size};
 }
 
+std::optional<Weights> weights_of(const char* op, const Optional& array) {
+  if (!array) return {};
+  const py::buffer_info info = request(op, "weights", *array, false, "f", "float32");
+  require(info.ndim == 1, op, "weights must be flat, not of ", info.ndim, " dimensions");
+  return Weights{static_cast<const float*>(info.ptr), info.size};
+}
+
 Bytes bytes_of(const char* op, const char* name, const py::buffer& array, bool written, py::ssize_t dim) {
   const py::buffer_info info = request(op, name, array, written, "B", "uint8");
   require(info.ndim == dim, op, name, " must have ", dim, " dimensions, not ", info.ndim);
@@ -73,10 +80,10 @@ void compress_encode(const py::buffer& x, const Optional& residual, const py::bu
 }
 
 void compress_decode(const py::buffer& payloads, const py::buffer& out, const py::buffer& segments,
-                     const std::string& codec, int64_t block, double factor) {
+                     const std::string& codec, int64_t block, double factor, const Optional& weights) {
   const char* op = "compress_decode";
   decode(coding_of(op, codec, block), bytes_of(op, "payloads", payloads, false, 2), elements_of(op, "out", out, true),
-         segments_of(op, segments), factor, here);
+         segments_of(op, segments), factor, weights_of(op, weights), here);
 }
 
 void compress_reduce(const py::buffer& payloads, const Optional& residual, const py::buffer& payload,
@@ -94,7 +101,8 @@ void define_compress(py::module_& m) {
         py::arg("codec"), py::arg("block"), py::arg("stochastic") = false, py::arg("seed") = 0,
         "pykernels.ops.compress.compress_encode on arrays.");
   m.def("compress_decode", &compress_decode, py::arg("payloads"), py::arg("out"), py::arg("segments"), py::arg("codec"),
-        py::arg("block"), py::arg("factor") = 1.0, "pykernels.ops.compress.compress_decode on arrays.");
+        py::arg("block"), py::arg("factor") = 1.0, py::arg("weights") = py::none(),
+        "pykernels.ops.compress.compress_decode on arrays.");
   m.def("compress_reduce", &compress_reduce, py::arg("payloads"), py::arg("residual"), py::arg("payload"),
         py::arg("segments"), py::arg("codec"), py::arg("block"), py::arg("factor"), py::arg("stochastic") = false,
         py::arg("seed") = 0, "pykernels.ops.compress.compress_reduce on arrays.");

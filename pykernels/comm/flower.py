@@ -7,7 +7,8 @@
 
 A client answers a training message with its arrays less those that it was sent, encoded with error feedback: what the
 codec lost stays in the client's state and is added the next time. The server adds what it decodes to the arrays that it
-sent, and hands the strategy replies as if nothing had been compressed. The server knows names, shapes and dtypes from
+sent, and hands the strategy replies as if nothing had been compressed; where the strategy averages as FedAvg does, it
+decodes and sums all replies in one pass instead. The server knows names, shapes and dtypes from
 what it sent itself: of a reply it reads a version, a codec's name and as many bytes as these shapes take, whatever they
 hold. Of floating-point arrays (float32, float16) those of one dimension travel as fp32, others through the codec;
 arrays of other dtypes travel as they are.
@@ -16,7 +17,7 @@ arrays of other dtypes travel as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.constant import ErrorCode
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, RECORD_KEY_STATE
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 from pykernels import _host
 from pykernels.comm.stats import Stats
@@ -36,6 +37,7 @@ BLOCK, RAW_BLOCK = 256, 32  # elements of a record, where there is a scale and w
 RECORD = "pykernels"  # of a reply's and of a state's records
 STYPE = "pykernels.1"  # how the payload is serialized: as it is. The number counts formats
 DTYPES = ("float32", "float16")  # that are encoded
+TOGETHER = 1 << 18  # elements that are decoded at a time, of all payloads
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,25 @@ class _Part:
         assert self.codec is not None
         _host.compress_encode(x.reshape(-1), residual, payload, self.segments, self.codec, self.block)
 
-    def decode(self, payload: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """fp32 of `shape`."""
+    def decode(
+        self, payloads: Sequence[np.ndarray[Any, Any]], weights: np.ndarray[Any, Any] | None = None
+    ) -> np.ndarray[Any, Any]:
+        """fp32 of `shape`: what the payloads hold, added in order, each times its weight; in one pass over them."""
         assert self.codec is not None
         out = np.zeros(self.numel, np.float32)
-        _host.compress_decode(payload[None], out, self.segments, self.codec, self.block)
+        record = record_bytes(self.codec, self.block)
+        for begin in range(0, self.numel, TOGETHER):
+            end = min(begin + TOGETHER, self.numel)
+            first, last = (self.first + -(-n // self.block) * record for n in (begin, end))
+            rows = np.stack([payload[first:last] for payload in payloads])
+            _host.compress_decode(
+                rows, out, np.array([[begin, end - begin, 0]]), self.codec, self.block, weights=weights
+            )
         return out.reshape(self.shape)
+
+    def plain(self, payload: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The array whose bytes are as they are."""
+        return np.frombuffer(payload[self.first : self.first + self.size].tobytes(), self.dtype).reshape(self.shape)
 
 
 def _parts(arrays: Mapping[str, np.ndarray[Any, Any]], codec: str) -> list[_Part]:
@@ -206,11 +221,31 @@ def _residuals(state: RecordDict, now: int | None, forget_after: int | None) -> 
     return _numpy(record)
 
 
-def _decoded(content: RecordDict, base: ArrayRecord) -> tuple[RecordDict, int, int]:
-    """A reply's content as it would have been without the mod; bytes of its arrays then, and as they came.
+@dataclass(frozen=True)
+class _Update:
+    """What a reply holds: the payload, as bytes, and where the arrays lie in it."""
+
+    key: str  # of its ArrayRecord
+    codec: str
+    payload: np.ndarray[Any, Any]
+    parts: list[_Part]
+    before: dict[str, np.ndarray[Any, Any]]  # what the client was sent
+    others: dict[str, Any]  # its other records
+
+    def content(self, arrays: ArrayRecord) -> RecordDict:
+        """The reply's, as it would have been without the mod."""
+        return RecordDict({**self.others, self.key: arrays})
+
+    def count(self, stats: Stats) -> None:
+        stats.gradient_bytes += sum(array.nbytes for array in self.before.values())
+        stats.wire_bytes += self.payload.nbytes
+
+
+def _update(content: RecordDict, before: dict[str, np.ndarray[Any, Any]]) -> _Update:
+    """Of a reply to a client that was sent `before`.
 
     Raises:
-        ValueError: it is not what :func:`compress` makes of arrays like those of `base`, or not finite.
+        ValueError: it is not what :func:`compress` makes of such arrays.
     """
     key, record = _only(content, "a reply")
     config = content.config_records.get(RECORD)
@@ -220,28 +255,86 @@ def _decoded(content: RecordDict, base: ArrayRecord) -> tuple[RecordDict, int, i
     payload = record.get("payload")
     if payload is None or len(record) != 1 or payload.stype != STYPE or payload.dtype != "uint8":
         raise ValueError(f"the reply's arrays are no payload of format {STYPE}")
-    before = _numpy(base)
     parts = _parts(before, codec)
     if len(payload.data) != _size(parts) or tuple(payload.shape) != (_size(parts),):
         raise ValueError(f"the payload has {len(payload.data)} bytes, {codec} of these arrays takes {_size(parts)}")
-    data = np.frombuffer(payload.data, np.uint8)
+    others = {name: value for name, value in content.items() if name not in (key, RECORD)}
+    return _Update(key, codec, np.frombuffer(payload.data, np.uint8), parts, before, others)
+
+
+def _finite(array: np.ndarray[Any, Any]) -> bool:
+    return array.dtype.kind not in "fc" or bool(np.isfinite(array).all())
+
+
+def _decoded(update: _Update) -> RecordDict:
+    """The reply's content as it would have been without the mod.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
     arrays: dict[str, Array] = {}
-    for part in parts:
-        piece = np.ascontiguousarray(data[part.first : part.first + part.size])
+    for part in update.parts:
         if part.codec is None:
-            array = np.frombuffer(piece.tobytes(), part.dtype).reshape(part.shape)
+            array = part.plain(update.payload)
         else:
-            array = (before[part.name].astype(np.float32) + part.decode(piece)).astype(part.dtype)
-        if array.dtype.kind in "fc" and not np.isfinite(array).all():
+            before = update.before[part.name].astype(np.float32)
+            array = (before + part.decode([update.payload])).astype(part.dtype)
+        if not _finite(array):
             raise ValueError(f"{part.name} is not finite")
         arrays[part.name] = Array(array)
-    plain = sum(array.nbytes for array in before.values())
-    others = {name: value for name, value in content.items() if name not in (key, RECORD)}
-    return RecordDict({**others, key: ArrayRecord(arrays)}), plain, len(payload.data)
+    return update.content(ArrayRecord(arrays))
+
+
+def _shares(updates: Sequence[_Update], key: str) -> list[float] | None:
+    """Of each reply in the mean, as Flower has them of the metric `key`; None: something is wrong with the metrics."""
+    weights: list[float] = []
+    for update in updates:
+        records = [record for record in update.others.values() if isinstance(record, MetricRecord)]
+        weight = records[0].get(key) if len(records) == 1 else None
+        if not isinstance(weight, int | float):
+            return None
+        weights.append(weight)
+    total = sum(weights)
+    return [weight / total for weight in weights] if total else None
+
+
+def _mean(updates: Sequence[_Update], shares: Sequence[float]) -> ArrayRecord | None:
+    """What the clients were sent and the weighted mean of what they changed; None: a value is not finite.
+
+    Shares add up to one, so this is the weighted mean of the decoded replies, in one pass over the payloads. What is
+    not encoded is averaged as Flower does: integers become float64.
+    """
+    payloads, weights = [update.payload for update in updates], np.array(shares, np.float32)
+    arrays: dict[str, Array] = {}
+    for part in updates[0].parts:
+        if part.codec is None:
+            mean = np.asarray(sum(part.plain(p) * share for p, share in zip(payloads, shares, strict=True)))
+        else:
+            before = updates[0].before[part.name].astype(np.float32)
+            mean = (before + part.decode(payloads, weights)).astype(part.dtype)
+        if not _finite(mean):
+            return None
+        arrays[part.name] = Array(mean)
+    return ArrayRecord(arrays)
+
+
+def _answer(reply: Message, content: RecordDict) -> Message:
+    return Message(content=content, metadata=reply.metadata)
+
+
+def _refused(reply: Message, error: ValueError) -> Message:
+    reason = f"pykernels: reply of node {reply.metadata.src_node_id}: {error}"
+    return Message(error=Error(ErrorCode.MOD_FAILED_PRECONDITION, reason), metadata=reply.metadata)
 
 
 class Decompress(Strategy):
     """A strategy whose clients compress: `strategy` gets their replies decoded, and averages them as it ever does.
+
+    Where `strategy` averages by FedAvg's own ``aggregate_train`` (FedAvg, FedProx), and all clients were sent the same
+    arrays and used one codec, the replies are decoded and summed in one pass: no reply's arrays are ever there. The
+    strategy then gets the replies with empty ArrayRecords (so does its ``train_metrics_aggr_fn``), checks and logs
+    them and averages their metrics; the mean stands for the empty one that it returns. It is that of decoded replies
+    but for rounding.
 
     A reply that is not what :func:`compress` sends (another version, another size, values that are not finite) becomes
     a reply with an error, which strategies count and pass over; it says which node sent it.
@@ -277,22 +370,56 @@ class Decompress(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         self._stats.steps += 1
-        return self.strategy.aggregate_train(server_round, [self._decode(reply) for reply in replies])
+        known: dict[int, dict[str, np.ndarray[Any, Any]]] = {}
+        read = [self._read(reply, known) for reply in replies]
+        if getattr(self.strategy.aggregate_train, "__func__", None) is FedAvg.aggregate_train:
+            updates = [update for _, update in read if update is not None]
+            mean = self._mean(updates)
+            if mean is not None:
+                for update in updates:
+                    update.count(self._stats)
+                _, metrics = self.strategy.aggregate_train(
+                    server_round,
+                    [
+                        reply if update is None else _answer(reply, update.content(ArrayRecord()))
+                        for reply, update in read
+                    ],
+                )
+                return mean, metrics
+        return self.strategy.aggregate_train(server_round, [self._decode(*one) for one in read])
 
-    def _decode(self, reply: Message) -> Message:
+    def _read(
+        self, reply: Message, known: dict[int, dict[str, np.ndarray[Any, Any]]]
+    ) -> tuple[Message, _Update | None]:
+        """The reply and what it holds, or an error. `known`: arrays of records that were sent, by the record's id."""
         if reply.has_error():
-            return reply
-        node = reply.metadata.src_node_id
+            return reply, None
         try:
-            if node not in self._sent:
+            sent = self._sent.get(reply.metadata.src_node_id)
+            if sent is None:
                 raise ValueError("it was sent nothing in this round")
-            content, plain, wire = _decoded(reply.content, self._sent[node])
+            if id(sent) not in known:
+                known[id(sent)] = _numpy(sent)
+            return reply, _update(reply.content, known[id(sent)])
         except ValueError as error:
-            reason = f"pykernels: reply of node {node}: {error}"
-            return Message(error=Error(ErrorCode.MOD_FAILED_PRECONDITION, reason), metadata=reply.metadata)
-        self._stats.gradient_bytes += plain
-        self._stats.wire_bytes += wire
-        return Message(content=content, metadata=reply.metadata)
+            return _refused(reply, error), None
+
+    def _decode(self, reply: Message, update: _Update | None) -> Message:
+        if update is None:
+            return reply
+        try:
+            content = _decoded(update)
+        except ValueError as error:
+            return _refused(reply, error)
+        update.count(self._stats)
+        return _answer(reply, content)
+
+    def _mean(self, updates: list[_Update]) -> ArrayRecord | None:
+        """In one pass; None where only the strategy can tell what follows from decoded replies."""
+        if not updates or any(u.before is not updates[0].before or u.codec != updates[0].codec for u in updates):
+            return None
+        shares = _shares(updates, self.strategy.weighted_by_key)
+        return None if shares is None else _mean(updates, shares)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

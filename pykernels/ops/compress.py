@@ -80,8 +80,12 @@ def compress_decode(
     codec: str,
     block: int,
     factor: float = 1.0,
+    weights: torch.Tensor | None = None,
 ) -> None:
-    """Write ``factor`` times the sum of what the ranks sent into the segments of ``out``.
+    """Write ``factor * ((w0 * d0 + w1 * d1) + ...)`` into the segments of ``out``, ``d`` what the ranks sent.
+
+    Each product and each sum is rounded to fp32 (no FMA), as if every rank's payload were decoded into a tensor of its
+    own, multiplied, and added in order: the same bits, without those tensors.
 
     Args:
         payloads: uint8 [ranks, bytes], at least one rank; rows are contiguous, begin at multiples of 4 bytes and may
@@ -91,8 +95,9 @@ def compress_decode(
         codec: a name in :data:`CODECS`.
         block: elements of a record.
         factor: 1/ranks for the mean.
+        weights: float32 [ranks], on the device of ``payloads``; None: there is no product with a weight.
     """
-    torch.ops.pykernels.compress_decode(payloads, out, segments, codec, block, factor)
+    torch.ops.pykernels.compress_decode(payloads, out, segments, codec, block, factor, weights)
 
 
 def compress_reduce(

@@ -24,6 +24,7 @@ from pykernels.network.plan.cut import Cuts, Spec
 from pykernels.network.plan.cut import Part as Piece
 from pykernels.network.report import Report
 from pykernels.optimized import Optimized, load
+from pykernels.parallel.sizes import calls
 
 if TYPE_CHECKING:
     from pykernels.parallel.chain import Chain
@@ -130,7 +131,7 @@ def split(
 ) -> Split:
     """Cut a network into parts of one process each, balanced by measured step times and by the bytes between them.
 
-    Every batch size that the network takes goes through the parts, with its bits.
+    Every size that the network takes goes through the parts, with its bits: batches, and whatever else is free.
 
     Args:
         network: on the CPU, of `pykernels.optimize` or `pykernels.load`.
@@ -141,8 +142,8 @@ def split(
 
     Raises:
         TypeError: `network` is no `Optimized` one.
-        ValueError: it has no plans, its calls write into something, a size other than the batch's is free, an input is
-            no tensor, or it cannot be cut into so many parts.
+        ValueError: it has no plans, its calls write into something, an input is no tensor, it does not take `inputs`,
+            or it cannot be cut into so many parts.
     """
     if not isinstance(network, Optimized):
         raise TypeError(f"network: an Optimized network is needed, not {type(network).__name__}")
@@ -152,47 +153,19 @@ def split(
         raise ValueError("network: it has no plans: it is not on the CPU, or no step of it could be planned")
     if any(writes(node) for node in network.planned.program.graph.nodes):
         raise ValueError("network: its calls write into buffers or inputs, which parts do not share")
-    examples, batches = _examples(network, inputs)
-    cuts = Cuts(network.planned, examples, batches)
-    places, seconds = _balance(cuts, stages, batches[0], rate, rounds)
+    examples, sizes = calls(network, inputs)
+    cuts = Cuts(network.planned, examples, sizes)
+    places, seconds = _balance(cuts, stages, sizes[0], rate, rounds)
     pieces = [cuts.part(begin, end) for begin, end in itertools.pairwise(places)]
     specs = [piece.inputs for piece in pieces]
-    parts = tuple(_network(network, piece, batches, place, stages) for place, piece in enumerate(pieces))
-    crossing = tuple(sum(spec.bytes(batches[0]) for spec in found) for found in specs[1:])
+    parts = tuple(_network(network, piece, sizes[0], place, stages) for place, piece in enumerate(pieces))
+    crossing = tuple(sum(spec.bytes(sizes[0]) for spec in found) for found in specs[1:])
     return Split(parts, tuple(seconds), crossing)
 
 
-def _examples(network: Optimized, given: Sequence[torch.Tensor] | None) -> tuple[list[list[torch.Tensor]], list[int]]:
-    """Inputs of several batch sizes, and these; of one where it is fixed."""
-    for name, known, free in zip(network.input_names, network.example, network.free, strict=True):
-        if known is None:
-            raise ValueError(f"network: the input {name} is no tensor")
-        if set(free) - {0}:
-            raise ValueError(f"network: dimension {max(free)} of the input {name} is free; only a batch size may be")
-    shapes = [(dtype, list(shape)) for dtype, shape in filter(None, network.example)]
-    if given is not None:
-        shapes = [(x.dtype, list(x.shape)) for x in given]
-        if len(shapes) != len(network.example):
-            raise ValueError(f"inputs: {len(network.example)} tensors are needed, not {len(shapes)}")
-    rows = {shape[0] for (_, shape), free in zip(shapes, network.free, strict=True) if free}
-    if len(rows) > 1:
-        raise ValueError(f"network: its inputs have several batch sizes, {sorted(rows)}")
-    batch = rows.pop() if rows else 1
-    batches = [batch, batch + 1, 2 * batch + 3] if network.dynamic else [batch]
-    examples = []
-    for size in batches:
-        made = []
-        for place, ((dtype, shape), free) in enumerate(zip(shapes, network.free, strict=True)):
-            wanted = [size, *shape[1:]] if free else shape
-            # Numbers that are no floats may be places in something: 0 is one.
-            made.append(torch.randn(wanted).to(dtype) if dtype.is_floating_point else torch.zeros(wanted, dtype=dtype))
-            if given is not None and size == batch:
-                made[place] = given[place]
-        examples.append(made)
-    return examples, batches
-
-
-def _balance(cuts: Cuts, stages: int, batch: int, rate: float | None, rounds: int) -> tuple[list[int], list[float]]:
+def _balance(
+    cuts: Cuts, stages: int, free: Sequence[int], rate: float | None, rounds: int
+) -> tuple[list[int], list[float]]:
     """Where to cut, the two ends included, and the seconds of each part's steps.
 
     Dynamic programming over the places where a cut may go: the least time of the slowest for so many parts up to each.
@@ -202,7 +175,7 @@ def _balance(cuts: Cuts, stages: int, batch: int, rate: float | None, rounds: in
         specs = cuts.specs(cut)
         if specs is not None or cut in (0, cuts.count):
             where.append(cut)
-            sizes.append(sum(spec.bytes(batch) for spec in specs or ()))
+            sizes.append(sum(spec.bytes(free) for spec in specs or ()))
     if len(where) <= stages:
         raise ValueError(f"stages: the network can be cut into {len(where) - 1} parts at most, not {stages}")
     until = np.concatenate([[0.0], np.cumsum(cuts.seconds(rounds))])[where]
@@ -228,7 +201,7 @@ def _balance(cuts: Cuts, stages: int, batch: int, rate: float | None, rounds: in
     return [where[place] for place in places], [float(s) for s in np.diff(until[places])]
 
 
-def _network(whole: Optimized, piece: Piece, batches: Sequence[int], place: int, stages: int) -> Optimized:
+def _network(whole: Optimized, piece: Piece, free: Sequence[int], place: int, stages: int) -> Optimized:
     """A part as a network of its own."""
     first, last = place == 0, place == stages - 1
     report, told = whole.report(), piece.labels
@@ -247,15 +220,11 @@ def _network(whole: Optimized, piece: Piece, batches: Sequence[int], place: int,
         mine,
         whole.in_spec if first else pytree.tree_structure((tuple(range(len(piece.inputs))), {})),
         whole.out_spec if last else pytree.tree_structure(tuple(range(outputs))),
-        whole.free if first else [_free(spec) for spec in piece.inputs],
-        whole.example if first else [_shape(spec, batches[0]) for spec in piece.inputs],
+        whole.free if first else [[d for d, size in enumerate(spec.sizes) if size.of] for spec in piece.inputs],
+        whole.example if first else [_shape(spec, free) for spec in piece.inputs],
         piece.planned,
     )
 
 
-def _free(spec: Spec) -> list[int]:
-    return [d for d, size in enumerate(spec.sizes) if size.of_batch]
-
-
-def _shape(spec: Spec, batch: int) -> tuple[torch.dtype, list[int]]:
-    return spec.dtype, [size.at(batch) for size in spec.sizes]
+def _shape(spec: Spec, free: Sequence[int]) -> tuple[torch.dtype, list[int]]:
+    return spec.dtype, [size.at(free) for size in spec.sizes]

@@ -207,10 +207,20 @@ def compress_encode(
         _encode_into(v, kept, payload[begin:], codec, block, stochastic, first, seed)
 
 
-def _sum(payloads: torch.Tensor, begin: int, n: int, codec: str, block: int, factor: float) -> torch.Tensor:
-    """factor * (((d0 + d1) + d2) + ...), in fp32, of one segment of every rank's payload."""
+def _sum(
+    payloads: torch.Tensor,
+    begin: int,
+    n: int,
+    codec: str,
+    block: int,
+    factor: float,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """factor * (((d0 + d1) + d2) + ...), in fp32, of one segment of every rank's payload; with weights, of w * d."""
     size = _rows(n, block) * record_bytes(codec, block)
     shards = [_decode_records(p[begin : begin + size].view(_rows(n, block), -1), codec) for p in payloads]
+    if weights is not None:
+        shards = [weight * shard for weight, shard in zip(weights, shards, strict=True)]
     total = shards[0]
     for shard in shards[1:]:
         total = total + shard
@@ -218,12 +228,22 @@ def _sum(payloads: torch.Tensor, begin: int, n: int, codec: str, block: int, fac
 
 
 def compress_decode(
-    payloads: torch.Tensor, out: torch.Tensor, segments: torch.Tensor, codec: str, block: int, factor: float = 1.0
+    payloads: torch.Tensor,
+    out: torch.Tensor,
+    segments: torch.Tensor,
+    codec: str,
+    block: int,
+    factor: float = 1.0,
+    weights: torch.Tensor | None = None,
 ) -> None:
-    """`out[segment] = factor * sum over ranks`, of the payloads [ranks, bytes], in the order of the ranks."""
+    """`out[segment] = factor * sum over ranks`, of the payloads [ranks, bytes], in the order of the ranks.
+
+    `weights`, fp32 [ranks], multiply what each rank sent, before the sum.
+    """
     for first, n, begin in segments.tolist():
         if n:
-            out.view(-1)[first : first + n] = _sum(payloads, begin, n, codec, block, factor).to(out.dtype)
+            total = _sum(payloads, begin, n, codec, block, factor, weights)
+            out.view(-1)[first : first + n] = total.to(out.dtype)
 
 
 def compress_reduce(

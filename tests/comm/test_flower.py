@@ -12,7 +12,8 @@ pytest.importorskip("flwr", reason="flwr (extra federated) is not installed")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import LocalDpMod
-from flwr.serverapp.strategy import FedAvg, FedMedian
+from flwr.serverapp.exception import InconsistentMessageReplies
+from flwr.serverapp.strategy import FedAvg, FedMedian, FedProx
 from flwr.supercore.task_identity import TaskIdentity
 
 from pykernels.comm import flower
@@ -83,18 +84,45 @@ def numpy(arrays: ArrayRecord | None) -> dict[str, np.ndarray]:
     return {name: array.numpy() for name, array in arrays.items()}
 
 
+def decoded(content: RecordDict, start: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a reply's arrays would be without the mod."""
+    return numpy(flower._decoded(flower._update(content, start))["arrays"])
+
+
+def strategys(strategy: flower.Decompress, replies: list[Message]) -> list[Message]:
+    """The replies as the strategy gets them decoded."""
+    known: dict[int, dict[str, np.ndarray]] = {}
+    return [strategy._decode(*strategy._read(reply, known)) for reply in replies]
+
+
+class Sees(FedAvg):
+    """Keeps what it was given."""
+
+    def aggregate_train(self, server_round: int, replies: Any) -> Any:
+        self.given = list(replies)
+        return super().aggregate_train(server_round, self.given)
+
+
 @pytest.mark.parametrize(("codec", "share"), [("int8", 0.26), ("int4", 0.14)])
 def test_the_mean_is_that_of_what_was_decoded_and_few_bytes_travel(codec: str, share: float) -> None:
     start, clients = model(), Clients(3, flower.compress(codec))
     strategy = flower.Decompress(FedAvg())
     replies = [clients.reply(message) for message in asked(strategy, start, 3)]
-    decoded = [flower._decoded(reply.content, record(start))[0] for reply in replies]
+    given = strategys(strategy, replies)
+    expected, expected_metrics = FedAvg().aggregate_train(1, given)
+    strategy._stats.gradient_bytes = strategy._stats.wire_bytes = 0
     found, metrics = strategy.aggregate_train(1, replies)
-    arrays = numpy(found)
+    arrays, means = numpy(found), numpy(expected)
+    assert list(arrays) == list(means) and metrics == expected_metrics
     weights = [10 / 60, 20 / 60, 30 / 60]
+    for name, mean in means.items():
+        assert arrays[name].dtype == mean.dtype and arrays[name].shape == mean.shape, name
+        if name in ("steps", "double"):
+            assert np.array_equal(arrays[name], mean), name
+        greatest = np.max([np.abs(reply.content["arrays"][name].numpy()) for reply in given], 0).astype(mean.dtype)
+        ulps = np.abs(arrays[name] - mean) / np.spacing(greatest)  # units in the last place of the greatest reply
+        assert ulps.max() <= 3, (name, ulps.max())
     for name in SHAPES:
-        mean = sum(w * content["arrays"][name].numpy() for w, content in zip(weights, decoded, strict=True))
-        assert np.array_equal(arrays[name], mean), name
         true = sum(
             w * clients.answers[node][name].astype(np.float32) for w, node in zip(weights, (1, 2, 3), strict=True)
         )
@@ -104,10 +132,54 @@ def test_the_mean_is_that_of_what_was_decoded_and_few_bytes_travel(codec: str, s
     # FedAvg makes float64 of integers, and clients answer with integers again
     assert arrays["steps"] == pytest.approx(7 + np.dot(weights, [1, 2, 3])) and arrays["steps"].dtype == np.float64
     for message in asked(strategy, {**arrays, "steps": np.array(7.0)}, 3, 2):
-        assert not strategy._decode(clients.reply(message)).has_error()
+        assert not strategys(strategy, [clients.reply(message)])[0].has_error()
     assert metrics is not None and metrics["loss"] == pytest.approx(1.0)
     stats = strategy.stats()
     assert stats.steps == 1 and stats.wire_bytes <= share * stats.gradient_bytes
+
+
+def test_a_strategy_that_averages_as_fedavg_does_never_has_the_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replies come with their metrics and without arrays, nothing is decoded but the sum."""
+    start, clients, seen = model(), Clients(3, flower.compress()), []
+
+    def metrics(contents: list[RecordDict], key: str) -> MetricRecord:
+        seen.extend(contents)
+        return MetricRecord({"clients": len(contents), "key": int(key == "loss")})
+
+    strategy = flower.Decompress(FedProx(weighted_by_key="loss", train_metrics_aggr_fn=metrics))
+    replies = [clients.reply(message) for message in asked(strategy, start, 3)]
+    means = [decoded(reply.content, start)["weight"] for reply in replies]
+    monkeypatch.setattr(flower, "_decoded", None)
+    found, told = strategy.aggregate_train(1, replies)
+    assert told == {"clients": 3, "key": 1} and [len(content["arrays"]) for content in seen] == [0, 0, 0]
+    assert np.allclose(numpy(found)["weight"], np.mean(means, 0), rtol=0, atol=1e-6)  # every loss is 1
+
+
+def test_what_averages_otherwise_gets_the_arrays() -> None:
+    start, clients, seen = model(), Clients(3, flower.compress()), Sees()
+    strategy = flower.Decompress(seen)
+    replies = [clients.reply(message) for message in asked(strategy, start, 3)]
+    strategy.aggregate_train(1, replies)
+    for reply, given in zip(replies, seen.given, strict=True):
+        arrays, expected = numpy(given.content["arrays"]), decoded(reply.content, start)
+        assert list(arrays) == list(start) and all(np.array_equal(x, expected[name]) for name, x in arrays.items())
+
+
+def test_clients_of_two_codecs_are_averaged_as_well() -> None:
+    start, strategy = model(), flower.Decompress(FedAvg())
+    several = [Clients(2, flower.compress(codec)) for codec in ("int8", "int4")]
+    replies = [c.reply(m) for c, m in zip(several, asked(strategy, start, 2), strict=True)]
+    found, _ = strategy.aggregate_train(1, replies)
+    first, second = (decoded(reply.content, start)["weight"] for reply in replies)
+    assert np.allclose(numpy(found)["weight"], first / 3 + second * 2 / 3, rtol=0, atol=1e-6)
+
+
+def test_metrics_that_no_mean_can_be_weighed_by_are_the_strategys_to_refuse() -> None:
+    start, clients = model(), Clients(2, flower.compress())
+    strategy = flower.Decompress(FedAvg(weighted_by_key="accuracy"))
+    replies = [clients.reply(message) for message in asked(strategy, start, 2)]
+    with pytest.raises(InconsistentMessageReplies, match="accuracy"):
+        strategy.aggregate_train(1, replies)
 
 
 def test_what_one_round_lost_is_sent_in_the_next() -> None:
@@ -127,7 +199,7 @@ def test_what_one_round_lost_is_sent_in_the_next() -> None:
         for number in numbers:
             content = RecordDict({"arrays": record(start), "config": ConfigRecord({"server-round": number})})
             reply = app(Message(content, 1, "train"), context)
-            total += flower._decoded(reply.content, record(start))[0]["arrays"]["weight"].numpy()
+            total += decoded(reply.content, start)["weight"]
         return total
 
     def error(mod: Any, numbers: list[int]) -> float:
@@ -192,9 +264,10 @@ HOW = ["short", "shape", "pickle", "scale", "codec", "other codec", "no config",
 def test_a_reply_that_is_not_what_it_should_be_is_passed_over(how: str) -> None:
     start, clients, strategy = model(), Clients(3, flower.compress()), flower.Decompress(FedAvg())
     replies = [clients.reply(message) for message in asked(strategy, start, 3)]
-    good = [flower._decoded(reply.content, record(start))[0]["arrays"]["weight"].numpy() for reply in replies]
+    good = [decoded(reply.content, start)["weight"] for reply in replies]
     damaged(replies[1].content, how)
-    assert f"reply of node {replies[1].metadata.src_node_id}" in strategy._decode(replies[1]).error.reason
+    errors = [reply.error.reason if reply.has_error() else "" for reply in strategys(strategy, replies)]
+    assert f"reply of node {replies[1].metadata.src_node_id}" in errors[1] and not errors[0] and not errors[2]
     weights = [10.0 * reply.metadata.src_node_id for reply in (replies[0], replies[2])]
     arrays, _ = strategy.aggregate_train(1, replies)
     expected = (weights[0] * good[0] + weights[1] * good[2]) / sum(weights)
@@ -209,8 +282,8 @@ def test_random_bytes_of_the_right_size_never_do_more_than_decode() -> None:
     for _ in range(50):
         array = Array(dtype="uint8", shape=(size,), stype=flower.STYPE, data=RNG.bytes(size))
         reply.content["arrays"] = ArrayRecord({"payload": array})
-        decoded = strategy._decode(reply)
-        assert decoded.has_error() or all(np.isfinite(x).all() for x in numpy(decoded.content["arrays"]).values())
+        (found,) = strategys(strategy, [reply])
+        assert found.has_error() or all(np.isfinite(x).all() for x in numpy(found.content["arrays"]).values())
 
 
 def test_what_is_wrong_is_named() -> None:

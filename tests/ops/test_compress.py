@@ -111,7 +111,9 @@ def test_every_op_makes_the_oracles_bits(
     wide = torch.zeros(ranks, size + 12, dtype=torch.uint8)
     wide[:, :size] = torch.stack(shards)
     payloads = wide[:, :size]  # rows lie apart
-    agree("compress_decode", payloads, torch.full((elements,), 7.0, dtype=dtype), segments, codec, block, 0.37)
+    out, weights = torch.full((elements,), 7.0, dtype=dtype), torch.randn(ranks)
+    agree("compress_decode", payloads, out, segments, codec, block, 0.37)
+    agree("compress_decode", payloads, out, segments, codec, block, 0.37, weights)
     agree("compress_reduce", payloads, residual, payload, segments, codec, block, 0.37, stochastic, number)
 
 
@@ -141,7 +143,26 @@ def test_awkward_records(isa: str, codec: str) -> None:
                 assert left is None or left.isfinite().all()
                 agree("compress_decode", payload[None], torch.zeros(elements), segments, codec, block)
                 both = torch.stack([payload, payload])
+                weights = torch.tensor([0.0, -3.0])
+                agree("compress_decode", both, torch.zeros(elements), segments, codec, block, 1.0, weights)
                 agree("compress_reduce", both, residual, empty, segments, codec, block, 0.5, stochastic, 3)
+
+
+@every_codec
+def test_weights_multiply_what_is_decoded(isa: str, codec: str) -> None:
+    """Decoded into tensors of their own, multiplied, added in order, every step rounded to fp32: the same bits."""
+    block, ranks = 96, 5
+    segments, elements, size = one_segment(3000, codec, block)
+    payloads, weights = torch.zeros(ranks, size, dtype=torch.uint8), torch.tensor([0.3, 1e-3, -2.0, 0.0, 1 / 3])
+    total = None
+    for payload, weight in zip(payloads, weights, strict=True):
+        compress.compress_encode(gradients(elements), None, payload, segments, codec, block)
+        decoded = torch.zeros(elements)
+        compress.compress_decode(payload[None], decoded, segments, codec, block)
+        total = weight * decoded if total is None else total + weight * decoded
+    out = torch.zeros(elements)
+    compress.compress_decode(payloads, out, segments, codec, block, weights=weights)
+    same_bits(out, total)
 
 
 @pytest.mark.parametrize("codec", SCALED)
@@ -173,7 +194,9 @@ def test_many_segments_over_several_threads(threads: int) -> None:
         x, residual = gradients(elements), torch.randn(elements) * 0.01
         empty = torch.zeros(size, dtype=torch.uint8)
         _, _, payload, *_ = agree("compress_encode", x, residual, empty, segments, "int8", 64)
-        agree("compress_decode", torch.stack([payload] * 2), torch.zeros(elements), segments, "int8", 64, 0.5)
+        both, out = torch.stack([payload] * 2), torch.zeros(elements)
+        agree("compress_decode", both, out, segments, "int8", 64, 0.5)
+        agree("compress_decode", both, out, segments, "int8", 64, 0.5, torch.tensor([0.7, 0.2]))
     finally:
         torch.set_num_threads(before)
 
@@ -400,6 +423,11 @@ BAD = [
         {"payload": BYTES[:140]},
         r"segments\[0\] .* more than are left in payload, which has 140 bytes",
     ),
+    ("compress_decode", {"weights": torch.ones(3)}, "weights must have a number for each row of payloads, 2, not 3"),
+    ("compress_decode", {"weights": torch.ones(0)}, "weights must have a number for each row of payloads, 2, not 0"),
+    ("compress_decode", {"weights": torch.ones(2).double()}, "weights must be float32, not float64"),
+    ("compress_decode", {"weights": torch.ones(1, 2)}, r"weights must be flat, not of shape \[1, 2\]"),
+    ("compress_decode", {"weights": torch.ones(4)[::2]}, "weights must be contiguous"),
     ("compress_encode", {"segments": torch.zeros(1, 3)}, "segments must be int64, not float32"),
     (
         "compress_encode",

@@ -156,17 +156,25 @@ PK_INLINE f32 decode_vector(i32 bytes, f32 scale) {
     return mul(to_f32(shift_right_signed<32 - kBits<codec>>(shift_left<kAbove>(bytes))), scale);
 }
 
-template <Codec codec, bool kAdd, int p = 0>
-PK_INLINE void decode_planes(i32 bytes, f32 scale, float* sum, int64_t plane, int n) {
-  f32 d = decode_vector<codec, p>(bytes, scale);
+// sum[i] (+)= (weight *) d
+template <bool kAdd, bool kWeighted>
+PK_INLINE void sum_up(float* sum, f32 d, f32 weight, int n) {
+  if constexpr (kWeighted) d = mul(weight, d);
   if constexpr (kAdd) d = add(load(sum, n), d);
   store(sum, d, n);
-  if constexpr ((p + 1) * kBits<codec> < 8) decode_planes<codec, kAdd, p + 1>(bytes, scale, sum + plane, plane, n);
 }
 
-// sum[i] (+)= the value of code i.
-template <Codec codec, bool kAdd>
-__attribute__((noinline)) static void decode_codes(const uint8_t* codes, float scale, int64_t block, float* sum) {
+template <Codec codec, bool kAdd, bool kWeighted, int p = 0>
+PK_INLINE void decode_planes(i32 bytes, f32 scale, f32 weight, float* sum, int64_t plane, int n) {
+  sum_up<kAdd, kWeighted>(sum, decode_vector<codec, p>(bytes, scale), weight, n);
+  if constexpr ((p + 1) * kBits<codec> < 8)
+    decode_planes<codec, kAdd, kWeighted, p + 1>(bytes, scale, weight, sum + plane, plane, n);
+}
+
+// sum[i] (+)= (weight *) the value of code i.
+template <Codec codec, bool kAdd, bool kWeighted>
+__attribute__((noinline)) static void decode_codes(const uint8_t* codes, float scale, float weight, int64_t block,
+                                                   float* sum) {
   const int64_t plane = block * kBits<codec> / 8;
   const auto at = [&](int64_t j, int n) PK_LAMBDA {
     i32 bytes;
@@ -174,7 +182,7 @@ __attribute__((noinline)) static void decode_codes(const uint8_t* codes, float s
       bytes = load_i32(reinterpret_cast<const int8_t*>(codes) + j, n);
     else
       bytes = load_i32(codes + j, n);
-    decode_planes<codec, kAdd>(bytes, set1(scale), sum + j, plane, n);
+    decode_planes<codec, kAdd, kWeighted>(bytes, set1(scale), set1(weight), sum + j, plane, n);
   };
   int64_t j = 0;
   for (; j + kLanes <= plane; j += kLanes) at(j, kLanes);
@@ -205,12 +213,9 @@ __attribute__((noinline)) static void encode_numbers(const float* v, float* erro
     if (kError) store(error + i, sub(x, load(codes + i)));
   }
 }
-template <bool kAdd, class T>
-__attribute__((noinline)) static void decode_numbers(const T* codes, int64_t block, float* sum) {
-  for (int64_t i = 0; i < block; i += kLanes) {
-    const f32 d = load(codes + i);
-    store(sum + i, kAdd ? add(load(sum + i), d) : d);
-  }
+template <bool kAdd, bool kWeighted, class T>
+__attribute__((noinline)) static void decode_numbers(const T* codes, float weight, int64_t block, float* sum) {
+  for (int64_t i = 0; i < block; i += kLanes) sum_up<kAdd, kWeighted>(sum + i, load(codes + i), set1(weight), kLanes);
 }
 
 }  // namespace pykernels::PYKERNELS_ISA_NS

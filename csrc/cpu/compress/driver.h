@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -32,6 +33,10 @@ struct Elements {
 };
 struct Residual {
   float* data;  // null: none
+  int64_t count;
+};
+struct Weights {  // of the rows of payloads
+  const float* data;
   int64_t count;
 };
 struct Bytes {
@@ -115,13 +120,17 @@ void encode(const Coding& coding, const Elements& x, const Residual& residual, c
 
 template <class Parallel>
 void decode(const Coding& coding, const Bytes& payloads, const Elements& out, const Segments& segments, double factor,
-            const Parallel& parallel) {
+            const std::optional<Weights>& weights, const Parallel& parallel) {
+  require(!weights || weights->count == payloads.rows, coding.op, "weights must have a number for each row of ",
+          payloads.name, ", ", payloads.rows, ", not ", weights ? weights->count : 0);
   const int64_t records = checked_records(coding, segments, out.name, out.count, {payloads});
   const int64_t size = real_bytes(out.type);
   const bool stream = records * coding.block * size > kStreamed;
   const auto kernel = compress_kernels().decode;
   parallel_runs(parallel, coding, segments, records, [&](const Records& r, int64_t byte) {
-    kernel(r, {payloads.data + byte, payloads.stride, payloads.rows, static_cast<float>(factor)},
+    kernel(r,
+           {payloads.data + byte, payloads.stride, payloads.rows, weights ? weights->data : nullptr,
+            static_cast<float>(factor)},
            static_cast<uint8_t*>(out.data) + size * r.first, out.type, stream);
   });
 }
@@ -134,7 +143,7 @@ void reduce(const Coding& coding, const Bytes& payloads, const Residual& residua
   const int64_t records = checked_records(coding, segments, "residual", elements, {payloads, payload});
   const auto kernel = compress_kernels().reduce;
   parallel_runs(parallel, coding, segments, records, [&](const Records& r, int64_t byte) {
-    kernel(r, {payloads.data + byte, payloads.stride, payloads.rows, static_cast<float>(factor)},
+    kernel(r, {payloads.data + byte, payloads.stride, payloads.rows, nullptr, static_cast<float>(factor)},
            residual.data == nullptr ? nullptr : residual.data + r.first, payload.data + byte);
   });
 }

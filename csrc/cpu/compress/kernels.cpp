@@ -131,30 +131,33 @@ PK_INLINE void encode_record(const Records& r, float* v, int64_t count, int32_t 
   if (in_place) keep_finite(v, count, residual);
 }
 
-template <bool kAdd>
-PK_INLINE void decode_record(Codec codec, const uint8_t* record, int64_t block, float* sum) {
+template <bool kAdd, bool kWeighted>
+PK_INLINE void decode_record(Codec codec, const uint8_t* record, float weight, int64_t block, float* sum) {
   if (codec >= Codec::bf16) {
-    if (codec == Codec::bf16) return decode_numbers<kAdd>(reinterpret_cast<const bfloat16*>(record), block, sum);
-    if (codec == Codec::fp16) return decode_numbers<kAdd>(reinterpret_cast<const float16*>(record), block, sum);
-    return decode_numbers<kAdd>(reinterpret_cast<const float*>(record), block, sum);
+    const auto numbers = [&](auto* codes) PK_LAMBDA { decode_numbers<kAdd, kWeighted>(codes, weight, block, sum); };
+    if (codec == Codec::bf16) return numbers(reinterpret_cast<const bfloat16*>(record));
+    if (codec == Codec::fp16) return numbers(reinterpret_cast<const float16*>(record));
+    return numbers(reinterpret_cast<const float*>(record));
   }
   float scale;
   std::memcpy(&scale, record, 4);
   const uint8_t* codes = record + 4;
   switch (codec) {
-    case Codec::int8: return decode_codes<Codec::int8, kAdd>(codes, scale, block, sum);
-    case Codec::int4: return decode_codes<Codec::int4, kAdd>(codes, scale, block, sum);
-    case Codec::int2: return decode_codes<Codec::int2, kAdd>(codes, scale, block, sum);
-    case Codec::onebit: return decode_codes<Codec::onebit, kAdd>(codes, scale, block, sum);
-    default: return decode_codes<Codec::fp8, kAdd>(codes, scale, block, sum);
+    case Codec::int8: return decode_codes<Codec::int8, kAdd, kWeighted>(codes, scale, weight, block, sum);
+    case Codec::int4: return decode_codes<Codec::int4, kAdd, kWeighted>(codes, scale, weight, block, sum);
+    case Codec::int2: return decode_codes<Codec::int2, kAdd, kWeighted>(codes, scale, weight, block, sum);
+    case Codec::onebit: return decode_codes<Codec::onebit, kAdd, kWeighted>(codes, scale, weight, block, sum);
+    default: return decode_codes<Codec::fp8, kAdd, kWeighted>(codes, scale, weight, block, sum);
   }
 }
 
-// sum[block] = (d0 + d1) + ... of the record at `offset` of every rank's run.
+// sum[block] = (d0 + d1) + ... of the record at `offset` of every rank's run, each (weighted) by its rank's weight.
+template <bool kWeighted>
 PK_INLINE void sum_shards(const Records& r, const Shards& s, int64_t offset, float* sum) {
-  decode_record<false>(r.codec, s.data + offset, r.block, sum);
+  const auto weight = [&](int64_t rank) PK_LAMBDA { return kWeighted ? s.weights[rank] : 1.0f; };
+  decode_record<false, kWeighted>(r.codec, s.data + offset, weight(0), r.block, sum);
   for (int64_t rank = 1; rank < s.ranks; ++rank)
-    decode_record<true>(r.codec, s.data + rank * s.stride + offset, r.block, sum);
+    decode_record<true, kWeighted>(r.codec, s.data + rank * s.stride + offset, weight(rank), r.block, sum);
 }
 
 // f(first element in the run, elements, offset of the record)
@@ -190,7 +193,7 @@ void reduce_kernel(const Records& r, const Shards& s, float* residual, uint8_t* 
   const auto scaled = [&](f32 a) PK_LAMBDA { return mul(a, factor); };
   each_record(r, [&](int64_t i, int64_t count, int64_t offset) PK_LAMBDA {
     float* kept = residual == nullptr ? nullptr : residual + i;
-    sum_shards(r, s, offset, v);
+    sum_shards<false>(r, s, offset, v);
     const int32_t top = kept == nullptr ? gather_into<false>(v, v, kept, count, r.block, scaled)
                                         : gather_into<true>(v, v, kept, count, r.block, scaled);
     encode_record(r, v, count, top, r.first + i, kept, payload + offset);
@@ -218,7 +221,10 @@ template <class X>
 PK_INLINE void decode_run(const Records& r, const Shards& s, X* out, bool past_caches) {
   alignas(64) float sum[kMaxBlock];
   each_record(r, [&](int64_t i, int64_t count, int64_t offset) PK_LAMBDA {
-    sum_shards(r, s, offset, sum);
+    if (s.weights == nullptr)
+      sum_shards<false>(r, s, offset, sum);
+    else
+      sum_shards<true>(r, s, offset, sum);
     write_out(sum, set1(s.factor), count, out + i, past_caches);
   });
   if (past_caches) fence();

@@ -34,12 +34,13 @@ struct Records {
 struct Shards {
   const uint8_t* data;
   int64_t stride;
-  int64_t ranks;  // > 0
+  int64_t ranks;         // > 0
+  const float* weights;  // [ranks], of decode alone; null: none
   float factor;
 };
 
 // encode  v = x + residual into the records at `payload`; the residual becomes v - d, d what v decodes to, where finite
-// decode  out = factor * ((d0 + d1) + ...), dr what rank r sent; `stream`: past the caches
+// decode  out = factor * ((d0 + d1) + ...), dr what rank r sent, times weights[r]; `stream`: past the caches
 // reduce  v = factor * ((d0 + d1) + ...) + residual encoded again, as encode does
 // `residual`, as long as the run, may be null. No argument overlaps another; payloads lie at multiples of 4 bytes.
 struct CompressKernels {

@@ -16,10 +16,10 @@ void compress_encode(const Tensor& x, const Optional& residual, const Tensor& pa
 }
 
 void compress_decode(const Tensor& payloads, const Tensor& out, const Tensor& segments, std::string codec,
-                     int64_t block, double factor) {
+                     int64_t block, double factor, const Optional& weights) {
   const char* op = "compress_decode";
   decode(coding_of(op, codec, block), bytes_of(op, "payloads", payloads, 2), elements_of(op, "out", out),
-         segments_of(op, segments), factor, on_torchs_threads);
+         segments_of(op, segments), factor, weights_of(op, weights), on_torchs_threads);
 }
 
 void compress_reduce(const Tensor& payloads, const Optional& residual, const Tensor& payload, const Tensor& segments,

@@ -14,14 +14,24 @@ inline Elements elements_of(const char* op, const char* name, const Tensor& t) {
   return {name, t.data_ptr(), real_of(t.scalar_type()), t.numel()};
 }
 
+inline void check_floats(const char* op, const char* name, const Tensor& t) {
+  check_cpu(op, name, t);
+  PK_CHECK(t.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32, not ", dtype_name(t.scalar_type()));
+  PK_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
+}
+
 // A residual or a velocity.
 inline Residual state_of(const char* op, const char* name, const Optional& state) {
   if (!state) return {nullptr, 0};
-  check_cpu(op, name, *state);
-  PK_CHECK(state->scalar_type() == ScalarType::Float, op, ": ", name, " must be float32, not ",
-           dtype_name(state->scalar_type()));
-  PK_CHECK(state->is_contiguous(), op, ": ", name, " must be contiguous");
+  check_floats(op, name, *state);
   return {mutable_pointer<float>(*state), state->numel()};
+}
+
+inline std::optional<Weights> weights_of(const char* op, const Optional& weights) {
+  if (!weights) return {};
+  check_floats(op, "weights", *weights);
+  PK_CHECK(weights->dim() == 1, op, ": weights must be flat, not of shape ", shape_of(*weights));
+  return Weights{pointer<float>(*weights), weights->numel()};
 }
 
 inline Bytes bytes_of(const char* op, const char* name, const Tensor& t, int64_t dim) {

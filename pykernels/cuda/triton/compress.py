@@ -274,17 +274,32 @@ def _encode(
 
 
 @triton.jit
+def _weighted(values, weights, rank, PLANES: tl.constexpr):
+    if weights is None:
+        return values
+    else:
+        weight = tl.load(weights + rank)
+        products = ()
+        for p in tl.static_range(PLANES):
+            products += (weight * values[p],)
+        return products
+
+
+@triton.jit
 def _sum_tiles(
-    payloads, stride, ranks, row, j, there, exists,
+    payloads, weights, stride, ranks, row, j, there, exists,
     CODEC: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, RECORD: tl.constexpr,
     ALIGNED: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """((d0 + d1) + ...) of the records at payloads + rank * stride; UNROLL ranks' codes are asked for together."""
+    """((d0 + d1) + ...) of the records at payloads + rank * stride, each times its rank's weight, if there are weights;
+    UNROLL ranks' codes are asked for together."""
     total = _decode_tile(payloads, row, j, there, exists, CODEC, BITS, PLANES, BLOCK, RECORD)
+    total = _weighted(total, weights, 0, PLANES)
     stride = tl.multiple_of(tl.cast(stride, tl.int64), ALIGNED)
-    for _ in tl.range(1, ranks, loop_unroll_factor=UNROLL):
+    for rank in tl.range(1, ranks, loop_unroll_factor=UNROLL):
         payloads += stride
         values = _decode_tile(payloads, row, j, there, exists, CODEC, BITS, PLANES, BLOCK, RECORD)
+        values = _weighted(values, weights, rank, PLANES)
         sums = ()
         for p in tl.static_range(PLANES):
             sums += (total[p] + values[p],)
@@ -294,7 +309,7 @@ def _sum_tiles(
 
 @triton.jit
 def _decode(
-    payloads, out, table, stride, ranks, factor,
+    payloads, weights, out, table, stride, ranks, factor,
     REAL: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr, CODEC: tl.constexpr, BITS: tl.constexpr,
     PLANES: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     RECORD: tl.constexpr,
@@ -305,7 +320,7 @@ def _decode(
     there = row * BLOCK < count
     exists = there & (j < WIDTH)
     total = _sum_tiles(
-        payloads + begin, stride, ranks, row, j, there, exists, CODEC, BITS, PLANES, BLOCK, RECORD, ALIGNED, 1
+        payloads + begin, weights, stride, ranks, row, j, there, exists, CODEC, BITS, PLANES, BLOCK, RECORD, ALIGNED, 1
     )
     out += first
     for p in tl.static_range(PLANES):
@@ -329,8 +344,9 @@ def _reduce(
     # As many as need no more registers than what is behind it; of int2 and 1-bit codes a byte is work enough.
     TOGETHER: tl.constexpr = 3 if CODEC == "int8" or CODEC == "int4" else (2 if CODEC == "fp8" else 1)
     total = _sum_tiles(
-        payloads + begin, stride, ranks, row, j, there, exists, CODEC, BITS, PLANES, BLOCK, RECORD, ALIGNED, TOGETHER
-    )
+        payloads + begin, None, stride, ranks, row, j, there, exists, CODEC, BITS, PLANES, BLOCK, RECORD, ALIGNED,
+        TOGETHER,
+    )  # fmt: skip
     vs = ()
     for p in tl.static_range(PLANES):
         mask = exists & (place + p * WIDTH < count)
@@ -424,7 +440,13 @@ def compress_encode(
 
 
 def compress_decode(
-    payloads: torch.Tensor, out: torch.Tensor, segments: torch.Tensor, codec: str, block: int, factor: float = 1.0
+    payloads: torch.Tensor,
+    out: torch.Tensor,
+    segments: torch.Tensor,
+    codec: str,
+    block: int,
+    factor: float = 1.0,
+    weights: torch.Tensor | None = None,
 ) -> None:
     """`out[segment] = factor * sum over ranks`, of the payloads [ranks, bytes]: see `pykernels.ops.compress`."""
     op = "compress_decode"
@@ -434,13 +456,17 @@ def compress_decode(
     shape = constants(codec, block)
     found = _cut(op, segments, out.device, shape)
     _check_ends(op, found, "out", out.numel(), "a row of payloads", payloads.shape[1])
+    if weights is not None:
+        check_flat(op, "weights", weights, out, torch.float32)
+        good = weights.shape == payloads.shape[:1]
+        check(good, op, f"weights must be [{payloads.shape[0]}], a number for each row, not {list(weights.shape)}")
     if found.count == 0:
         return
     numbers, kind = tiles.real(out)
     with tiles.on(out.device):
         for table, vector in found.parts:
             _decode[(table.shape[0],)](
-                payloads, numbers, table, stride, payloads.shape[0], factor, REAL=kind, VECTOR=vector,
+                payloads, weights, numbers, table, stride, payloads.shape[0], factor, REAL=kind, VECTOR=vector,
                 ALIGNED=tiles.power_of_two(found.aligned, stride), **shape, **options(shape),
             )  # fmt: skip
 

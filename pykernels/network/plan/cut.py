@@ -7,6 +7,7 @@ what only a later one reads.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,13 +31,13 @@ Key = tuple[fx.Node, int]  # a node of the graph and 0, or the call of a plan an
 
 
 class Size(NamedTuple):
-    """A number, or so many times the batch size."""
+    """A number, or so many times the product of some of the network's free sizes."""
 
     factor: int
-    of_batch: bool = False
+    of: tuple[int, ...] = ()
 
-    def at(self, batch: int) -> int:
-        return self.factor * batch if self.of_batch else self.factor
+    def at(self, free: Sequence[int]) -> int:
+        return self.factor * math.prod(free[k] for k in self.of)
 
 
 class Spec(NamedTuple):
@@ -45,11 +46,8 @@ class Spec(NamedTuple):
     dtype: torch.dtype
     sizes: tuple[Size, ...]
 
-    def bytes(self, batch: int) -> int:
-        count = self.dtype.itemsize
-        for size in self.sizes:
-            count *= size.at(batch)
-        return count
+    def bytes(self, free: Sequence[int]) -> int:
+        return self.dtype.itemsize * math.prod(size.at(free) for size in self.sizes)
 
 
 class Part(NamedTuple):
@@ -85,15 +83,17 @@ class Cuts:
 
     Args:
         planned: a network that writes into nothing.
-        examples: flat inputs of calls with several batch sizes, or of one call where that is fixed.
-        batches: their batch sizes.
+        examples: flat inputs of calls: one, then one for each free size in which it alone differs, and any others.
+        free: their free sizes.
 
     Attributes:
         count: of units; cuts are numbers between 0 and it, both of which are the network's ends.
     """
 
-    def __init__(self, planned: Planned, examples: Sequence[Sequence[torch.Tensor]], batches: Sequence[int]) -> None:
-        self._planned, self._examples, self._batches = planned, examples, batches
+    def __init__(
+        self, planned: Planned, examples: Sequence[Sequence[torch.Tensor]], free: Sequence[Sequence[int]]
+    ) -> None:
+        self._planned, self._examples, self._free = planned, examples, free
         self._graph = planned.program.graph
         self._values = [_values(planned, inputs) for inputs in examples]
         self._programs = {
@@ -112,6 +112,17 @@ class Cuts:
             if isinstance(node, fx.Node):
                 self._last[self._alias[node]] = self.count
         self._specs: dict[Key, Spec | None] = {}
+        self._needed = [set[int]()]  # by cut, from the last one: the free sizes that sizes behind it depend on
+        for unit in reversed(self._units):
+            self._needed.append(self._needed[-1] | self._sizes_of(unit))
+        self._needed.reverse()
+
+    def _sizes_of(self, unit: _Unit) -> set[int]:
+        spec = self._spec(unit.makes)
+        sizes = list(spec.sizes) if spec is not None else []
+        if unit.record is None:
+            sizes += [self._size_of(node) or Size(1) for node in unit.node.all_input_nodes if self._is_size(node)]
+        return {k for size in sizes for k in size.of}
 
     def _take(self, node: fx.Node) -> None:
         """Note a node of the graph: what steps it has, and which value it stands for."""
@@ -152,15 +163,14 @@ class Cuts:
         return [key for key, made in self._made.items() if made <= cut <= self._last.get(key, -1)]
 
     def specs(self, cut: int) -> list[Spec] | None:
-        """Of what crosses a cut; None where it cannot go there: something is no tensor, or a size is no multiple of the
-        batch size."""
+        """Of what crosses a cut; None where it cannot go there: something is no tensor, a size is no product of free
+        ones, or a free size that matters behind it does not show in what crosses."""
         found = [self._spec(key) for key in self.crossing(cut)]
         known = [spec for spec in found if spec is not None]
         if len(known) < len(found) or not found:
             return None
-        if len(self._batches) > 1 and not any(size.of_batch for spec in known for size in spec.sizes):
-            return None
-        return known
+        shown = {size.of[0] for spec in known for size in spec.sizes if len(size.of) == 1}
+        return known if self._needed[cut] <= shown else None
 
     def _spec(self, key: Key) -> Spec | None:
         if key not in self._specs:
@@ -169,17 +179,20 @@ class Cuts:
             if all(isinstance(tensor, torch.Tensor) for tensor in tensors):
                 dims = [self._size([tensor.shape[d] for tensor in tensors]) for d in range(tensors[0].dim())]
                 sizes = tuple(size for size in dims if size is not None)
-                if len(sizes) == len(dims) <= 6 and tensors[0].dtype in DTYPES:
+                if len(sizes) == len(dims) <= 6:
                     self._specs[key] = Spec(tensors[0].dtype, sizes)
         return self._specs[key]
 
     def _size(self, found: Sequence[int]) -> Size | None:
-        """A size that was seen with each of the batch sizes."""
-        if len(set(found)) == 1:
-            return Size(found[0])
-        factor = found[0] // self._batches[0]
-        right = factor > 0 and all(size == factor * batch for size, batch in zip(found, self._batches, strict=True))
-        return Size(factor, True) if right else None
+        """A size that was seen in each of the calls."""
+        first = self._free[0]
+        of = tuple(k for k in range(len(first)) if found[1 + k] != found[0])
+        size = Size(found[0] // math.prod(first[k] for k in of), of)
+        right = all(size.at(free) == seen for free, seen in zip(self._free, found, strict=True))
+        return size if right and (size.factor or not of) else None
+
+    def _size_of(self, node: fx.Node) -> Size | None:
+        return self._size([values[node, 0] for values in self._values])
 
     def seconds(self, rounds: int) -> list[float]:
         """Of each unit, with the first example: the quickest of `rounds`; what brings outputs into their layout counts
@@ -239,6 +252,7 @@ class _Builder:
         self.weights: dict[tuple[int, int], int] = {}  # of a piece of the network's weights, its place in the part's
         self.size = 0
         self.numbers: dict[Size, Any] = {}
+        self.shown: dict[int, tuple[fx.Node, int, int]] = {}  # of free sizes: a dimension that is so many times it
         self.calls: list[str] = []
 
     def run(self) -> Part:
@@ -247,15 +261,10 @@ class _Builder:
         for place, key in enumerate(self.inputs):
             name = key[0].name if self.begin == 0 else f"input_{place}"
             self.nodes[key] = self.graph.placeholder(name)
-        self.batch = next(
-            (
-                (self.nodes[key], d, size.factor)
-                for key, spec in zip(self.inputs, specs, strict=True)
-                for d, size in enumerate(spec.sizes)
-                if size.of_batch
-            ),
-            None,
-        )
+        for key, spec in zip(self.inputs, specs, strict=True):
+            for d, size in enumerate(spec.sizes):
+                if len(size.of) == 1:
+                    self.shown.setdefault(size.of[0], (self.nodes[key], d, size.factor))
         mine = cuts._units[self.begin : self.end]
         has_plans = any(unit.record is not None for unit in mine)
         self.source = self.graph.get_attr(WEIGHTS) if has_plans else None  # so the weights are the first buffer
@@ -286,24 +295,33 @@ class _Builder:
                 self.nodes[node, 0] = self.graph.get_attr(name)
             return self.nodes[node, 0]
         if self.cuts._is_size(node):
-            return self.number(self.cuts._size([values[node, 0] for values in self.cuts._values]))
+            return self.number(self.cuts._size_of(node))
         return self.nodes[self.cuts._alias[node]]
 
     def number(self, size: Size | None) -> Any:
         """A size as a number, or as a node."""
         if size is None:
-            raise ValueError("a call of torch's takes a size that is no multiple of the batch size")
-        if not size.of_batch:
+            raise ValueError("network: a size in it is no product of its free sizes")
+        if not size.of:
             return size.factor
         if size not in self.numbers:
-            if self.batch is None:
+            made, *rest = size.of
+            product = self.free(made)
+            for k in rest:
+                product = self.graph.call_function(operator.mul, (product, self.free(k)))
+            if size.factor > 1:
+                product = self.graph.call_function(operator.mul, (product, size.factor))
+            self.numbers[size] = product
+        return self.numbers[size]
+
+    def free(self, k: int) -> fx.Node:
+        """A free size, from a dimension of what the part takes."""
+        if (size := Size(1, (k,))) not in self.numbers:
+            if k not in self.shown:
                 raise ValueError("the network cannot be cut there")
-            source, dim, factor = self.batch
+            source, dim, factor = self.shown[k]
             made = self.graph.call_function(aten.sym_size.int, (source, dim))
-            if factor != size.factor:
-                made = self.graph.call_function(operator.floordiv, (made, factor)) if factor > 1 else made
-                made = self.graph.call_function(operator.mul, (made, size.factor)) if size.factor > 1 else made
-            self.numbers[size] = made
+            self.numbers[size] = self.graph.call_function(operator.floordiv, (made, factor)) if factor > 1 else made
         return self.numbers[size]
 
     def plan(self, node: fx.Node, units: Sequence[_Unit], handed: set[Key]) -> None:
@@ -345,7 +363,7 @@ class _Builder:
         )
         name = f"plan_{len(self.plans) + 1}"
         self.plans[name], self.labels[name] = program, [labels[place] for place in chosen]
-        sizes = [self.number(size) for spec in specs if spec is not None for size in spec.sizes]
+        sizes = [self.number(size) for spec in specs for size in (spec.sizes if spec is not None else [None])]
         tensors = [cuts._values[0][key] for key in outputs]
         call = self.graph.call_function(
             _PLAN,

@@ -15,7 +15,7 @@ from pykernels.ops.compress import CODECS
 
 REALS = {"fp32": "*fp32", "bf16": "*u16", "fp16": "*fp16"}
 TYPES = {
-    **dict.fromkeys(["residual", "velocity", "values"], "*fp32"),
+    **dict.fromkeys(["residual", "velocity", "values", "weights"], "*fp32"),
     **dict.fromkeys(["payload", "payloads"], "*u8"),
     **dict.fromkeys(["table", "segments", "state", "totals", "spans"], "*i64"),
     **dict.fromkeys(["histograms", "bins", "listing"], "*i32"),
@@ -32,10 +32,11 @@ def build(kernel: Any, arch: int, real: str, constants: dict[str, Any], options:
     return compiled(kernel, arch, types, {"REAL": real, **constants}, options, ALIGNED)
 
 
-def dense(name: str, codec: str, arch: int, block: int, **constants: Any) -> Any:
+def dense(name: str, codec: str, arch: int, block: int, weighted: bool = False, **constants: Any) -> Any:
     """A dense kernel as its launcher would have it for a bucket laid out as pykernels.comm does."""
     shape = compress.constants(codec, block)
     constants = {
+        **({} if weighted else {"weights": None}),
         "STOCHASTIC": False,
         "LEVEL": compress.LEVELS.get(codec),
         "VECTOR": 16,
@@ -89,6 +90,13 @@ def test_gradients_of_16_bits(real: str, tmp_path: pathlib.Path) -> None:
 def test_one_rank_without_residual(tmp_path: pathlib.Path) -> None:
     check(dense("_encode", "int8", 90, 256, residual=None), tmp_path, 96)
     check(dense("_decode", "int8", 90, 256, ranks=1), tmp_path, 96)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_weights_cost_no_wide_store(codec: str, tmp_path: pathlib.Path) -> None:
+    kernel = dense("_decode", codec, 90, blocks(codec), weighted=True)
+    check(kernel, tmp_path, 96)
+    assert ("st 8" if codec == "onebit" else "st 16") in accesses(kernel)
 
 
 @pytest.mark.parametrize("codec", ["int8", "int2"])

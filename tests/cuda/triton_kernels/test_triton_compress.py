@@ -74,6 +74,7 @@ def agree_through_all(
     out = torch.full((elements,), 7.0, dtype=x.dtype)
     agree(interpret, "compress_decode", payloads, out, segments, codec, block, 0.37)
     agree(interpret, "compress_decode", payloads[:1], out, segments, codec, block)
+    agree(interpret, "compress_decode", payloads, out, segments, codec, block, 0.37, torch.tensor([0.3, 1e-3, -2.0]))
     kept = torch.randn(elements) * 0.01 if residual else None
     empty = torch.full((size,), 0xA5, dtype=torch.uint8)
     agree(interpret, "compress_reduce", payloads, kept, empty, segments, codec, block, 0.37, stochastic, seed)
@@ -173,11 +174,11 @@ def test_segments_that_were_written_to_are_read_again(interpret: Interpreter) ->
 GOOD: dict[str, Any] = {
     "x": torch.zeros(64), "residual": torch.zeros(64), "payload": torch.zeros(72, dtype=torch.uint8),
     "payloads": torch.zeros(2, 72, dtype=torch.uint8), "out": torch.zeros(64), "segments": torch.tensor([[0, 64, 0]]),
-    "codec": "int8", "block": 32, "factor": 1.0, "stochastic": False,
+    "codec": "int8", "block": 32, "factor": 1.0, "stochastic": False, "weights": torch.ones(2),
 }  # fmt: skip
 NAMES = {
     "compress_encode": ["x", "residual", "payload", "segments", "codec", "block", "stochastic"],
-    "compress_decode": ["payloads", "out", "segments", "codec", "block", "factor"],
+    "compress_decode": ["payloads", "out", "segments", "codec", "block", "factor", "weights"],
     "compress_reduce": ["payloads", "residual", "payload", "segments", "codec", "block", "factor", "stochastic"],
 }
 
@@ -195,6 +196,9 @@ BAD = [
     ("payloads", torch.zeros(1, 71, dtype=torch.uint8), "has 71"),
     ("payloads", torch.zeros(0, 72, dtype=torch.uint8), "at least one row"),
     ("payloads", torch.zeros(72, dtype=torch.uint8), r"payloads must be \[ranks, bytes\]"),
+    ("weights", torch.ones(3), r"weights must be \[2\], a number for each row, not \[3\]"),
+    ("weights", torch.ones(2, 1), r"weights must be \[2\], a number for each row, not \[2, 1\]"),
+    ("weights", torch.ones(2).half(), "weights must be float32"),
     ("segments", torch.tensor([[0, 65, 0]]), "segments end at"),
     ("segments", torch.tensor([[-1, 32, 0]]), "segments must not be negative"),
     ("segments", torch.tensor([[0, 2**62, 0]]), "segments must not be negative, nor beyond"),
