@@ -83,11 +83,11 @@ class Augmented:
 
 
 def train(images: Any, seed: int, epochs: int, file: Path | None) -> nn.Module:
-    """The small residual network of examples/images.py, its stem at full resolution; read again where `file` has it."""
-    from examples.images import ResNet
+    """The small residual network of examples/images.py, trained by SGD; read again where `file` has it."""
+    from examples.images import network
 
     torch.manual_seed(seed)
-    model = ResNet(stem_stride=1, first_stride=2)
+    model = network(images)
     if file is not None and file.exists():
         model.load_state_dict(torch.load(file, weights_only=True))
         return model.eval()

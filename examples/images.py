@@ -151,18 +151,13 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network of eight layers for one-channel images; `width` channels in its first stage, 10 classes.
+    """A residual network of eight layers for one-channel images; `width` channels in its first stage, 10 classes."""
 
-    Images are halved where a stride says 2: at the stem, or only behind it, which is more accurate and takes longer.
-    """
-
-    def __init__(self, width: int = 32, stem_stride: int = 2, first_stride: int = 1) -> None:
+    def __init__(self, width: int = 32, stem_stride: int = 2) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, width, 3, stem_stride, 1, bias=False)
         self.norm = nn.BatchNorm2d(width)
-        self.blocks = nn.Sequential(
-            Block(width, width, first_stride), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2)
-        )
+        self.blocks = nn.Sequential(Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2))
         self.head = nn.Linear(4 * width, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

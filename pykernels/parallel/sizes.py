@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from pykernels.optimize import Optimized
+from pykernels.optimized import Optimized
 
 __all__ = ["Calls", "calls"]
 
