@@ -1,7 +1,7 @@
 """`pk.compress` on real data: what a network loses, and what it takes, after each stage.
 
     python -m benchmarks.compress fashion-mnist [--images DIR] [--seeds 0 1 2] [--epochs 12] [--steps 2000]
-    python -m benchmarks.compress mobilenet_v2 [--photographs DIR] [--parts 0.85 0.75] [--steps 100]
+    python -m benchmarks.compress mobilenet_v2 [--photographs DIR] [--parts 0.85 0.75] [--steps 0]
     python -m benchmarks.compress efficientnet_lite0 [--photographs DIR]
     python -m benchmarks.compress crepe
 
@@ -237,7 +237,7 @@ RECIPES = {
     "efficientnet_lite0": without_labels,
     "crepe": pitch,
 }
-STEPS = {"fashion-mnist": 2000, "mobilenet_v2": 100, "efficientnet_lite0": 100, "crepe": 0}
+STEPS = {"fashion-mnist": 2000}
 
 
 def main() -> None:
@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", type=float, default=[0.85, 0.75], help="of int8's latency")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    options.steps = STEPS[options.recipe] if options.steps is None else options.steps
+    options.steps = STEPS.get(options.recipe, 0) if options.steps is None else options.steps
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     print(f"{options.recipe}, {machine()}")

@@ -1,9 +1,8 @@
-"""What removing a unit, or a block, does to the network's answer: estimated from gradients, or from weights alone.
+"""What removing a unit does to the network's answer: estimated from gradients, or from weights alone.
 
 A removed channel is one that nobody reads any more, so to first order its removal changes an objective by the sum of
-weight times gradient over the weights that read it; of a dropped block, which hands on its input, by the sum of
-gradient times (input - output). The squares of these numbers are averaged (Molchanov et al., Importance Estimation
-for Neural Network Pruning, 2019), so channels and blocks are measured alike.
+weight times gradient over the weights that read it. The squares of these numbers are averaged (Molchanov et al.,
+Importance Estimation for Neural Network Pruning, 2019).
 
 The objective, where there are labels, is the loss. Without labels the model's own answers would be perfect ones, and
 the gradient of any distance to them is zero; what is wanted is its curvature. So random signs e are drawn and
@@ -28,9 +27,10 @@ from pykernels.graph.export import mode
 
 from .coupling import Group
 from .entries import read_entry
+from .moments import fits
 from .surgery import dimension
 
-__all__ = ["DRAWS", "Importance", "Loss", "by_input", "magnitude", "taylor"]
+__all__ = ["DRAWS", "Importance", "Loss", "by_input", "magnitude", "parts", "scalar", "taylor"]
 
 Loss = Callable[[Any, Any], torch.Tensor]
 Progress = Callable[[str, int, int], None]
@@ -39,6 +39,7 @@ DRAWS = 4
 """Random signs a batch, where there are no labels."""
 SAMPLES = 8
 """Of a batch with labels so many samples at a time: over many, the gradients of a trained network cancel."""
+_WIDEST = 8192  # outputs of a layer whose curvature is kept as a matrix
 
 
 @dataclass
@@ -47,13 +48,14 @@ class Importance:
 
     Attributes:
         units: of each group, by its name, fp64 [units].
-        blocks: of each block, by its name.
+        curvature: of layers that read units, by their names, the second moments of the objective's gradients at their
+            outputs, summed over samples and positions: fp64 [out, out]. Of those that can be fitted alone.
         objective: what the numbers are of, in words.
         batches: how many entries of the data were seen.
     """
 
     units: dict[str, torch.Tensor]
-    blocks: dict[str, float] = field(default_factory=dict)
+    curvature: dict[str, torch.Tensor] = field(default_factory=dict)
     objective: str = ""
     batches: int = 0
 
@@ -70,7 +72,6 @@ def magnitude(model: nn.Module, groups: Sequence[Group]) -> Importance:
 def taylor(
     model: nn.Module,
     groups: Sequence[Group],
-    blocks: Sequence[str],
     data: Iterable[Any],
     inputs: int,
     loss: Loss | None = None,
@@ -80,7 +81,6 @@ def taylor(
 
     Args:
         model: a copy whose gradients may be used; it is run in evaluation.
-        blocks: names of modules of one input and one output of equal shapes.
         data: entries as `read_entry` takes them. Integer labels [N] beside an answer [N, classes] are taken for
             classes, and the objective is cross entropy; other labels are not read without a `loss`.
         inputs: how many inputs a call has.
@@ -93,21 +93,25 @@ def taylor(
     gather = _Gather(groups)
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in gather.readers}
     units = {group.name: torch.zeros(len(group.units), dtype=torch.float64) for group in groups}
-    changes = dict.fromkeys(blocks, 0.0)
+    curvature: dict[str, torch.Tensor] = {}
     generator = torch.Generator().manual_seed(0)
     passes, batches, objective = 0, 0, ""
     entries = len(data) if isinstance(data, Sized) else 0
     model.requires_grad_(True)
-    with mode(model, False), torch.enable_grad(), _watch(model, blocks) as seen:
+    with (
+        mode(model, False),
+        torch.enable_grad(),
+        _made(model, [name for name, layer in layers.items() if fits(layer) and len(layer.weight) <= _WIDEST]) as made,
+    ):
         for number, entry in enumerate(data):
             args, label = read_entry(entry, inputs, number)
             if loss is not None and label is None:
                 raise ValueError(f"loss: entry {number} of data has no label to give it")
-            for part, target in _parts(args, label):
-                seen.clear()
+            for part, target in [(args, label)] if label is None else parts(args, label, SAMPLES):
+                made.clear()
                 objective, scalars = _objectives(model(*part), target, loss, generator)
                 weights: list[torch.Tensor] = [layer.weight for layer in layers.values()]
-                sources = [*weights, *(output for _, output in seen.values())]
+                sources = [*weights, *made.values()]
                 for place, scalar in enumerate(scalars):
                     last = place + 1 == len(scalars)
                     found = torch.autograd.grad(scalar, sources, retain_graph=not last, allow_unused=True)
@@ -118,20 +122,21 @@ def taylor(
                     }
                     for name, change in gather(columns).items():
                         units[name] += change.square()
-                    for (name, (x, y)), g in zip(seen.items(), gradients[len(weights) :], strict=True):
-                        changes[name] += float((g * (x - y)).detach().double().sum()) ** 2
+                    for name, g in zip(made, gradients[len(weights) :], strict=True):
+                        rows = (g.movedim(1, -1) if isinstance(layers[name], nn.Conv2d) else g).flatten(0, -2)
+                        curvature[name] = curvature.get(name, torch.zeros(())) + (rows.t() @ rows).double()
                     passes += 1
             batches = number + 1
             if progress is not None:
                 progress("weighing channels", batches, max(entries, batches))
     if not passes:
         raise ValueError("data: it is empty; give a loader that yields inputs, or importance='magnitude'")
-    for name, total in (*units.items(), *((name, torch.tensor(change)) for name, change in changes.items())):
+    for name, total in units.items():
         if not total.isfinite().all():
             raise ValueError(f"data: the gradients at {name!r} are not finite")
     return Importance(
         {name: total / passes for name, total in units.items()},
-        {name: change / passes for name, change in changes.items()},
+        {name: moments / passes for name, moments in curvature.items()},
         objective,
         batches,
     )
@@ -170,58 +175,64 @@ class _Gather:
 
 
 @contextmanager
-def _watch(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """What goes into the blocks and comes out of them, by their names, of the call before."""
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+def _made(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """What layers gave in the call before, by their names."""
+    found: dict[str, torch.Tensor] = {}
 
-    def remember(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        return lambda _, args: inputs.__setitem__(name, args[0].detach().clone())  # the block may write into it
+    def remember(name: str) -> Callable[[nn.Module, Any, torch.Tensor], torch.Tensor]:
+        def hook(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+            found[name] = output
+            return output.clone()  # what comes behind may write into it
 
-    def conclude(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-        return lambda _, args, output: seen.__setitem__(name, (inputs.pop(name), output))
+        return hook
 
-    inputs: dict[str, torch.Tensor] = {}
-    handles = []
-    for name in blocks:
-        block = model.get_submodule(name)
-        handles += [block.register_forward_pre_hook(remember(name)), block.register_forward_hook(conclude(name))]
+    handles = [model.get_submodule(name).register_forward_hook(remember(name)) for name in names]
     try:
-        yield seen
+        yield found
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _parts(args: tuple[Any, ...], label: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """A batch as it is; with a label, `SAMPLES` at a time, where all tensors have the batch first."""
+def parts(args: tuple[Any, ...], label: Any, size: int) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """So many samples at a time, where all tensors have the batch first; else all."""
     leaves = [leaf for leaf in pytree.tree_leaves((args, label)) if isinstance(leaf, torch.Tensor)]
     sizes = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
-    size = next(iter(sizes), None)
-    if label is None or len(sizes) != 1 or size is None or size <= SAMPLES:
+    count = next(iter(sizes), None)
+    if len(sizes) != 1 or count is None or count <= size:
         yield args, label
         return
-    for begin in range(0, size, SAMPLES):
+    for begin in range(0, count, size):
         yield pytree.tree_map(
-            lambda leaf, at=slice(begin, begin + SAMPLES): leaf[at] if isinstance(leaf, torch.Tensor) else leaf,
+            lambda leaf, at=slice(begin, begin + size): leaf[at] if isinstance(leaf, torch.Tensor) else leaf,
             (args, label),
         )
+
+
+def scalar(answer: Any, label: Any, loss: Loss | None) -> tuple[str, torch.Tensor | None]:
+    """The objective in words, and what it is; None where it is the change of the answer itself."""
+    if loss is not None:
+        return "the loss that was given", loss(answer, label)
+    outputs = [leaf for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
+    if isinstance(label, torch.Tensor) and label.dtype is torch.int64 and len(outputs) == 1:
+        (output,) = outputs
+        if output.dim() == 2 and label.shape == output.shape[:1]:
+            return "cross entropy with the labels", F.cross_entropy(output, label)
+    return "the squared change of the outputs", None
 
 
 def _objectives(
     answer: Any, label: Any, loss: Loss | None, generator: torch.Generator
 ) -> tuple[str, list[torch.Tensor]]:
     """What is differentiated, in words and as scalars."""
-    if loss is not None:
-        return "the loss that was given", [loss(answer, label)]
     outputs = [leaf for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    words, found = scalar(answer, label, loss)
+    if found is not None:
+        return words, [found]
     if not outputs:
         raise ValueError("model: no output of it depends on its weights in a way that can be differentiated")
-    if isinstance(label, torch.Tensor) and label.dtype is torch.int64 and len(outputs) == 1:
-        (output,) = outputs
-        if output.dim() == 2 and label.shape == output.shape[:1]:
-            return "cross entropy with the labels", [F.cross_entropy(output, label)]
     scalars = []
     for _ in range(DRAWS):
         signs = [torch.randint(0, 2, y.shape, generator=generator).to(y) * 2 - 1 for y in outputs]
         scalars.append(sum(((y * e).sum() for y, e in zip(outputs, signs, strict=True)), torch.zeros(())))
-    return "the squared change of the outputs", scalars
+    return words, scalars

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -19,14 +18,16 @@ from pykernels.ops.errors import reason
 
 from .blocks import residual_blocks
 from .coupling import Coupling, Group, couple, width
+from .eliminate import eliminate, steps
 from .entries import read_entry
 from .importance import Importance, Loss, magnitude, taylor
 from .knapsack import Choice, State, Unreachable, solve
 from .latency import Latency, compare, lower
 from .recipe import Recipe, check_recipe, recipe_of
-from .reconstruct import reconstruct, remaining
+from .reconstruct import reconstruct
 from .report import Report, Row
 from .surgery import Mismatch, check, cut, refuse
+from .trial import Trial, held_out
 
 __all__ = ["Pruned", "prune"]
 
@@ -130,15 +131,15 @@ def prune(
     report.left = coupling.left
     if importance == "taylor":
         assert data is not None
-        weighed = taylor(copy.deepcopy(model), coupling.groups, droppable, data, len(args), loss, progress)
+        weighed = taylor(copy.deepcopy(model), coupling.groups, data, len(args), loss, progress)
         report.importance = f"{weighed.objective}, over {weighed.batches} batch{'es' * (weighed.batches != 1)}"
+        order, lost, dropped = _lost(model, coupling.groups, droppable, weighed, data, len(args), loss, progress)
     else:
         weighed = magnitude(model, coupling.groups)
         report.importance = weighed.objective
-    order = {name: worth.argsort(descending=True).tolist() for name, worth in weighed.units.items()}
-    left = remaining(model, coupling.groups, order, data, len(args)) if data is not None else {}
-    choices = [_choice(group, weighed, left.get(group.name, {})) for group in coupling.groups]
-    found = _search(model, args, coupling, weighed, choices, order, latency, report, progress)
+        (order, lost), dropped = _by_units(coupling.groups, weighed), {}
+    choices = [_choice(group, lost[group.name], dropped) for group in coupling.groups]
+    found = _search(model, args, coupling, dropped, choices, order, latency, report, progress)
     return _finish(model, args, found, data, report)
 
 
@@ -210,7 +211,7 @@ def _search(
     model: nn.Module,
     args: tuple[Any, ...],
     coupling: Coupling,
-    weighed: Importance,
+    dropped: Mapping[str, float],
     choices: Sequence[Choice],
     order: Mapping[str, Sequence[int]],
     latency: float,
@@ -224,7 +225,7 @@ def _search(
     whole = predict(predict.full)
     target, best = latency, None
     for number in range(1, _ROUNDS + 1):
-        state = _solved(choices, weighed, predict, target * whole, whole, coupling)
+        state = _solved(choices, dropped, predict, target * whole, whole, coupling)
         kept = {name: sorted(order[name][:count]) for name, count in state.widths.items()}
         recipe = recipe_of(model, coupling.groups, kept, sorted(state.dropped))
         smaller = lower(cut(model, recipe), args, report.precision or "fp32")
@@ -253,30 +254,66 @@ def _search(
     return recipe
 
 
-def _choice(group: Group, weighed: Importance, left: Mapping[int, float]) -> Choice:
-    """The widths of a group, with what the least of its channels are worth; `left`: as of `remaining`.
+def _by_units(groups: Sequence[Group], weighed: Importance) -> tuple[dict[str, list[int]], dict[str, dict[int, float]]]:
+    """Of each group its units, those that stay longest first, and by width the sum of what the others are worth."""
+    order, lost = {}, {}
+    for group in groups:
+        worth, places = weighed.units[group.name].sort(descending=True)
+        order[group.name] = places.tolist()
+        lost[group.name] = {count: float(worth[count:].sum()) for count in group.widths}
+    return order, lost
 
-    Layers are refitted one by one but pruned together, so what each alone would make up for does not come back whole:
-    half of it, in the geometric mean, is counted (which served MobileNetV2 better than none or all of it).
+
+def _lost(
+    model: nn.Module,
+    groups: Sequence[Group],
+    blocks: Sequence[str],
+    weighed: Importance,
+    data: Iterable[Any],
+    inputs: int,
+    loss: Loss | None,
+    progress: Progress | None,
+) -> tuple[dict[str, list[int]], dict[str, dict[int, float]], dict[str, float]]:
+    """As `_by_units`, by what the objective loses on entries that nothing is fitted to; and what it loses with blocks.
+
+    Where weights will not be fitted, the units' worth is in proportion what is measured at three quarters of them.
     """
-    least = torch.cat([torch.zeros(1, dtype=torch.float64), weighed.units[group.name].sort().values.cumsum(0)])
-    parts = np.interp(group.widths, list(left), list(left.values())) if left else np.ones(len(group.widths))
-    lost = {
-        count: float(least[len(group.units) - count] * part**0.5)
-        for count, part in zip(group.widths, parts, strict=True)
-    }
-    inside = [b for b in weighed.blocks if all(layer.startswith(f"{b}.") for layer, _ in group.axes)]
+    rest, held = held_out(data, weighed.batches)
+    trial = Trial(copy.deepcopy(model), held, inputs, loss)
+    order, lost = _by_units(groups, weighed)
+    found = eliminate(model, groups, weighed.curvature, rest, held, inputs, trial, progress)
+    for group in groups:
+        name = group.name
+        if name in found:
+            order[name], lost[name] = found[name]
+        else:
+            width = steps(group)[-1]
+            measured = trial(cut(model, recipe_of(model, [group], {name: order[name][:width]})))
+            scale = measured / max(lost[name][width], 1e-30)
+            lost[name] = {count: scale * worth for count, worth in lost[name].items()}
+    dropped = {block: trial(cut(model, recipe_of(model, [], {}, [block]))) for block in blocks}
+    return order, lost, dropped
+
+
+def _choice(group: Group, lost: Mapping[int, float], blocks: Iterable[str]) -> Choice:
+    """The widths of a group, with what is lost at each."""
+    inside = [b for b in blocks if all(layer.startswith(f"{b}.") for layer, _ in group.axes)]
     return Choice(group.name, lost, inside[0] if inside else None)
 
 
 def _solved(
-    choices: Sequence[Choice], weighed: Importance, predict: Latency, budget: float, whole: float, coupling: Coupling
+    choices: Sequence[Choice],
+    dropped: Mapping[str, float],
+    predict: Latency,
+    budget: float,
+    whole: float,
+    coupling: Coupling,
 ) -> State:
     """The state of least loss within the budget, by times of its own layers."""
     best: tuple[float, State] | None = None
     for _ in range(_REFINEMENTS):
         try:
-            state = solve(choices, weighed.blocks, predict, budget)
+            state = solve(choices, dropped, predict, budget)
         except Unreachable as error:
             if best is not None:  # it is nearly quick enough
                 break

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch import nn
 
 import pykernels as pk
-from pykernels.prune.coupling import couple
+from pykernels.prune import moments
 from pykernels.prune.recipe import recipe_of
-from pykernels.prune.reconstruct import reconstruct, remaining
+from pykernels.prune.reconstruct import reconstruct
 from tests.prune import prunable
 
 
@@ -70,7 +68,7 @@ def test_what_does_not_fit_into_memory_takes_another_pass(monkeypatch: pytest.Mo
     data = [torch.randn(4, 32, 8, 8)]
     once, often = (pk.prune(model, (data[0],), recipe=recipe).model for _ in range(2))
     assert reconstruct(model, once, recipe, data, 1) == ["1", "2"]
-    monkeypatch.setattr(sys.modules[reconstruct.__module__], "_ROOM", 1)
+    monkeypatch.setattr(moments, "ROOM", 1)
     assert reconstruct(model, often, recipe, data, 1) == ["1", "2"]
     assert all(torch.equal(a, b) for a, b in zip(once.parameters(), often.parameters(), strict=True))
 
@@ -94,29 +92,6 @@ def test_channels_that_nothing_tells_are_made_up_for_by_nothing() -> None:
     data = [torch.randn(16, 32, 32, 32)]
     fitted = pk.prune(model, (data[0],), recipe=recipe, data=data).model
     assert torch.allclose(fitted[1].weight, model[1].weight[:, :16], atol=0.02)
-
-
-def told(model: nn.Module, data: list[torch.Tensor]) -> dict[int, float]:
-    """Of the first layer's channels, by width, what is left of their removal; the last ones go first."""
-    groups = couple(model, (data[0],), ()).groups
-    (group,) = [group for group in groups if group.name == "0"]
-    return remaining(model, [group], {"0": range(len(group.units))}, data, 1)["0"]
-
-
-def test_what_remains_of_a_removal_is_known_before_it() -> None:
-    data = [torch.randn(8, 3, 12, 12) for _ in range(3)]
-    model = redundant(nn.Conv2d(32, 8, 3))
-    assert told(model, data).keys() == {16} and told(model, data)[16] < 1e-3
-    alone = nn.Sequential(nn.Conv2d(32, 32, 1, bias=False), nn.Conv2d(32, 8, 1, bias=False)).eval()
-    with torch.no_grad():
-        alone[0].weight.copy_(torch.eye(32).view(32, 32, 1, 1))
-    assert 0.95 < told(alone, [torch.randn(16, 32, 32, 32)])[16] <= 1
-
-
-def test_all_remains_where_no_weights_are_fitted() -> None:
-    assert told(redundant(nn.Conv2d(32, 8, 1)), [torch.randn(1, 3, 7, 9)]) == {16: 1.0}  # too few positions
-    circular = redundant(nn.Conv2d(32, 8, 3, padding=1, padding_mode="circular"))
-    assert told(circular, [torch.randn(8, 3, 12, 12)]) == {16: 1.0}
 
 
 def test_a_whole_network_comes_nearer_to_its_answers() -> None:
