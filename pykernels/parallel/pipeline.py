@@ -3,7 +3,8 @@
 A stage of ``torch.distributed.pipelining`` makes the operations that receive and send in four methods, and consumes
 what was received in two. A registered stage's six methods are wrapped: each tensor of an operation is replaced by its
 payload, which is encoded before it is sent and decoded before the chunk is computed. Schedules, the order of messages
-and the exchange of shapes stay torch's, and what goes between two stages of one rank stays as it is.
+and the exchange of shapes stay torch's, and what goes between two stages of one rank stays as it is. On a CPU what is
+received is asked for before anything of the same batch is sent.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ class StageHandle:
             if (wire := self._wire(direction, tensor)) is not None:
                 operation.tensor = self._payload((direction, "received", chunk, place), wire, tensor.device)
                 arriving.append((wire, operation.tensor, tensor))
+            if tensor.device.type == "cpu":
+                _receive_now(operation)
         return operations
 
     @torch.no_grad()
@@ -132,6 +135,17 @@ class StageHandle:
             if state.get(what) != mine[what]:
                 raise ValueError(f"pykernels: state_dict: {what} is {state.get(what)}, here it is {mine[what]}")
         self._messages = int(state["sent"])
+
+
+def _receive_now(operation: dist.P2POp) -> None:
+    """Begin to receive; whoever runs the operation gets the work that is under way.
+
+    gloo sends data when the receiver has said that it is ready, and says so over the connection that carries the data
+    of the other direction, behind what was begun there. Schedules send before they receive: of two ranks that exchange
+    something, the later one would hold up the other until all it sends has gone, and both directions take turns.
+    """
+    work = operation.op(operation.tensor, group=operation.group, tag=operation.tag, group_src=operation.group_peer)
+    operation.op = lambda *args, **kwargs: work
 
 
 @register.register

@@ -264,6 +264,28 @@ def test_gradients_are_rounded_without_bias(found: list[dict[str, Any]]) -> None
     assert 0 < first < 0.1  # one of them errs by some 0.3; 40 independent ones by a sixth of it
 
 
+def exchanged(rank: int) -> list[list[str]]:
+    """Of the batches of a step that send and receive: what is done with each message when the batch is run."""
+    batches, run = [], dist.batch_isend_irecv
+
+    def batch(operations: list[dist.P2POp]) -> list[dist.Work]:
+        names = {dist.isend: "send", dist.irecv: "receive"}
+        batches.append([names.get(operation.op, "under way") for operation in operations])
+        return run(operations)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "batch_isend_irecv", batch)
+        for codec in ("fp32", "int8"):
+            Pipeline("1F1B", both(codec)).step(0)
+    return [names for names in batches if len(names) > 1]
+
+
+def test_what_comes_is_asked_for_before_anything_is_sent(found: list[dict[str, Any]]) -> None:
+    """Else gloo's notice that this rank is ready waits behind what it sends, and the two directions take turns."""
+    first, last = (answers["exchanged"] for answers in found)
+    assert first == [["send", "under way"]] * 6 and last == first  # three exchanges of four chunks, by codec
+
+
 def complaints(rank: int) -> list[str]:
     messages = []
 

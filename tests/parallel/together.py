@@ -13,6 +13,7 @@ def everything(rank: int) -> dict[str, Any]:
         test_pipeline.few,
         test_pipeline.ways,
         test_pipeline.unbiased,
+        test_pipeline.exchanged,
         test_pipeline.complaints,
         test_tensor.splits,
         test_tensor.int8,
