@@ -220,7 +220,8 @@ def gpu_checks(networks: Networks) -> Iterator[tuple[str, Callable[[], str | Non
 
     def tuned() -> str | None:
         devices = ["cpu", str(device)]
-        setup = pk.tune(networks.here("int8"), networks.x(2), latency_ms=1e3, seconds=6.0, devices=devices)
+        network, x = networks.here("int8"), networks.x(2)
+        setup = pk.tune(network, x, latency_ms=1e3, seconds=10.0, batches=[2], devices=devices)
         tried = {trial.device for trial in setup.tried}
         return None if tried == set(devices) and setup.gpu else f"tried were {tried}, on {setup.gpu}"
 

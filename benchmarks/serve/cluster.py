@@ -61,6 +61,7 @@ class Cluster:
         self.hosts, self.folder, self.cores = hosts, folder, cores
         self.workers = range(1, len(hosts) - 1)
         self.edge = len(hosts) - 1
+        self.certificate = folder / "nginx/certs/server.crt"
         self.token = secrets.token_hex(32)
         path = os.pathsep.join([str(pathlib.Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.environment = {
@@ -164,7 +165,7 @@ class Cluster:
         (place / "certs").mkdir(parents=True)
         subprocess.run(
             ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost",
-             "-keyout", place / "certs/server.key", "-out", place / "certs/server.crt"],
+             "-keyout", place / "certs/server.key", "-out", self.certificate],
             check=True, capture_output=True,
         )  # fmt: skip
         nodes = [self.address(host) for host in self.workers]

@@ -2,6 +2,9 @@
 
     python -m benchmarks.serve.faults                       # every fault, one after the other
     python -m benchmarks.serve.faults --only replica proxy
+    python -m benchmarks.serve.faults --protocol grpc
+
+Over gRPC clients send again what is lost, as the grpc-client.json says that `pykernels serve --write-config` writes.
 
 Each row: how many requests were asked while the fault happened and was mended, what became of them, the longest one,
 and seconds until all was as before. Exit status 1 if a request was not answered.
@@ -98,6 +101,7 @@ def _replaced(made: Cluster, fault: Callable[[], None]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS))
+    parser.add_argument("--protocol", choices=["http", "grpc"], default="http", help="what clients speak")
     parser.add_argument("--logs", type=pathlib.Path, help="where to keep them")
     asked_for = parser.parse_args()
     if (why := unusable()) is not None:
@@ -114,7 +118,10 @@ def main() -> int:
         with cluster(folder, options) as made:
             print(f"{'fault':10} {'requests':>8} {'answered':>8} {'longest s':>9} {'mended s':>8}  others", flush=True)
             for name in asked_for.only:
-                load = Load(f"https://{made.address(made.edge)}:8443", "net", x, CLIENTS, host=made.hosts[made.edge])
+                load = Load(
+                    f"{made.address(made.edge)}:8443", "net", x, CLIENTS, asked_for.protocol, made.certificate,
+                    (folder / "grpc-client.json").read_text(), host=made.hosts[made.edge],
+                )  # fmt: skip
                 with load.running() as asked:
                     time.sleep(SETTLE)
                     begin = time.monotonic()

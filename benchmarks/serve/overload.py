@@ -74,9 +74,9 @@ def main() -> int:
         with server(net, "--replicas", "1", "--queue", "64") as (http, _, pid):
             print(f"{'':12} {'requests':>8} {'median ms':>9} {'longest ms':>10} {'RSS MB':>6}  answers")
             for name, (clients, hang_up, allowed) in rows.items():
-                loads = [Load(f"http://{http}", "net", x, clients - clients // 2 * (hang_up is not None))]
+                loads = [Load(http, "net", x, clients - clients // 2 * (hang_up is not None))]
                 if hang_up is not None:
-                    loads.append(Load(f"http://{http}", "net", x, clients // 2, hang_up=hang_up))
+                    loads.append(Load(http, "net", x, clients // 2, hang_up=hang_up))
                 with Memory(pid) as memory:
                     asked = _asked(loads, asked_for.seconds)
                 first = first or memory.most

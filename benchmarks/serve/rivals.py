@@ -5,7 +5,7 @@
 
 - `pykernels`: `pykernels serve --in-process`.
 - `onnxruntime`, `openvino`: the same server and application, batches and threads, with that runtime in the network's
-  place. Batches of theirs are not held to the bits of single rows, or they would be served without.
+  place. Batches of theirs are not held to the bits of single rows (`--batch-error`), or they would be served without.
 - `mlserver`: MLServer (tried: 1.7.1, uvloop 0.21, fastapi 0.115, starlette 0.46) with our network in a runtime
   of its own, adaptive batches of the same size, and as many parallel workers as the others have instances. It needs
   other versions of what we need, so it has an interpreter of its own, with torch and pykernels beside it.
@@ -109,9 +109,8 @@ def serve(kind: str, path: str, instances: int, batch: int) -> None:
     from pykernels.serve import in_process, model
     from pykernels.serve.service import Options
 
-    model._load = lambda path, threads: Runtime(kind, str(path))  # type: ignore[assignment]
-    model._same = lambda x, y: torch.allclose(x, y, 1e-2, 1e-3)
-    options = Options(models={"net": path}, instances=instances, batch=batch)
+    model._load = lambda path, limits: Runtime(kind, str(path))  # type: ignore[assignment]
+    options = Options(models={"net": path}, instances=instances, batch=batch, batch_error=1e-2)
     place = "127.0.0.1"
     told = f"http://{place}:{{}}  grpc://{place}:{{}}"
     in_process.serve(options, place, 0, 0, lambda http, grpc: print(told.format(http, grpc), flush=True))

@@ -97,7 +97,8 @@ def serve(
     write_config: Annotated[
         pathlib.Path | None,
         typer.Option(
-            help="Serve nothing; write serve.yaml, rayservice.yaml, nginx.conf and Dockerfile to this folder."
+            help="Serve nothing; write serve.yaml, rayservice.yaml, nginx.conf, grpc-client.json and Dockerfile to "
+            "this folder."
         ),
     ] = None,
 ) -> None:
@@ -222,6 +223,8 @@ def _sizes(
         except (OSError, ValueError) as error:
             fail(f"--setup: {str(error).removeprefix('path: ')}")
         threads, instances, batch = threads or found.threads, found.instances, batch or found.batch
+        if len({name.partition(":")[0] for name in (device, found.device) if name is not None}) > 1:
+            fail(f"--device: the setup is one for {found.device}, not for {device}")
         device = device or found.device
     threads, batch, device = threads or 1, batch or 16, device or "cpu"
     cores = max(1, usable().count // (threads * parts))

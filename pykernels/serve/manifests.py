@@ -1,8 +1,10 @@
-"""What a cluster is told: a Serve config, a RayService of KubeRay, nginx in front, and an image."""
+"""What a cluster is told: a Serve config, a RayService of KubeRay, nginx in front, an image; and what clients are told
+that speak gRPC."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import string
 from pathlib import Path, PurePosixPath
@@ -15,7 +17,7 @@ from pykernels.serve.files import FILE
 from pykernels.serve.jobs import at_once
 from pykernels.serve.service import Options, on_a_gpu
 
-__all__ = ["nginx", "ray_service", "serve_config", "write"]
+__all__ = ["GRPC_CLIENT", "nginx", "ray_service", "serve_config", "write"]
 
 MODELS, TOKEN = "/models", "/etc/pykernels/token"  # in containers
 IMAGE = "pykernels-serve:latest"
@@ -67,10 +69,11 @@ $grpc_servers
     # An inference changes nothing, so it may be sent again, three times at most: two tries may meet a node that is
     # lost, one more another's proxy that still knows replicas there. 429 and 503 are answers: more requests make it
     # worse. 502 is a node's proxy whose replica died: each node is listed twice, so that it can choose another one; 404
-    # may be one that came back and was not told of replicas yet.
+    # may be one that came back and was not told of replicas yet. What has begun to flow over gRPC is not kept by nginx,
+    # and so not sent again: clients do that, by grpc-client.json.
     proxy_next_upstream error timeout http_500 http_502 http_404 non_idempotent;
     proxy_next_upstream_tries 4;
-    grpc_next_upstream error timeout http_500 http_502 http_404 non_idempotent;
+    grpc_next_upstream error timeout;
     grpc_next_upstream_tries 4;
 
     location / { proxy_pass http://http_nodes; }
@@ -94,6 +97,24 @@ EXPOSE 8000 8001
 STOPSIGNAL SIGTERM
 CMD ["pykernels", "serve", "$models", "--in-process", "--device", "$device", "--host", "0.0.0.0"]
 """
+
+
+# gRPC's own retries, in its service config: of what had no answer, or one that says "not now". RESOURCE_EXHAUSTED, the
+# server's word for too much that waits, is an answer.
+GRPC_CLIENT = {
+    "methodConfig": [
+        {
+            "name": [{"service": "inference.GRPCInferenceService", "method": "ModelInfer"}],
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "2s",
+                "backoffMultiplier": 3,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
 
 
 def serve_config(options: Options, replicas: int, port: int, grpc_port: int) -> dict[str, Any]:
@@ -242,6 +263,7 @@ def write(folder: Path, options: Options, replicas: int, port: int, grpc_port: i
         "serve.yaml": yaml.safe_dump(serve_config(options, replicas, port, grpc_port), sort_keys=False),
         "rayservice.yaml": yaml.safe_dump(ray_service(options, replicas, port, grpc_port), sort_keys=False),
         "nginx.conf": nginx(options, ["127.0.0.1"], port, grpc_port),
+        "grpc-client.json": json.dumps(GRPC_CLIENT, indent=2) + "\n",
         "Dockerfile": string.Template(DOCKERFILE).substitute(image),
     }
     folder.mkdir(parents=True, exist_ok=True)

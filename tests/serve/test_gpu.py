@@ -187,9 +187,11 @@ def test_a_setup_says_where_unless_the_command_does(net: Path, gpu: Gpu, asked: 
     pk.Setup(1, 3, 64, "cuda").save(tmp_path / "setup.json")
     serve(net, "--setup", tmp_path / "setup.json")
     serve(net, "--setup", tmp_path / "setup.json", "--in-process")
-    serve(net, "--setup", tmp_path / "setup.json", "--device", "cpu")
+    serve(net, "--setup", tmp_path / "setup.json", "--in-process", "--device", "cuda:1", "--max-batch", 8)
     found = [(o.device, o.instances, o.batch, replicas) for o, replicas in asked]
-    assert found == [("cuda", 3, 64, 2), ("cuda", 3, 64, 1), ("cpu", 1, 64, 3)]
+    assert found == [("cuda", 3, 64, 2), ("cuda", 3, 64, 1), ("cuda:1", 3, 8, 1)]
+    said = serve(net, "--setup", tmp_path / "setup.json", "--device", "cpu", status=1)
+    assert "--device: the setup is one for cuda, not for cpu" in said
 
 
 @pytest.mark.parametrize(

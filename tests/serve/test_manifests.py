@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import jsonschema
 import pytest
 import yaml
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from pykernels.serve import manifests
 from pykernels.serve.environment import ENVIRONMENT
@@ -29,7 +33,8 @@ def options(tmp_path: Path) -> Options:
 @pytest.fixture
 def written(tmp_path: Path, options: Options) -> Path:
     found = manifests.write(tmp_path / "deploy", options, 3, 8000, 8001)
-    assert sorted(path.name for path in found) == ["Dockerfile", "nginx.conf", "rayservice.yaml", "serve.yaml"]
+    names = ["Dockerfile", "grpc-client.json", "nginx.conf", "rayservice.yaml", "serve.yaml"]
+    assert sorted(path.name for path in found) == names
     return tmp_path / "deploy"
 
 
@@ -124,6 +129,42 @@ def test_nginx_takes_the_configuration(written: Path) -> None:
 def test_nginx_sends_no_refusal_and_no_change_of_the_repository_twice(options: Options) -> None:
     text = manifests.nginx(options, ["10.0.0.1", "10.0.0.2"], 8000, 8001)
     retried = [line.split() for line in text.splitlines() if "_next_upstream " in line and "off" not in line]
+    assert [line[0] for line in retried] == ["proxy_next_upstream", "grpc_next_upstream"]
+    assert {"error", "timeout", "http_502", "non_idempotent;"} <= set(retried[0])
+    assert retried[1][1:] == ["error", "timeout;"]  # of what was not sent yet: nginx keeps nothing of a stream
     assert all("http_429" not in line and "http_503;" not in line and "http_503" not in line for line in retried)
     assert "least_conn" in text and "server 10.0.0.2:8001" in text
+    assert "location /inference.GRPCInferenceService/ { grpc_pass grpc://grpc_nodes; }" in text
+    assert "RepositoryModel { grpc_pass grpc://grpc_nodes; grpc_next_upstream off; }" in text
     assert "location /v2/repository/ { proxy_pass http://http_nodes; proxy_next_upstream off; }" in text
+
+
+@pytest.mark.parametrize("code, tries", [("UNAVAILABLE", 3), ("RESOURCE_EXHAUSTED", 1), ("INVALID_ARGUMENT", 1)])
+def test_clients_of_grpc_send_again_what_was_lost_and_nothing_that_was_answered(
+    written: Path, code: str, tries: int
+) -> None:
+    """Of 600 KB, by a server that answers the third time."""
+    asked: list[int] = []
+
+    class Twice(service_pb2_grpc.GRPCInferenceServiceServicer):
+        def ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:
+            asked.append(len(request.raw_input_contents[0]))
+            if len(asked) < 3:
+                context.abort(grpc.StatusCode[code], "not now")
+            return service_pb2.ModelInferResponse(model_name=request.model_name)
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Twice(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    again = (written / "grpc-client.json").read_text()
+    options = [("grpc.service_config", again), ("grpc.per_rpc_retry_buffer_size", 1 << 26)]
+    request = service_pb2.ModelInferRequest(model_name="net", raw_input_contents=[bytes(600_000)])
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}", options) as channel:
+            infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
+            with contextlib.nullcontext() if tries == 3 else pytest.raises(grpc.RpcError):
+                infer(request, timeout=30)
+    finally:
+        server.stop(None)
+    assert asked == [600_000] * tries
