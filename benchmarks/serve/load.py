@@ -93,7 +93,9 @@ class Load:
             yield asked
         finally:
             self._stop.set()
-            found = self._found.get() if self._process.is_alive() else None
+            while self._process.is_alive() and self._found.empty():
+                time.sleep(0.05)
+            found = None if self._found.empty() else self._found.get()
             self._process.join()
         if found is None:
             raise RuntimeError("the clients died")

@@ -75,6 +75,7 @@ $grpc_servers
     proxy_next_upstream_tries 4;
     grpc_next_upstream error timeout;
     grpc_next_upstream_tries 4;
+    grpc_set_header application $name;  # for a node without a replica, whose proxy must know where to send a request
 
     location / { proxy_pass http://http_nodes; }
     location /v2/repository/ { proxy_pass http://http_nodes; proxy_next_upstream off; }
@@ -240,7 +241,7 @@ def nginx(options: Options, nodes: list[str], port: int, grpc_port: int) -> str:
         return "\n".join(f"    server {node}:{place} max_fails=0;" for node in 2 * nodes)
 
     return string.Template(NGINX).substitute(
-        request_bytes=options.request_bytes, http_servers=servers(port), grpc_servers=servers(grpc_port)
+        name=NAME, request_bytes=options.request_bytes, http_servers=servers(port), grpc_servers=servers(grpc_port)
     )
 
 

@@ -131,6 +131,7 @@ def test_nginx_sends_no_refusal_and_no_change_of_the_repository_twice(options: O
     retried = [line.split() for line in text.splitlines() if "_next_upstream " in line and "off" not in line]
     assert [line[0] for line in retried] == ["proxy_next_upstream", "grpc_next_upstream"]
     assert {"error", "timeout", "http_502", "non_idempotent;"} <= set(retried[0])
+    assert "grpc_set_header application pykernels;" in text
     assert retried[1][1:] == ["error", "timeout;"]  # of what was not sent yet: nginx keeps nothing of a stream
     assert all("http_429" not in line and "http_503;" not in line and "http_503" not in line for line in retried)
     assert "least_conn" in text and "server 10.0.0.2:8001" in text

@@ -11,10 +11,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 pytest.importorskip("ray", reason="the extra `serve` is not installed")
 
 
-def test_every_request_is_answered_while_replicas_proxies_and_nodes_die_and_another_version_is_deployed() -> None:
+@pytest.mark.parametrize("options", [[], ["--protocol", "grpc", "--only", "replica"]], ids=["http", "grpc"])
+def test_every_request_is_answered_while_replicas_proxies_and_nodes_die_and_another_version_is_deployed(
+    options: list[str],
+) -> None:
     from benchmarks.serve.cluster import unusable
 
     if (why := unusable()) is not None:
         pytest.skip(why)
-    done = subprocess.run([sys.executable, "-m", "benchmarks.serve.faults"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.serve.faults", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
