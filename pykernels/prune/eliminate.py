@@ -31,6 +31,7 @@ from .surgery import cut
 __all__ = ["eliminate", "steps"]
 
 Progress = Callable[[str, int, int], None]
+_TELLS = 1e-3  # of the largest loss: with less gone, what is measured is next to nothing, and tells nothing of more
 _NEAR = 2  # times as many units as go at once are looked at for them
 
 
@@ -48,7 +49,8 @@ def eliminate(
 
     The order comes from all data. What is lost is looked at at about a quarter, a half and three quarters of the units,
     with weights that are fitted to `rest`, for the inputs of `held`; between, it follows what all data tell. At three
-    quarters it is measured, by `trial`, and the others are in proportion.
+    quarters (at fewer, where channels are dead or there twice) it is measured, by `trial`, and the others are in
+    proportion.
 
     Groups are left out where a layer that reads them cannot be fitted, or the data are too few for it.
 
@@ -69,18 +71,19 @@ def eliminate(
             whole = {name: fitted[name] + others[name] for name in read if name in fitted}
             if len(whole) == len(read) and all(found.suffice(found.channels) for found in whole.values()):
                 order, lost = _ordered(group, [_Reader.of(n, group, m, curvature[n]) for n, m in whole.items()])
-                factors: dict[int, float] = {}
-                for width in steps(group):
-                    recipe = recipe_of(model, [group], {group.name: order[:width]})
+                recipes = {w: recipe_of(model, [group], {group.name: order[:w]}) for w in steps(group)}
+                found: dict[int, float] = {}
+                for width, recipe in recipes.items():
                     kept = {name: recipe["layers"][name]["in"]["kept"] for name in read}
-                    found = sum(fitted[n].left(kept[n], others[n], curvature[n]) for n in read)
-                    factors[width] = found / max(lost[width], 1e-30)
-                small = cut(model, recipe)  # of the last width
+                    found[width] = sum(fitted[n].left(kept[n], others[n], curvature[n]) for n in read)
+                tried = max(width for width, some in found.items() if some >= _TELLS * max(found.values()))
+                small = cut(model, recipes[tried])
                 for name in read:
-                    makes = recipe["layers"][name].get("out", {}).get("kept")
-                    fitted[name].refit(small.get_submodule(name), kept[name], makes)
-                scale = trial(small) / max(found, 1e-30)
-                by = scale * np.interp(list(lost), list(factors), list(factors.values()))
+                    axes = recipes[tried]["layers"][name]
+                    fitted[name].refit(small.get_submodule(name), axes["in"]["kept"], axes.get("out", {}).get("kept"))
+                scale = trial(small) / max(found[tried], 1e-30)
+                factors = [some / max(lost[width], 1e-30) for width, some in found.items()]
+                by = scale * np.interp(list(lost), list(found), factors)
                 done[group.name] = order, {w: x * float(f) for (w, x), f in zip(lost.items(), by, strict=True)}
             seen += 1
             if progress is not None:

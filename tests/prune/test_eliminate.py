@@ -41,6 +41,21 @@ def test_of_channels_that_are_there_twice_one_goes_first_and_nothing_is_lost(rea
     assert lost[48] == 0 and lost[32] < 0.01 * lost[16]
 
 
+def test_dead_channels_cost_nothing_and_say_nothing_of_others() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
+    data, lost = [torch.randn(16, 3, 12, 12) for _ in range(8)], {}
+    for dead in (0, 16):
+        with torch.no_grad():
+            model[1].weight[:dead] = 0
+            model[1].bias[:dead] = -1
+        order, lost[dead] = eliminated(model, data)[1]["0"]
+        assert dead == 0 or set(order[48:]) == set(range(16))
+    assert lost[16][48] < 1e-3 * lost[16][16]
+    assert 0.2 < lost[16][16] / lost[0][16] < 2  # 32 living channels are gone there, without dead ones 48
+
+
 def test_what_few_data_promise_is_not_believed() -> None:
     """Channels that tell nothing of one another: weights fitted to few positions help nowhere else."""
     torch.manual_seed(0)
