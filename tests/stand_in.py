@@ -4,7 +4,6 @@ on the CPU."""
 from __future__ import annotations
 
 import contextlib
-import importlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import pykernels as pk
+from pykernels import optimized
 from pykernels.cuda import registry
 from pykernels.cuda.graphs import CudaGraphs
 
@@ -117,7 +117,7 @@ class Gpu:
             return None if (device.index or 0) < count else f"torch finds {count} CUDA devices here"
 
         patch.setattr(registry, "unusable", unusable)
-        patch.setattr(importlib.import_module("pykernels.optimize"), "CudaGraphs", self._capturing)
+        patch.setattr(optimized, "CudaGraphs", self._capturing)
         patch.setattr(pk.Optimized, "to", lambda network, device: self._moved(network, device))
         patch.setattr(pk.Optimized, "forward", lambda network, *args, **kwargs: self._called(network, args, kwargs))
         patch.setattr(torch.Tensor, "pin_memory", self._pinned)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
 import json
 import math
 import os
@@ -33,10 +32,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import pykernels as pk
+from pykernels import optimized
 from pykernels.network.plan import format as plan_format
 from pykernels.network.saved import file
-
-front_door = importlib.import_module("pykernels.optimize")
 
 BATCH = 250  # cases of a child
 LIMIT = 20  # seconds of a case
@@ -313,7 +311,7 @@ class Fuzz:
         """Load case `number`, call it; how that ended. What begins with ``finding`` must not be."""
         kind, data, index = self.case(number)
         try:
-            net = front_door._network(*file.parse(bytearray(data)))
+            net = optimized._network(*file.parse(bytearray(data)))
         except ValueError:
             return "refused"
         except Exception as error:
