@@ -427,8 +427,9 @@ def test_tune_prints_what_was_tried_and_saves_the_setup() -> None:
     text = pykernels("tune", saved(), "--seconds", 0.6, "-o", "setup.json")
     setup = pk.Setup.load("setup.json")
     assert setup.report() in text and "saved setup.json" in text
-    assert re.search(rf"^ +{setup.threads} +1 +1 .* chosen$", text, re.MULTILINE)
-    assert setup.instances == 1 and setup.bound_ms is None
+    assert re.search(rf"^ +cpu +{setup.threads} +1 +1 .* chosen$", text, re.MULTILINE)
+    assert (setup.instances, setup.device, setup.bound_ms) == (1, "cpu", None)
+    assert "--devices: must be some of cpu, cuda" in pykernels("tune", saved(), "--devices", "cpu,tpu", status=1)
     assert "most items/s with p99 up to 1e+06 ms" in pykernels(
         "tune", saved("words", 2, 6), "--latency-ms", 1e6, "--seconds", 1
     )
