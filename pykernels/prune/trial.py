@@ -1,7 +1,7 @@
 """How far an objective moves on data that nothing was fitted to: what a removal costs is measured, not believed.
 
-Weights fitted to few data promise too much: of 100 photographs the last layers of a MobileNetV2 learn to make up for a
-quarter of their channels to within a hundredth of what it costs on other photographs.
+Weights fitted to few data promise too much: on 100 photographs the last layers of a MobileNetV2 seem to make up for a
+quarter of their channels, and on others they do not.
 """
 
 from __future__ import annotations
