@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import ipaddress
 import logging
@@ -24,7 +25,7 @@ from pykernels.tune.cores import usable
 if TYPE_CHECKING:
     from pykernels.serve.service import Options
 
-NEEDED = ("fastapi", "grpc", "prometheus_client", "tritonclient", "uvicorn", "uvloop")
+NEEDED = ("grpc", "prometheus_client", "pydantic", "starlette", "tritonclient", "uvicorn", "uvloop")
 console = Console(stderr=True, soft_wrap=True)
 
 
@@ -109,6 +110,7 @@ def serve(
 
     [cyan]pykernels serve resnet=resnet.pk detector=det.pk --replicas 4 --threads 1 --max-batch 16 --p99-ms 50[/]
     """
+    gc.freeze()  # what torch brought stays; to look through it again and again would cost a tenth of the start
     if in_process and jobs is not None:
         fail("--jobs: is for Ray Serve, not for --in-process")
     needed = NEEDED if jobs is None else (*NEEDED, "celery", "redis")

@@ -78,7 +78,7 @@ def test_mistakes_are_named(command: list[str], message: str, tmp_path: Path) ->
 def test_serve_optimizes_the_file_on_the_way_in(
     quantized: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("fastapi", "tritonclient", "uvicorn"):
+    for name in ("starlette", "tritonclient", "uvicorn"):
         pytest.importorskip(name)
     proto, x, served = line(["batch", 4], quantized=quantized), torch.tensor([[0.5, -1.0, 2.0, 0.0]]), []
     monkeypatch.setattr(command, "_run", lambda options, *_: served.append(pk.load(options.models["line"])))

@@ -143,8 +143,8 @@ def test_mistakes_are_named(net: Path, tmp_path: Path, arguments: list[str], mes
 
 
 def test_what_is_not_installed_is_named(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "fastapi" else object())
-    assert "serve: fastapi is missing: pip install 'pykernels[serve]'" in serve(net, "--in-process", status=1)
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "starlette" else object())
+    assert "serve: starlette is missing: pip install 'pykernels[serve]'" in serve(net, "--in-process", status=1)
 
 
 def test_it_serves_until_it_is_told_to_stop_and_answers_what_it_took(net: Path, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_it_serves_until_it_is_told_to_stop_and_answers_what_it_took(net: Path, 
 
 
 def test_nothing_of_it_is_imported_before_it_is_used() -> None:
-    heavy = "fastapi", "grpc", "ray", "uvicorn", "tritonclient", "prometheus_client"
+    heavy = "starlette", "fastapi", "grpc", "ray", "uvicorn", "tritonclient", "prometheus_client"
     modules = "pykernels, pykernels.cli.main, pykernels.serve.service"
     code = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run(

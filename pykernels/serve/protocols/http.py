@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import zlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import pydantic
 import pydantic_core
-from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pykernels.serve.budget import Held
@@ -19,11 +21,13 @@ from pykernels.serve.errors import Denied, Invalid, Refused, Unsupported
 from pykernels.serve.service import Service
 
 __all__ = [
+    "ERRORS",
+    "MODEL",
     "Gone",
+    "Routes",
     "TokenCheck",
     "encoded",
     "error",
-    "handle_errors",
     "json_bytes",
     "json_response",
     "parse",
@@ -33,6 +37,8 @@ __all__ = [
 
 T = TypeVar("T")
 M = TypeVar("M", bound=pydantic.BaseModel)
+F = TypeVar("F", bound=Callable[..., Awaitable[Response]])
+MODEL = ("/models/{name}", "/models/{name}/versions/{version}")
 OPEN = ("/v2/health/live", "/v2/health/ready", "/ping")  # without a token
 CODINGS = {"gzip": 31, "deflate": 15}  # zlib's number for each form
 CHUNK = 1 << 20
@@ -167,26 +173,54 @@ async def _until_gone(request: Request) -> None:
         pass
 
 
-def handle_errors(app: FastAPI) -> None:
-    """Make every error of an application one that clients of these protocols understand."""
+class Routes(list[Route]):
+    """Routes of an application.
 
-    @app.exception_handler(Refused)
-    async def refused(_: Request, failure: Refused) -> Response:
-        return error(failure)
+    Args:
+        prefix: what all their paths begin with.
+    """
 
-    @app.exception_handler(HTTPException)
-    async def unknown(request: Request, failure: HTTPException) -> Response:
-        return json_response(
-            {"error": f"{request.method} {request.url.path:.200}: {failure.detail}"}, failure.status_code
-        )
+    def __init__(self, prefix: str = "") -> None:
+        super().__init__()
+        self.prefix = prefix
 
-    @app.exception_handler(Gone)
-    async def gone(_: Request, __: Gone) -> Response:
-        return Response(status_code=499)  # nobody reads it; nginx's number in the logs
+    def at(self, method: str, *paths: str) -> Callable[[F], F]:
+        """A decorator: the function answers these paths; it is given the request, and what stands in the path for each
+        name in braces."""
 
-    @app.exception_handler(Exception)
-    async def failed(_: Request, failure: Exception) -> Response:
-        return json_response({"error": "the service failed; its log says how"}, 500)
+        def add(function: F) -> F:
+            async def endpoint(request: Request) -> Response:
+                return await function(request, **request.path_params)
+
+            self.extend(Route(self.prefix + path, endpoint, methods=[method]) for path in paths)
+            return function
+
+        return add
+
+
+async def _refused(_: Request, failure: Refused) -> Response:
+    return error(failure)
+
+
+async def _unknown(request: Request, failure: HTTPException) -> Response:
+    return json_response({"error": f"{request.method} {request.url.path:.200}: {failure.detail}"}, failure.status_code)
+
+
+async def _gone(_: Request, __: Gone) -> Response:
+    return Response(status_code=499)  # nobody reads it; nginx's number in the logs
+
+
+async def _failed(_: Request, failure: Exception) -> Response:
+    return json_response({"error": "the service failed; its log says how"}, 500)
+
+
+# Every error of an application as one that clients of these protocols understand.
+ERRORS: dict[Any, Callable[[Request, Any], Awaitable[Response]]] = {
+    Refused: _refused,
+    HTTPException: _unknown,
+    Gone: _gone,
+    Exception: _failed,
+}
 
 
 class TokenCheck:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import pydantic_core
-from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
 
 from pykernels.serve.errors import Invalid, Unavailable, Unsupported
 from pykernels.serve.model import Model
 from pykernels.serve.protocols import v2
-from pykernels.serve.protocols.http import encoded, json_response, parse, read, while_there
+from pykernels.serve.protocols.http import MODEL, Routes, encoded, json_response, parse, read, while_there
 from pykernels.serve.protocols.tensors import from_bytes, from_list, to_bytes, to_list
 from pykernels.serve.service import Service
 
@@ -138,50 +139,50 @@ async def response(service: Service, model: Model, call: v2.Call) -> Response:
     return Response(b"".join([text, *parts]), headers={HEADER: str(len(text))}, media_type="application/octet-stream")
 
 
-def router(service: Callable[[], Service]) -> APIRouter:
+def router(service: Callable[[], Service]) -> Routes:
     """The routes below ``/v2``.
 
     Args:
         service: who answers; asked at each request.
     """
-    routes = APIRouter(prefix="/v2")
+    routes = Routes("/v2")
 
-    @routes.get("/health/live")
-    async def live() -> Response:
+    @routes.at("GET", "/health/live")
+    async def live(_: Request) -> Response:
         return Response(status_code=200 if service().live else 503)
 
-    @routes.get("/health/ready")
-    async def ready() -> Response:
+    @routes.at("GET", "/health/ready")
+    async def ready(_: Request) -> Response:
         return Response(status_code=200 if service().ready else 503)
 
-    @routes.get("")
-    async def server() -> Response:
+    @routes.at("GET", "")
+    async def server(_: Request) -> Response:
         return json_response(v2.server())
 
-    @routes.get("/models/stats")
-    async def all_statistics() -> Response:
+    @routes.at("GET", "/models/stats")
+    async def all_statistics(_: Request) -> Response:
         return json_response(v2.statistics(service()))
 
-    for path in ("/models/{name}", "/models/{name}/versions/{version}"):
-        _model_routes(routes, path, service)
+    _model_routes(routes, service)
 
-    @routes.post("/repository/index")
+    @routes.at("POST", "/repository/index")
     async def index(request: Request) -> Response:
         return json_response(v2.index(service(), (await _control(request, service())).ready))
 
-    @routes.post("/repository/models/{name}/load")
-    async def load(name: str, request: Request) -> Response:
+    @routes.at("POST", "/repository/models/{name}/load")
+    async def load(request: Request, name: str) -> Response:
         await v2.load(service(), name, (await _control(request, service())).parameters)
         return json_response({})
 
-    @routes.post("/repository/models/{name}/unload")
-    async def unload(name: str, request: Request) -> Response:
+    @routes.at("POST", "/repository/models/{name}/unload")
+    async def unload(request: Request, name: str) -> Response:
         await _control(request, service())  # unload_dependents: no model has any
         v2.unload(service(), name)
         return json_response({})
 
-    @routes.api_route("/{rest:path}", methods=["GET", "POST"])
-    async def absent(rest: str) -> Response:
+    @routes.at("GET", "/{rest:path}")
+    @routes.at("POST", "/{rest:path}")
+    async def absent(_: Request, rest: str) -> Response:
         if f"/v2/{rest}".startswith(ABSENT) or rest.endswith("/trace/setting"):
             raise Unsupported(f"/v2/{rest:.100}: tracing, logging and shared memory are not offered")
         return json_response({"error": f"/v2/{rest:.100}: not found"}, 404)
@@ -189,26 +190,26 @@ def router(service: Callable[[], Service]) -> APIRouter:
     return routes
 
 
-def _model_routes(routes: APIRouter, path: str, service: Callable[[], Service]) -> None:
-    @routes.get(path)
-    async def metadata(name: str, version: str = "") -> Response:
+def _model_routes(routes: Routes, service: Callable[[], Service]) -> None:
+    @routes.at("GET", *MODEL)
+    async def metadata(_: Request, name: str, version: str = "") -> Response:
         return json_response(v2.metadata(service(), await service().repository.get(name, version)))
 
-    @routes.get(f"{path}/ready")
-    async def ready(name: str, version: str = "") -> Response:
+    @routes.at("GET", *(f"{path}/ready" for path in MODEL))
+    async def ready(_: Request, name: str, version: str = "") -> Response:
         if not service().repository.known(name, version):
             raise Unavailable(f"model {name!r} is not ready")
         return Response(status_code=200)
 
-    @routes.get(f"{path}/config")
-    async def config(name: str, version: str = "") -> Response:
+    @routes.at("GET", *(f"{path}/config" for path in MODEL))
+    async def config(_: Request, name: str, version: str = "") -> Response:
         return json_response(v2.config(service(), await service().repository.get(name, version)))
 
-    @routes.get(f"{path}/stats")
-    async def statistics(name: str, version: str = "") -> Response:
+    @routes.at("GET", *(f"{path}/stats" for path in MODEL))
+    async def statistics(_: Request, name: str, version: str = "") -> Response:
         return json_response(v2.statistics(service(), name, version))
 
-    @routes.post(f"{path}/infer")
+    @routes.at("POST", *(f"{path}/infer" for path in MODEL))
     async def infer(request: Request, name: str, version: str = "") -> Response:
         model = await service().repository.get(name, version)
         with service().budget.hold() as held:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.requests import Request
+from starlette.responses import Response
 
 from pykernels.serve.linked import Linked
+from pykernels.serve.protocols.http import Routes
 from pykernels.serve.service import Service
 
 __all__ = ["Metrics", "router"]
@@ -78,16 +80,16 @@ class Metrics(Collector):
         return [requests, rows, batches, spent, *times.values(), waiting, mapped, restarts, busy, instances, held]
 
 
-def router(service: Callable[[], Service]) -> APIRouter:
+def router(service: Callable[[], Service]) -> Routes:
     """The route.
 
     Args:
         service: who answers; asked at each request.
     """
-    routes = APIRouter()
+    routes = Routes()
 
-    @routes.get("/metrics")
-    async def metrics() -> Response:
+    @routes.at("GET", "/metrics")
+    async def metrics(_: Request) -> Response:
         registry = CollectorRegistry(auto_describe=False)
         registry.register(Metrics(service()))
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable
 
 import pydantic_core
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from pykernels.serve.errors import Invalid, Refused
 from pykernels.serve.model import Model
 from pykernels.serve.protocols import http_v2, tensorflow
-from pykernels.serve.protocols.http import encoded, parse, read, while_there
+from pykernels.serve.protocols.http import Routes, encoded, parse, read, while_there
 from pykernels.serve.service import Service
 
 __all__ = ["router"]
@@ -26,19 +27,19 @@ class WrongType(Refused):
     status, code = 415, "INVALID_ARGUMENT"
 
 
-def router(service: Callable[[], Service]) -> APIRouter:
+def router(service: Callable[[], Service]) -> Routes:
     """The two routes.
 
     Args:
         service: who answers; asked at each request.
     """
-    routes = APIRouter()
+    routes = Routes()
 
-    @routes.get("/ping")
-    async def ping() -> Response:
+    @routes.at("GET", "/ping")
+    async def ping(_: Request) -> Response:
         return Response(status_code=200 if service().ready else 503)
 
-    @routes.post("/invocations")
+    @routes.at("POST", "/invocations")
     async def invocations(request: Request) -> Response:
         kind = request.headers.get("content-type", "").strip()
         binary = BINARY.fullmatch(kind)

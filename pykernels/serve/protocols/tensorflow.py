@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict
+from starlette.requests import Request
+from starlette.responses import Response
 
 from pykernels.serve.errors import Invalid
 from pykernels.serve.model import Model
-from pykernels.serve.protocols.http import encoded, json_response, parse, read, while_there
+from pykernels.serve.protocols.http import MODEL, Routes, encoded, json_response, parse, read, while_there
 from pykernels.serve.protocols.tensors import from_list
 from pykernels.serve.service import Service
 
@@ -78,21 +79,16 @@ def _columns(model: Model, instances: list[Any]) -> dict[str, Any]:
     return {name: [row[name] for row in named] for name in named[0]}
 
 
-def router(service: Callable[[], Service]) -> APIRouter:
+def router(service: Callable[[], Service]) -> Routes:
     """The routes below ``/v1``.
 
     Args:
         service: who answers; asked at each request.
     """
-    routes = APIRouter(prefix="/v1")
-    for path in ("/models/{name}", "/models/{name}/versions/{version}"):
-        _model_routes(routes, path, service)
-    return routes
+    routes = Routes("/v1")
 
-
-def _model_routes(routes: APIRouter, path: str, service: Callable[[], Service]) -> None:
-    @routes.get(path)
-    async def status(name: str, version: str = "") -> Response:
+    @routes.at("GET", *MODEL)
+    async def status(_: Request, name: str, version: str = "") -> Response:
         wanted = service().repository.keys(name, version)
         found = []
         for state in service().repository.index():
@@ -104,7 +100,7 @@ def _model_routes(routes: APIRouter, path: str, service: Callable[[], Service]) 
                 )
         return json_response({"model_version_status": found})
 
-    @routes.post(f"{path}:predict")
+    @routes.at("POST", *(f"{path}:predict" for path in MODEL))
     async def predicted(request: Request, name: str, version: str = "") -> Response:
         model = await service().repository.get(name, version)
         with service().budget.hold() as held:
@@ -112,3 +108,5 @@ def _model_routes(routes: APIRouter, path: str, service: Callable[[], Service]) 
                 body = await read(request, held)
             prediction = parse(Prediction, bytes(body))
             return await encoded(request, await while_there(request, predict(service(), model, prediction)))
+
+    return routes
