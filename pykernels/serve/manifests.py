@@ -100,8 +100,9 @@ CMD ["pykernels", "serve", "$models", "--in-process", "--device", "$device", "--
 """
 
 
-# gRPC's own retries, in its service config: of what had no answer, or one that says "not now". RESOURCE_EXHAUSTED, the
-# server's word for too much that waits, is an answer.
+# gRPC's own retries, in its service config: of what had no answer, or one that says "not now". A node's proxy that
+# came back and was not told of replicas yet says NOT_FOUND. RESOURCE_EXHAUSTED, the server's word for too much that
+# waits, is an answer.
 GRPC_CLIENT = {
     "methodConfig": [
         {
@@ -111,7 +112,7 @@ GRPC_CLIENT = {
                 "initialBackoff": "0.1s",
                 "maxBackoff": "2s",
                 "backoffMultiplier": 3,
-                "retryableStatusCodes": ["UNAVAILABLE"],
+                "retryableStatusCodes": ["UNAVAILABLE", "NOT_FOUND"],
             },
         }
     ]

@@ -140,7 +140,9 @@ def test_nginx_sends_no_refusal_and_no_change_of_the_repository_twice(options: O
     assert "location /v2/repository/ { proxy_pass http://http_nodes; proxy_next_upstream off; }" in text
 
 
-@pytest.mark.parametrize("code, tries", [("UNAVAILABLE", 3), ("RESOURCE_EXHAUSTED", 1), ("INVALID_ARGUMENT", 1)])
+@pytest.mark.parametrize(
+    "code, tries", [("UNAVAILABLE", 3), ("NOT_FOUND", 3), ("RESOURCE_EXHAUSTED", 1), ("INVALID_ARGUMENT", 1)]
+)
 def test_clients_of_grpc_send_again_what_was_lost_and_nothing_that_was_answered(
     written: Path, code: str, tries: int
 ) -> None:
