@@ -17,6 +17,7 @@ from typing import Any
 from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 
+import pykernels.serve.stubs  # noqa: F401  # requests by way of a proxy are read by it
 from pykernels.serve import jobs
 from pykernels.serve.application import application
 from pykernels.serve.cores import pin

@@ -6,7 +6,7 @@ __all__ = ["ENVIRONMENT", "JOBS", "NAME", "STUBS"]
 
 NAME = "pykernels"
 JOBS = "pykernels-jobs"  # the application of consumers, their queue, and what keys in Redis begin with
-STUBS = "tritonclient.grpc.service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server"
+STUBS = "pykernels.serve.stubs.add_GRPCInferenceServiceServicer_to_server"
 # On every node: replicas behind HAProxy, not a proxy in Python, and time for a busy machine to start it. A replica
 # that goes stays 10 seconds for whoever was not told, not 30: after 30 SageMaker and Kubernetes kill. Ray gives its
 # workers a nice value of 15, and they starve beside anybody.
