@@ -43,10 +43,11 @@ class Images:
         """The same with the first `count` training images only: they are in no particular order."""
         return replace(self, train=self.train[:count], train_labels=self.train_labels[:count])
 
-    def augment(self, batch: torch.Tensor) -> torch.Tensor:
-        """Each image [N, 1, H, W] shifted by up to an eighth of its size and perhaps mirrored, by torch's generator."""
+    def augment(self, batch: torch.Tensor, shift: int | None = None) -> torch.Tensor:
+        """Each image [N, 1, H, W] shifted by up to `shift` pixels (None: an eighth of its size) and perhaps mirrored,
+        by torch's generator."""
         count, _, height, width = batch.shape
-        pad = height // 8
+        pad = height // 8 if shift is None else shift
         padded = nn.functional.pad(batch, (pad, pad, pad, pad), value=float(self.train[0].min()))
         up, left = torch.randint(0, 2 * pad + 1, (2, count, 1))
         rows, columns = up + torch.arange(height), left + torch.arange(width)
