@@ -154,6 +154,36 @@ def einsum(*operands: torch.Tensor, equation: str) -> torch.Tensor:
     return torch.einsum(equation, *operands)
 
 
+@operator("Attention")
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    is_causal: int = 0,
+    kv_num_heads: int | None = None,
+    q_num_heads: int | None = None,
+    qk_matmul_output_mode: int = 0,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    softmax_precision: int = 1,
+) -> torch.Tensor:
+    """Of heads [N, H, T, D], or of rows [N, T, H * D]."""
+    if softcap or (is_causal and mask is not None):
+        raise Refused("softcap, or a mask beside is_causal")
+    rows = query.dim() == 3
+    if rows:
+        heads = (q_num_heads, kv_num_heads, kv_num_heads)
+        query, key, value = (
+            x.reshape(x.shape[0], x.shape[1], count or 1, -1).transpose(1, 2)
+            for x, count in zip((query, key, value), heads, strict=True)
+        )
+    shared = query.shape[1] != key.shape[1]
+    y = F.scaled_dot_product_attention(query, key, value, mask, 0.0, bool(is_causal), scale=scale, enable_gqa=shared)
+    return y.transpose(1, 2).flatten(2) if rows else y
+
+
 @operator("BatchNormalization")
 def batch_normalization(
     x: torch.Tensor,
