@@ -155,14 +155,16 @@ def test_a_shape_that_is_made_of_the_number_of_sizes(tmp_path: Path) -> None:
 
 
 def test_a_padding_whose_widths_are_computed(tmp_path: Path) -> None:
-    """``F.pad(x, (1, x.size(2)))`` as the old exporter writes it: zeros for the rest, pairs turned around, columns."""
+    """``F.pad(x, (1, x.size(2) % 4))`` as the old exporter writes it: zeros for the rest, pairs turned around."""
     constants = {
-        "last": np.array([2]), "one": np.array([1]), "axis": np.array([0]), "six": np.int64(6),
-        "pairs": np.array([-1, 2]), "minus": np.array([-1]), "end": np.array([-(2**63) + 1]), "first": np.int64(0), "zero": np.float32(0),
+        "last": np.array([2]), "one": np.array([1]), "axis": np.array([0]), "six": np.int64(6), "four": np.array([4]),
+        "pairs": np.array([-1, 2]), "minus": np.array([-1]), "end": np.array([-(2**63) + 1]), "first": np.int64(0),
+        "zero": np.float32(0),
     }  # fmt: skip
     nodes = [
         NODE("Shape", ["x"], ["s"]),
-        NODE("Gather", ["s", "last"], ["width"]),
+        NODE("Gather", ["s", "last"], ["size"]),
+        NODE("Mod", ["size", "four"], ["width"], fmod=0),
         NODE("Concat", ["one", "width"], ["sides"], axis=0),
         NODE("Shape", ["sides"], ["some"]),
         NODE("Gather", ["some", "first"], ["count"]),
