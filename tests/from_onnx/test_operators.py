@@ -328,6 +328,17 @@ def test_local_response_normalization(tmp_path: Path) -> None:
     torch.testing.assert_close(load(saved(proto, tmp_path))(x), x / (1 + 0.1 / 3 * window) ** 0.75)
 
 
+@pytest.mark.parametrize("auto_pad, rows", [("NOTSET", slice(2, -1)), ("SAME_UPPER", slice(1, -2))])
+def test_a_transposed_convolution_of_a_given_size(auto_pad: str, rows: slice, tmp_path: Path) -> None:
+    """As ONNX Runtime cuts it; the reference implementation of onnx 1.23 fails."""
+    how = {"strides": [2, 2], "output_shape": [11, 12], "auto_pad": auto_pad}
+    node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], **how)
+    weight, x = some(4, 3, 4, 4), torch.randn(IMAGE)
+    proto = model([node], {"x": (np.float32, IMAGE)}, ["y"], {"w": weight})
+    whole = torch.nn.functional.conv_transpose2d(x, torch.from_numpy(weight), stride=2)
+    torch.testing.assert_close(load(saved(proto, tmp_path))(x), whole[:, :, rows])
+
+
 def test_several_outputs_have_the_names_of_the_file(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Split", ["x"], ["a", "b", "c"], axis=1, num_outputs=3),
