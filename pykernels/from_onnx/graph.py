@@ -205,11 +205,11 @@ class _Reader:
             self.values.update((tensor.name, tensor_of(tensor, self.folder)) for tensor in branch.initializer)
             for inner in between_quantizers(branch.node):
                 self._node(inner)
-            return tuple(self.values[value.name] for value in branch.output)
+            return self._results(branch, len(node.output))
         if condition not in self.sizes:
             raise Refused("its condition is computed from data")
         names = ("then_branch", "else_branch")
-        (then, first), (otherwise, second) = (self._branch(branches[name]) for name in names)
+        (then, first), (otherwise, second) = (self._branch(branches[name], len(node.output)) for name in names)
 
         def choose(condition: Any, first: list[Any], second: list[Any]) -> Any:
             holds = condition[0] if isinstance(condition, list) else condition
@@ -218,7 +218,13 @@ class _Reader:
         call = self.graph.call_function(choose, (condition, first, second))
         return tuple(self.graph.call_function(operator.getitem, (call, i)) for i in range(len(node.output)))
 
-    def _branch(self, branch: Any) -> tuple[fx.GraphModule, list[fx.Node]]:
+    def _results(self, branch: Any, count: int) -> tuple[Any, ...]:
+        names = [value.name for value in branch.output]
+        if len(names) != count or any(name not in self.values for name in names):
+            raise Refused("a branch has other outputs")
+        return tuple(self.values[name] for name in names)
+
+    def _branch(self, branch: Any, count: int) -> tuple[fx.GraphModule, list[fx.Node]]:
         """A graph of its own, and what it is called with."""
         tensors = {tensor.name: tensor_of(tensor, self.folder) for tensor in branch.initializer}
         reader = _Reader(branch, self.opset, tensors, self.folder, self)
@@ -234,7 +240,7 @@ class _Reader:
         if reader.refused:
             self.refused += reader.refused
             raise Refused("a branch has what is not understood")
-        reader.graph.output(tuple(reader._tensor(reader.values[value.name], value.name) for value in branch.output))
+        reader.graph.output(tuple(reader._tensor(value, "output") for value in reader._results(branch, count)))
         return fx.GraphModule(reader.root, reader.graph, "Branch"), reader.given
 
     def _from_outside(self, value: fx.Node, name: str) -> fx.Node:
@@ -259,7 +265,7 @@ class _Reader:
 
     def _quantizer(self, kind: str, inputs: list[Any], attributes: dict[str, Any], hint: str) -> Any:
         x, scale, zero_point = (*inputs, _NOTHING)[:3]
-        if not isinstance(scale, torch.Tensor) or _is_node(zero_point):
+        if x is _NOTHING or not isinstance(scale, torch.Tensor) or _is_node(zero_point):
             raise Refused("its scale or zero point is computed from data")
         zero = None if zero_point is _NOTHING else zero_point
         found = (quantize if kind == "QuantizeLinear" else dequantize)(x, scale, zero, **attributes)

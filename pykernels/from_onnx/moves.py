@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -232,13 +233,13 @@ def _outside(size: Any, before: int, after: int, mode: str) -> torch.Tensor:
     if not isinstance(size, int):
         raise Refused(f"mode {mode} of a free size")
     bounded([before + size + after])
-    turn = max(2 * size - 2, 1)  # a reflection comes back
-    way = {
-        "edge": lambda i: min(max(i, 0), size - 1),
-        "reflect": lambda i: min(i % turn, turn - i % turn) if size > 1 else 0,
-        "wrap": lambda i: i % size,
-    }[mode]
-    return torch.tensor([way(i) for i in range(-before, size + after)], dtype=torch.int64)
+    i, turn = np.arange(-before, size + after), max(2 * size - 2, 1)  # a reflection comes back
+    found = {
+        "edge": lambda: i.clip(0, size - 1),
+        "reflect": lambda: np.minimum(i % turn, turn - i % turn) if size > 1 else i * 0,
+        "wrap": lambda: i % size,
+    }[mode]()
+    return torch.tensor(found, dtype=torch.int64)
 
 
 @operator("GridSample")

@@ -33,7 +33,8 @@ def between_quantizers(nodes: Iterable[Any]) -> Iterator[Any]:
         kind = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
         if kind == "QuantizeLinear":
             scaled[node.output[0]] = list(node.input[1:3])
-        if kind in _PLAIN and not any(_differs(attribute) for attribute in node.attribute):
+        whole = len(node.input) >= 5 and len(node.output) == 1  # nobody has checked operators of other domains
+        if kind in _PLAIN and whole and not any(_differs(attribute) for attribute in node.attribute):
             found = list(_plain(node, _PLAIN[kind]))
         elif kind in _MOVES and node.input[0] in scaled:
             found = list(_between(node, kind, [[node.input[0], *scaled[node.input[0]]]], scaled[node.input[0]]))
@@ -57,7 +58,7 @@ def _plain(node: Any, kind: str) -> Iterator[Any]:
     elif kind == "Conv":
         inputs, bias = inputs[:8], inputs[8] if len(inputs) > 8 else ""
     elif kind == "Gemm":
-        inputs, bias = inputs[:6] + inputs[7:], inputs[6]
+        inputs, bias = inputs[:6] + inputs[7:], "".join(inputs[6:7])
     count = len(inputs) // 3
     triples, given = [inputs[3 * i : 3 * i + 3] for i in range(count)], inputs[3 * count :]
     if not bias:

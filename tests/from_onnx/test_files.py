@@ -348,6 +348,18 @@ def test_a_branch_that_a_size_chooses(size: int, tmp_path: Path) -> None:
     torch.testing.assert_close(fast(x), -x.relu().squeeze(1) if size == 1 else -2 * x)
 
 
+@pytest.mark.parametrize("constants", [{"q": np.array(True)}, {}], ids=["constant", "size"])
+def test_branches_of_other_outputs_are_refused(constants: Any, tmp_path: Path) -> None:
+    choice = branches("q", "y")
+    for attribute in choice.attribute:
+        del attribute.g.output[:]
+    sized = [NODE("Size", ["x"], ["n"]), NODE("Equal", ["n", "three"], ["q"])]
+    nodes = [*([] if constants else sized), choice]
+    proto = model(nodes, {"x": (np.float32, [3])}, ["y"], {"three": np.int64(3), **constants})
+    with pytest.raises(ValueError, match=r"not understood: If \(choice: a branch has other outputs\)"):
+        load(saved(proto, tmp_path))
+
+
 def test_what_no_output_needs_need_not_be_understood(tmp_path: Path) -> None:
     nodes = [NODE("Relu", ["x"], ["y"]), NODE("NonZero", ["x"], ["places"]), NODE("Unique", ["places"], ["some"])]
     graph = load(saved(model(nodes, {"x": (np.float32, [2])}, ["y"]), tmp_path))

@@ -289,13 +289,15 @@ def test_operators_of_bytes_that_are_not_understood_are_named(tmp_path: Path) ->
     nodes = [
         NODE("QuantizeLinear", ["x", "s", "z"], ["q"]),
         microsoft("QLinearGlobalAveragePool", ["q", "s", "z", "s", "z"], ["a"], name="last", channels_last=1),
-        microsoft("FusedConv", ["a"], ["c"], name="fused"),
+        microsoft("QGemm", ["a", "s"], ["g"], name="short"),
+        microsoft("FusedConv", ["g"], ["c"], name="fused"),
         NODE("DequantizeLinear", ["c", "s", "z"], ["y"]),
     ]
     proto = with_microsoft(model(nodes, X, ["y"], {"s": np.float32(0.1), "z": np.uint8(0)}, opset=19))
     with pytest.raises(
         ValueError,
-        match=r"not understood: com.microsoft.QLinearGlobalAveragePool \(last\); com.microsoft.FusedConv \(fused\)",
+        match=r"not understood: com.microsoft.QLinearGlobalAveragePool \(last\); com.microsoft.QGemm \(short\); "
+        r"com.microsoft.FusedConv \(fused\)",
     ):
         load(saved(proto, tmp_path))
 
