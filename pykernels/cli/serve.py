@@ -123,7 +123,7 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="pykernels-") as scratch:
         try:
             Token(token_file)
-            models = _models(networks, input_shape, precision, None if write_config else pathlib.Path(scratch))
+            models, unmade = _models(networks, None if write_config else pathlib.Path(scratch))
             parts = parts_in(models)
             sizes = _sizes(setup, threads, replicas, max_batch, device, parts, gpus_per_replica, in_process)
             if write_config is None:
@@ -151,6 +151,8 @@ def serve(
         if write_config is not None:
             _write(write_config, options, sizes.replicas, port, grpc_port)
             return
+        for model, file in unmade.items():  # last: it may take minutes
+            _optimize(model, input_shape, precision, file)
         if token_file is None and not _loopback(host):
             console.print("[yellow]--host lets others in, and without --token-file they need no token[/]")
         try:
@@ -253,13 +255,12 @@ def _check_device(sizes: _Sizes, gpus: float, in_process: bool) -> None:
         fail(f"--replicas: {sizes.replicas} of {gpus:g} GPUs each are more than the {most} that fit here")
 
 
-def _models(
-    networks: list[str], input_shape: str | None, precision: str, scratch: pathlib.Path | None
-) -> str | dict[str, str]:
-    """What is served: a folder, or files by name."""
+def _models(networks: list[str], scratch: pathlib.Path | None) -> tuple[str | dict[str, str], dict[str, pathlib.Path]]:
+    """What is served, a folder or files by name; and what is optimized first, with its files, still empty."""
     if len(networks) == 1 and pathlib.Path(networks[0]).is_dir() and not _split(pathlib.Path(networks[0])):
-        return str(pathlib.Path(networks[0]).resolve())
+        return str(pathlib.Path(networks[0]).resolve()), {}
     found: dict[str, str] = {}
+    unmade: dict[str, pathlib.Path] = {}
     for network in networks:
         name, separator, place = network.partition("=")
         if not separator:
@@ -270,14 +271,14 @@ def _models(
         if (path.suffix == ".onnx" and path.is_file()) or (not path.is_file() and ":" in place):
             if scratch is None:
                 fail(f"--write-config: {place} would be optimized on every node; `pykernels optimize` saves it once")
-            path = scratch / f"{name}.pk"
-            _optimize(place, input_shape, precision, path)
+            path = unmade.setdefault(place, scratch / f"{len(unmade)}.pk")
+            path.touch()
         elif path.suffix == ".py":
             fail(f"NETWORKS: {place}: which callable returns the model? {place}:make, say")
         elif not path.is_file() and not _split(path):
             fail(f"NETWORKS: there is no file {place}")
         found[name] = str(path.resolve())
-    return found
+    return found, unmade
 
 
 def _split(path: pathlib.Path) -> bool:

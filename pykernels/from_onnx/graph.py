@@ -14,23 +14,22 @@ import os
 import pathlib
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pykernels.from_onnx import layers, moves, older, pointwise, sizes  # noqa: F401  (they fill the table)
+from pykernels.from_onnx import layers, moves, older, pointwise, recurrent, resize, sizes  # noqa: F401  (they fill the table)
 from pykernels.from_onnx.file import dtype_of, read, require, tensor_of
 from pykernels.from_onnx.inputs import Declared, Source
+from pykernels.from_onnx.qoperators import between_quantizers
 from pykernels.from_onnx.quantizers import dequantize, quantize
 from pykernels.from_onnx.table import OLDER, ON_SIZES, OPERATORS, Operator, Refused, refusals
 from pykernels.ops.errors import reason
 
 __all__ = ["load"]
-
-_SMALL = 64
-"""Elements of a constant that sizes may be computed with."""
 
 
 def load(path: str | os.PathLike[str]) -> fx.GraphModule:
@@ -48,7 +47,8 @@ def load(path: str | os.PathLike[str]) -> fx.GraphModule:
     file = pathlib.Path(path)
     try:
         model, tensors = read(file)
-        reader = _Reader(model, tensors, file.parent)
+        opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+        reader = _Reader(model.graph, opset, tensors, file.parent)
         module = reader.module()
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
@@ -59,18 +59,24 @@ def load(path: str | os.PathLike[str]) -> fx.GraphModule:
 class _Reader:
     """Values are constants (tensors), nodes that yield tensors, and nodes that yield sizes: numbers, or lists."""
 
-    def __init__(self, model: Any, tensors: dict[str, torch.Tensor], folder: pathlib.Path) -> None:
-        graph = model.graph
-        self.source, self.folder = graph, folder
-        self.opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    def __init__(
+        self,
+        graph: Any,
+        opset: int,
+        tensors: dict[str, torch.Tensor],
+        folder: pathlib.Path,
+        outside: _Reader | None = None,
+    ) -> None:
+        self.source, self.opset, self.folder, self.outside = graph, opset, folder, outside
         self.graph, self.root = fx.Graph(), nn.Module()
         self.values: dict[str, torch.Tensor | fx.Node | None] = dict(tensors)  # None: of a node that is not understood
         self.sizes: set[fx.Node] = set()
+        self.counts: set[fx.Node] = set()  # of these, those that say how many sizes there are
         self.held: dict[int, fx.Node] = {}  # constants in the graph, by identity
+        self.given: list[fx.Node] = []  # of a branch: nodes outside, in the order of its placeholders
         self.inputs: list[Declared] = []
         self.refused: list[tuple[str, str, str]] = []  # operator, name of the node, why
-        self.read = Counter(name for node in graph.node for name in node.input)
-        self.read.update(value.name for value in graph.output)
+        self.read = Counter(_names_read(graph))
 
     def module(self) -> fx.GraphModule:
         importlib.import_module("torch.ao.quantization.fx._decomposed")  # declares quantized_decomposed
@@ -79,7 +85,7 @@ class _Reader:
         for value in self.source.input:
             if value.name not in self.values:
                 self._input(value)
-        for node in self.source.node:
+        for node in between_quantizers(_needed(self.source)):
             self._node(node)
         if self.refused:
             raise ValueError(f"not understood: {refusals(self.refused)}")
@@ -126,25 +132,34 @@ class _Reader:
         return entry if self.opset < before else OPERATORS.get(kind)
 
     def _convert(self, kind: str, node: Any, inputs: list[Any]) -> Any:
+        if kind == "If":
+            return self._choice(node, inputs[0])
         attributes = {a.name: self._attribute(a) for a in node.attribute}
         if kind == "Constant":
             return _constant(attributes)
         if kind in ("QuantizeLinear", "DequantizeLinear"):
             return self._quantizer(kind, inputs, attributes, node.output[0])
-        if kind == "Shape" and isinstance(inputs[0], fx.Node) and inputs[0] not in self.sizes:
-            return self._sized(self.graph.call_function(sizes.shape, (inputs[0],), attributes))
-        if kind == "Size" and isinstance(inputs[0], fx.Node) and inputs[0] not in self.sizes:
-            return self._sized(self.graph.call_function(sizes.size, (inputs[0],)))
         if kind in ("Shape", "Size"):
-            if not isinstance(inputs[0], torch.Tensor):
-                raise Refused("the shape of sizes")
-            return sizes.tensor(sizes.size(inputs[0]) if kind == "Size" else sizes.shape(inputs[0], **attributes))
+            count = sizes.shape if kind == "Shape" else sizes.size
+            if isinstance(inputs[0], fx.Node):
+                result = self._sized(self.graph.call_function(count, (inputs[0],), attributes))
+                self.counts.update({result} if inputs[0] in self.sizes else ())
+                return result
+            return sizes.tensor(count(inputs[0], **attributes))
         entry = self._entry(kind)
         assert entry is not None
         given = [value for value in inputs if value is not _NOTHING]
-        if kind in ON_SIZES and any(_is_node(v) for v in given) and all(self._small(value) for value in given):
+        if kind == "ConstantOfShape":
+            filled = attributes.pop("value", torch.zeros(1)).reshape(-1)
+            if filled.numel() != 1:
+                raise Refused("its value is not one number")
+            attributes = {"value": filled.item(), "dtype": filled.dtype}
+        of_sizes = kind in ON_SIZES and (kind != "ConstantOfShape" or given[0] in self.counts)
+        if of_sizes and any(_is_node(v) for v in given) and all(self._small(value) for value in given):
             numbers = [_listed(value) if isinstance(value, torch.Tensor) else value for value in given]
-            return self._sized(self.graph.call_function(ON_SIZES[kind], tuple(numbers), attributes))
+            result = self._sized(self.graph.call_function(ON_SIZES[kind], tuple(numbers), attributes))
+            self.counts.update({result} if self.counts.issuperset(filter(_is_node, given)) else ())
+            return result
         if any(name and self.read[name] for name in node.output[1:]) and not entry.several:
             raise Refused("more than its first output is read")
         args: list[Any] = []
@@ -161,8 +176,8 @@ class _Reader:
                 if _is_node(value) and value not in self.sizes:
                     raise Refused(f"its {name} is computed from data")
                 args.append(_listed(value) if isinstance(value, torch.Tensor) else value)
-            elif as_numbers and isinstance(value, torch.Tensor) and value.dim() == 0 and name != "condition":
-                args.append(value.item())
+            elif as_numbers and isinstance(value, torch.Tensor) and _is_number(value) and name != "condition":
+                args.append(value.tolist())
             elif as_numbers and value in self.sizes and name != "condition":
                 args.append(value)
             else:
@@ -181,6 +196,57 @@ class _Reader:
             return call
         return tuple(self.graph.call_function(operator.getitem, (call, i)) for i in range(len(node.output)))
 
+    def _choice(self, node: Any, condition: Any) -> tuple[Any, ...]:
+        """The outputs of If: of the branch that a constant chooses, whose nodes stand in the graph like any others; or
+        of the one that sizes choose, when the graph is exported."""
+        branches = {a.name: a.g for a in node.attribute}
+        if isinstance(condition, torch.Tensor) and condition.numel() == 1:
+            branch = branches["then_branch" if bool(condition) else "else_branch"]
+            self.values.update((tensor.name, tensor_of(tensor, self.folder)) for tensor in branch.initializer)
+            for inner in between_quantizers(branch.node):
+                self._node(inner)
+            return self._results(branch, len(node.output))
+        if condition not in self.sizes:
+            raise Refused("its condition is computed from data")
+        names = ("then_branch", "else_branch")
+        (then, first), (otherwise, second) = (self._branch(branches[name], len(node.output)) for name in names)
+
+        def choose(condition: Any, first: list[Any], second: list[Any]) -> Any:
+            holds = condition[0] if isinstance(condition, list) else condition
+            return then(*first) if holds else otherwise(*second)
+
+        call = self.graph.call_function(choose, (condition, first, second))
+        return tuple(self.graph.call_function(operator.getitem, (call, i)) for i in range(len(node.output)))
+
+    def _results(self, branch: Any, count: int) -> tuple[Any, ...]:
+        names = [value.name for value in branch.output]
+        if len(names) != count or any(name not in self.values for name in names):
+            raise Refused("a branch has other outputs")
+        return tuple(self.values[name] for name in names)
+
+    def _branch(self, branch: Any, count: int) -> tuple[fx.GraphModule, list[fx.Node]]:
+        """A graph of its own, and what it is called with."""
+        tensors = {tensor.name: tensor_of(tensor, self.folder) for tensor in branch.initializer}
+        reader = _Reader(branch, self.opset, tensors, self.folder, self)
+        for name in dict.fromkeys(reader.read):
+            value = self.values.get(name)
+            if isinstance(value, fx.Node):
+                reader.values[name] = inside = reader._from_outside(value, name)
+                reader.sizes.update({inside} if value in self.sizes else ())
+            elif name in self.values:
+                reader.values.setdefault(name, value)
+        for node in between_quantizers(branch.node):
+            reader._node(node)
+        if reader.refused:
+            self.refused += reader.refused
+            raise Refused("a branch has what is not understood")
+        reader.graph.output(tuple(reader._tensor(value, "output") for value in reader._results(branch, count)))
+        return fx.GraphModule(reader.root, reader.graph, "Branch"), reader.given
+
+    def _from_outside(self, value: fx.Node, name: str) -> fx.Node:
+        self.given.append(value)
+        return self.graph.placeholder(f"{_identifier(name, 'outside')}_{len(self.given)}")
+
     def _attribute(self, attribute: Any) -> Any:
         onnx = require()
         kinds = onnx.AttributeProto
@@ -191,13 +257,15 @@ class _Reader:
         value = onnx.helper.get_attribute_value(attribute)
         if attribute.name in ("to", "output_dtype"):
             return dtype_of(value, attribute.name) if value or attribute.name == "to" else None
-        if isinstance(value, bytes):
+        if attribute.type == kinds.STRING:
             return value.decode("utf-8", "replace")
+        if attribute.type == kinds.STRINGS:
+            return [word.decode("utf-8", "replace") for word in value]
         return list(value) if attribute.type in (kinds.FLOATS, kinds.INTS) else value
 
     def _quantizer(self, kind: str, inputs: list[Any], attributes: dict[str, Any], hint: str) -> Any:
         x, scale, zero_point = (*inputs, _NOTHING)[:3]
-        if not isinstance(scale, torch.Tensor) or _is_node(zero_point):
+        if x is _NOTHING or not isinstance(scale, torch.Tensor) or _is_node(zero_point):
             raise Refused("its scale or zero point is computed from data")
         zero = None if zero_point is _NOTHING else zero_point
         found = (quantize if kind == "QuantizeLinear" else dequantize)(x, scale, zero, **attributes)
@@ -212,7 +280,7 @@ class _Reader:
     def _small(self, value: Any) -> bool:
         """Whether sizes can be computed with it."""
         if isinstance(value, torch.Tensor):
-            return value.dim() < 2 and value.numel() <= _SMALL
+            return value.dim() < 2 and value.numel() <= sizes.SMALL
         return value in self.sizes
 
     def _sized(self, node: fx.Node) -> fx.Node:
@@ -223,7 +291,9 @@ class _Reader:
         """A value as a node that yields a tensor."""
         if isinstance(value, fx.Node):
             return self.graph.call_function(sizes.tensor, (value,)) if value in self.sizes else value
-        if id(value) not in self.held:
+        if id(value) not in self.held and self.outside is not None:
+            self.held[id(value)] = self._from_outside(self.outside._tensor(value, hint), hint)
+        elif id(value) not in self.held:
             name = next((name for name, other in self.values.items() if other is value), hint)
             stem = target = _identifier(name, "constant")
             while hasattr(self.root, target):
@@ -233,7 +303,7 @@ class _Reader:
         return self.held[id(value)]
 
 
-_OWN = frozenset({"Constant", "DequantizeLinear", "QuantizeLinear", "Shape", "Size"})
+_OWN = frozenset({"Constant", "DequantizeLinear", "If", "QuantizeLinear", "Shape", "Size"})
 """Operators that the table does not hold."""
 _NOTHING: Any = object()
 """An optional input that is not given."""
@@ -259,8 +329,32 @@ def _moved_bytes(args: tuple[Any, ...]) -> fx.Node | None:
     return real if same else None
 
 
+def _needed(graph: Any) -> list[Any]:
+    """The nodes of a graph that an output depends on."""
+    wanted = {value.name for value in graph.output}
+    found = []
+    for node in reversed(graph.node):
+        if wanted.intersection(node.output):
+            wanted.update(node.input, *(_names_read(attribute.g) for attribute in node.attribute))
+            found.append(node)
+    return found[::-1]
+
+
+def _names_read(graph: Any) -> Iterator[str]:
+    """What the nodes and outputs of a graph read, those of its branches included."""
+    yield from (value.name for value in graph.output)
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            yield from _names_read(attribute.g)
+
+
 def _is_node(value: Any) -> bool:
     return isinstance(value, fx.Node)
+
+
+def _is_number(value: torch.Tensor) -> bool:
+    return value.dim() == 0 or tuple(value.shape) == (1,)
 
 
 def _listed(value: torch.Tensor) -> Any:

@@ -40,8 +40,8 @@ class Source(NamedTuple):
 
     @property
     def apart(self) -> list[Declared]:
-        """Inputs whose dimension 0 is not the batch."""
-        return [one for one in self.inputs if one.shape and one.shape[0] != self.inputs[0].shape[0]]
+        """Inputs whose dimension 0 is a number, not the batch. Free sizes of other names may mean the same."""
+        return [one for one in self.inputs if one.shape and isinstance(one.shape[0], int)]
 
 
 def source_of(model: nn.Module) -> Source | None:

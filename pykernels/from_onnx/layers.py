@@ -103,24 +103,29 @@ def conv_transpose(
 ) -> torch.Tensor:
     kernel = list(weight.shape[2:])
     dims = len(kernel)
-    if output_shape is not None:
-        raise Refused("output_shape")
-    if auto_pad in ("NOTSET", "VALID"):
+    extra = output_padding or [0] * dims
+    if output_shape is None and auto_pad in ("NOTSET", "VALID"):
         window = _window(x, kernel, auto_pad, pads, strides, dilations)
-    else:  # as large as the input times the stride: what the kernel reaches beyond it is cut
+    else:  # what the kernel reaches beyond the wanted size is cut: of auto_pad alone the input's times the stride
         window = _window(x, kernel, "VALID", None, strides, dilations)
-        cut = [(k - 1) * d + 1 - s for k, d, s in zip(kernel, window.dilations, window.strides, strict=True)]
-        if min(cut) < 0:
-            raise Refused("a stride beyond the kernel's reach with auto_pad")
+        reach = [(k - 1) * d + 1 for k, d in zip(kernel, window.dilations, strict=True)]
+        if output_shape is None:
+            cut = [r - s for r, s in zip(reach, window.strides, strict=True)]
+        else:
+            places = zip(x.shape[2:], window.strides, extra, reach, output_shape[-dims:], strict=True)
+            cut = [s * (size - 1) + more + r - wanted for size, s, more, r, wanted in places]
+        if not all(isinstance(total, int) and total >= 0 for total in cut):
+            raise Refused("an output beyond the kernel's reach, or of a free size")
         small = [(total // 2, total - total // 2) for total in cut]
         window = window._replace(sides=small if auto_pad == "SAME_UPPER" else [pair[::-1] for pair in small])
-    extra = output_padding or [0] * dims
     layer = _TRANSPOSED[dims]
     if window.even:
         return layer(x, weight, bias, window.strides, window.padding, extra, group, window.dilations)
     least = [min(pair) for pair in window.sides]
     y = layer(x, weight, bias, window.strides, least, extra, group, window.dilations)
-    return F.pad(y, [low - side for low, pair in zip(least[::-1], window.sides[::-1], strict=True) for side in pair])
+    for axis, (low, (before, after)) in enumerate(zip(least, window.sides, strict=True), 2):
+        y = y[(slice(None),) * axis + (slice(before - low, low - after or None),)]
+    return y
 
 
 @operator("Gemm")
@@ -152,6 +157,36 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @operator("Einsum")
 def einsum(*operands: torch.Tensor, equation: str) -> torch.Tensor:
     return torch.einsum(equation, *operands)
+
+
+@operator("Attention")
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    is_causal: int = 0,
+    kv_num_heads: int | None = None,
+    q_num_heads: int | None = None,
+    qk_matmul_output_mode: int = 0,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    softmax_precision: int = 1,
+) -> torch.Tensor:
+    """Of heads [N, H, T, D], or of rows [N, T, H * D]."""
+    if softcap or (is_causal and mask is not None):
+        raise Refused("softcap, or a mask beside is_causal")
+    rows = query.dim() == 3
+    if rows:
+        heads = (q_num_heads, kv_num_heads, kv_num_heads)
+        query, key, value = (
+            x.reshape(x.shape[0], x.shape[1], count or 1, -1).transpose(1, 2)
+            for x, count in zip((query, key, value), heads, strict=True)
+        )
+    shared = query.shape[1] != key.shape[1]
+    y = F.scaled_dot_product_attention(query, key, value, mask, 0.0, bool(is_causal), scale=scale, enable_gqa=shared)
+    return y.transpose(1, 2).flatten(2) if rows else y
 
 
 @operator("BatchNormalization")

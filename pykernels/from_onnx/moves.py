@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -197,9 +198,9 @@ def range_(start: Any, limit: Any, delta: Any) -> torch.Tensor:
 
 
 @operator("ConstantOfShape", known="shape")
-def constant_of_shape(shape: list[Any], *, value: torch.Tensor | None = None) -> torch.Tensor:
-    number, dtype = (0.0, torch.float32) if value is None else (value.reshape(-1)[0].item(), value.dtype)
-    return torch.full(bounded(shape), number, dtype=dtype)
+def constant_of_shape(shape: list[Any], *, value: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The reader has taken the number out of the file's tensor."""
+    return torch.full(bounded(shape), value, dtype=dtype)
 
 
 @operator("Pad", known="pads value axes")
@@ -216,58 +217,34 @@ def pad(
     if mode == "constant":
         return F.pad(x, flat, value=_listed(value)[0] if value is not None else 0)
     modes = {"reflect": "reflect", "edge": "replicate", "wrap": "circular"}
-    if mode not in modes or first < 2:
-        raise Refused(f"mode {mode} of dimensions {sorted(sides)}")
-    return F.pad(x, flat, mode=modes[mode])
+    if mode not in modes:
+        raise Refused(f"mode {mode}")
+    flat += [0] * (2 * (x.dim() - 2) - len(flat))  # torch pads all dimensions of an image or none
+    if len(flat) in (2 * x.dim() - 4, 2 * x.dim() - 2) and 2 <= len(flat) <= 6 and min(flat) >= 0:
+        return F.pad(x, flat, mode=modes[mode])
+    for axis, (before, after) in sides.items():
+        if (before, after) != (0, 0):
+            x = torch.index_select(x, axis, _outside(x.shape[axis], before, after, mode))
+    return x
 
 
-@operator("Resize", known="roi scales sizes")
-def resize(
-    x: torch.Tensor,
-    roi: Any = None,
-    scales: list[float] | None = None,
-    sizes: list[Any] | None = None,
-    *,
-    antialias: int = 0,
-    axes: list[int] | None = None,
-    coordinate_transformation_mode: str = "half_pixel",
-    cubic_coeff_a: float = -0.75,
-    exclude_outside: int = 0,
-    extrapolation_value: float = 0.0,
-    keep_aspect_ratio_policy: str = "stretch",
-    mode: str = "nearest",
-    nearest_mode: str = "round_prefer_floor",
+def _outside(size: Any, before: int, after: int, mode: str) -> torch.Tensor:
+    """The elements of a dimension with those that stand for the ones beyond its ends."""
+    if not isinstance(size, int):
+        raise Refused(f"mode {mode} of a free size")
+    bounded([before + size + after])
+    i, turn = np.arange(-before, size + after), max(2 * size - 2, 1)  # a reflection comes back
+    found = {
+        "edge": lambda: i.clip(0, size - 1),
+        "reflect": lambda: np.minimum(i % turn, turn - i % turn) if size > 1 else i * 0,
+        "wrap": lambda: i % size,
+    }[mode]()
+    return torch.tensor(found, dtype=torch.int64)
+
+
+@operator("GridSample")
+def grid_sample(
+    x: torch.Tensor, grid: torch.Tensor, *, align_corners: int = 0, mode: str = "linear", padding_mode: str = "zeros"
 ) -> torch.Tensor:
-    """Images and lines, by the ways that torch has, too."""
-    rank, given = x.dim(), scales if scales else sizes
-    if given is None or keep_aspect_ratio_policy != "stretch" or exclude_outside:
-        raise Refused("keep_aspect_ratio_policy, exclude_outside, or neither scales nor sizes")
-    axes = list(range(rank)) if axes is None else [axis % rank for axis in axes]
-    wanted: list[Any] = [1.0] * rank if scales else list(x.shape)
-    for axis, number in zip(axes, given, strict=True):
-        wanted[axis] = number
-    if any(a != b for a, b in zip(wanted[:2], [1.0, 1.0] if scales else x.shape[:2], strict=True)):
-        raise Refused("batch or channels are resized")
-    way = coordinate_transformation_mode
-    half = way == "half_pixel" or (way == "pytorch_half_pixel" and (scales or all(size != 1 for size in wanted[2:])))
-    how: dict[str, Any] = {"scale_factor": wanted[2:]} if scales else {"size": wanted[2:]}
-    if mode == "nearest" and _as_torch_rounds(way, nearest_mode, wanted[2:] if scales else None):
-        return F.interpolate(x, mode="nearest", **how)
-    if mode == "nearest" and half and nearest_mode == "round_prefer_ceil":
-        return F.interpolate(x, mode="nearest-exact", **how)
-    names = {"linear": {3: "linear", 4: "bilinear", 5: "trilinear"}, "cubic": {4: "bicubic"}}.get(mode, {})
-    if rank in names and (half or way == "align_corners") and cubic_coeff_a == -0.75:
-        flags = {"align_corners": way == "align_corners", "antialias": bool(antialias)}
-        return F.interpolate(x, mode=names[rank], **flags, **how)
-    raise Refused(f"mode {mode}, {way}, {nearest_mode} of {rank} dimensions")
-
-
-def _as_torch_rounds(way: str, nearest_mode: str, scales: list[float] | None) -> bool:
-    """Whether the nearest element is ``floor(i / scale)``."""
-    if way == "asymmetric" and nearest_mode == "floor":
-        return True
-    if scales is None or any(scale != int(scale) for scale in scales):
-        return False
-    if way in ("half_pixel", "pytorch_half_pixel"):
-        return nearest_mode in ("round_prefer_floor", "round_prefer_ceil")
-    return way == "asymmetric" and nearest_mode == "round_prefer_floor" and max(scales) <= 2
+    modes = {"linear": "bilinear", "cubic": "bicubic"}  # named so since opset 20
+    return F.grid_sample(x, grid, modes.get(mode, mode), padding_mode, bool(align_corners))

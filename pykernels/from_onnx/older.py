@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from pykernels.from_onnx import moves, pointwise
+from pykernels.from_onnx import pointwise
 from pykernels.from_onnx.layers import batch_normalization
+from pykernels.from_onnx.resize import resize
 from pykernels.from_onnx.table import Refused, operator
 
 __all__: list[str] = []
@@ -40,7 +41,7 @@ def _over_the_rest(function: Any, x: torch.Tensor, axis: int) -> Any:
 @operator("Resize", "Upsample", before=11, known="scales")
 def upsample(x: torch.Tensor, scales: list[float], *, mode: str = "nearest") -> torch.Tensor:
     """Where an element comes from is its place over the scale."""
-    return moves.resize(x, None, scales, coordinate_transformation_mode="asymmetric", mode=mode, nearest_mode="floor")
+    return resize(x, None, scales, coordinate_transformation_mode="asymmetric", mode=mode, nearest_mode="floor")
 
 
 @operator("BatchNormalization", before=9)

@@ -42,7 +42,7 @@ def _unary(name: str, function: Callable[..., torch.Tensor]) -> None:
 
 def _operands(*values: Any) -> Iterator[Any]:
     """Numbers as numbers, and so a list of one beside a tensor that has dimensions; other lists as tensors."""
-    rank = max(value.dim() for value in values if isinstance(value, torch.Tensor))
+    rank = max((value.dim() for value in values if isinstance(value, torch.Tensor)), default=1)
     for value in values:
         if isinstance(value, list):
             yield value[0] if len(value) == 1 and rank else sizes.tensor(value)
@@ -135,6 +135,7 @@ def is_infinite(x: torch.Tensor, *, detect_negative: int = 1, detect_positive: i
 @operator("Clip", known="low high")
 def clip(x: torch.Tensor, low: Any = None, high: Any = None) -> torch.Tensor:
     """What is beyond the dtype bounds nothing."""
+    low, high = (end[0] if isinstance(end, (list, tuple)) else end for end in (low, high))
     if x.is_floating_point():
         ends = torch.finfo(x.dtype)
         low, high = (
@@ -252,6 +253,7 @@ _REDUCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "ReduceProd": _product,
     "ReduceL1": lambda x, dims, keepdim: torch.linalg.vector_norm(x, 1, dims, keepdim),
     "ReduceL2": lambda x, dims, keepdim: torch.linalg.vector_norm(x, 2, dims, keepdim),
+    "ReduceLogSum": lambda x, dims, keepdim: torch.sum(x, dims, keepdim).log(),
     "ReduceSumSquare": lambda x, dims, keepdim: torch.sum(x * x, dims, keepdim),
 }
 
@@ -273,18 +275,18 @@ for _name, _function in _REDUCTIONS.items():
     _reduction(_name, _function)
 
 
-@operator("ArgMax")
-def argmax(x: torch.Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> torch.Tensor:
-    if select_last_index:
-        raise Refused("select_last_index")
-    return torch.argmax(x, axis, bool(keepdims))
+def _place(name: str, function: Callable[..., torch.Tensor]) -> None:
+    def place(x: torch.Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> torch.Tensor:
+        if select_last_index:
+            return x.shape[axis] - 1 - function(x.flip(axis), axis, bool(keepdims))
+        return function(x, axis, bool(keepdims))
+
+    place.__name__ = place.__qualname__ = name.lower()
+    operator(name)(place)
 
 
-@operator("ArgMin")
-def argmin(x: torch.Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> torch.Tensor:
-    if select_last_index:
-        raise Refused("select_last_index")
-    return torch.argmin(x, axis, bool(keepdims))
+_place("ArgMax", torch.argmax)
+_place("ArgMin", torch.argmin)
 
 
 @operator("TopK", known="k", several=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from pykernels.from_onnx.table import Refused
+from pykernels.from_onnx import layers
+from pykernels.from_onnx.table import Refused, operator
 
 __all__ = ["dequantize", "quantize"]
 
@@ -47,8 +49,8 @@ def dequantize(
     output_dtype: torch.dtype | None = None,
 ) -> Any:
     """``(x - zero_point) * scale``. Constants of 8 bits stay what they are, under a call; others, as a bias of 32 bits,
-    are computed."""
-    if isinstance(x, torch.Tensor) and x.dtype not in _BYTES:
+    and what is no weight of a layer, are computed."""
+    if isinstance(x, torch.Tensor) and (x.dtype not in _BYTES or x.dim() < 2):
         if block_size or scale.dtype is not torch.float32:
             raise Refused("blocks, or scales that are not float32")
         zero = torch.zeros_like(scale) if zero_point is None else zero_point.float()
@@ -78,7 +80,7 @@ def _checked(
     if not bool((scale > 0).all() and scale.isfinite().all()):
         raise Refused("a scale that is not positive and finite")
     zeros = torch.zeros(scale.shape) if zero_point is None else zero_point
-    if zeros.shape != scale.shape:
+    if zeros.numel() != scale.numel():
         raise Refused("scale and zero point of different sizes")
     return scale, zeros.to(torch.int64)
 
@@ -90,3 +92,43 @@ def _along(value: torch.Tensor, x: torch.Tensor, axis: int) -> torch.Tensor:
     if value.numel() != x.shape[axis]:
         raise Refused("not as many scales as channels")
     return value.reshape([-1 if d == axis % x.dim() else 1 for d in range(x.dim())])
+
+
+# Of scales that are computed from data: integers as floats, whose sums are exact below 2^24.
+
+
+@operator("DynamicQuantizeLinear", several=True)
+def dynamic_quantize(x: torch.Tensor, *, outputs: int) -> tuple[torch.Tensor, ...]:
+    """u8, and the scale and zero point that the least and the largest element make."""
+    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    scale = torch.where(low == high, torch.ones_like(low), (high - low) / 255)
+    zero = torch.round(-low / scale).clamp(0, 255)
+    return (torch.round(x / scale) + zero).clamp(0, 255).to(torch.uint8), scale, zero.to(torch.uint8)
+
+
+def _centred(x: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+    return x.float() if zero is None else x.float() - zero.float()
+
+
+@operator("MatMulInteger")
+def matmul_integer(
+    a: torch.Tensor, b: torch.Tensor, a_zero: torch.Tensor | None = None, b_zero: torch.Tensor | None = None
+) -> torch.Tensor:
+    if a_zero is not None and a_zero.dim() == 1 and a_zero.numel() != 1:
+        a_zero = a_zero.unsqueeze(-1)  # one a row
+    left, right = _centred(a, a_zero), _centred(b, b_zero)
+    y = F.linear(left, right.t()) if right.dim() == 2 else torch.matmul(left, right)
+    return y.to(torch.int32)
+
+
+@operator("ConvInteger")
+def conv_integer(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_zero: torch.Tensor | None = None,
+    weight_zero: torch.Tensor | None = None,
+    **how: Any,
+) -> torch.Tensor:
+    if weight_zero is not None and weight_zero.numel() != 1:
+        weight_zero = weight_zero.reshape(-1, *[1] * (weight.dim() - 1))
+    return layers.conv(_centred(x, x_zero), _centred(weight, weight_zero), **how).to(torch.int32)

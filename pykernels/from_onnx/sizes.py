@@ -14,17 +14,21 @@ import torch
 
 from pykernels.from_onnx.table import Refused, on_sizes
 
-__all__ = ["shape", "size", "tensor"]
+__all__ = ["SMALL", "shape", "size", "tensor"]
+
+SMALL = 64
+"""Elements of a constant that sizes may be computed with."""
 
 
-def shape(x: torch.Tensor, *, start: int = 0, end: int | None = None) -> list[Any]:
-    """Shape: the sizes of a tensor."""
-    return list(x.shape)[start:end]
+def shape(x: Any, *, start: int = 0, end: int | None = None) -> list[Any]:
+    """Shape: the sizes of a tensor, or of sizes."""
+    found = list(x.shape) if isinstance(x, torch.Tensor) else [len(x)] if isinstance(x, list) else []
+    return found[start:end]
 
 
-def size(x: torch.Tensor) -> Any:
-    """Size: the number of elements of a tensor."""
-    return x.numel()
+def size(x: Any) -> Any:
+    """Size: the number of elements of a tensor, or of sizes."""
+    return math.prod(shape(x))
 
 
 def tensor(value: Any) -> torch.Tensor:
@@ -59,7 +63,7 @@ def _root(a: Any) -> Any:
 
 def _pointwise(name: str, function: Callable[..., Any]) -> None:
     def on_each(*values: Any, **attributes: Any) -> Any:
-        if attributes:
+        if any(attributes.values()):  # the old exporter writes fmod=0
             raise Refused(f"attributes {', '.join(attributes)} of sizes")
         return _each(function, *values)
 
@@ -129,6 +133,8 @@ def squeeze_sizes(x: Any, axes: Any = None) -> Any:
 
 @on_sizes("Slice")
 def slice_sizes(x: list[Any], starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> list[Any]:
+    if axes is not None and (axes[0] if isinstance(axes, list) else axes) != 0:
+        raise Refused("a part of each row of sizes")
     first, last = (value[0] if isinstance(value, list) else value for value in (starts, ends))
     step = 1 if steps is None else steps[0]
     return x[first : None if step < 0 and last < -len(x) else last : step]
@@ -136,10 +142,21 @@ def slice_sizes(x: list[Any], starts: Any, ends: Any, axes: Any = None, steps: A
 
 @on_sizes("Reshape")
 def reshape_sizes(x: Any, shape: list[int], *, allowzero: int = 0) -> Any:
-    flat = x if isinstance(x, list) else [x]
-    if len(shape) > 1:
-        raise Refused("sizes of two dimensions")
-    return flat if shape else flat[0]
+    """Rows of sizes are lists of lists: so exporters turn around the widths of a padding."""
+    items = x if isinstance(x, list) else [x]
+    flat = [item for row in items for item in row] if items and isinstance(items[0], list) else items
+    if len(shape) < 2:
+        return flat if shape else flat[0]
+    if len(shape) > 2 or shape[1] < 1:
+        raise Refused("sizes of several dimensions")
+    return [flat[start : start + shape[1]] for start in range(0, len(flat), shape[1])]
+
+
+@on_sizes("Transpose")
+def transpose_sizes(x: Any, *, perm: list[int] | None = None) -> Any:
+    if not isinstance(x, list) or not isinstance(x[0], list) or perm not in (None, [1, 0]):
+        return x
+    return [list(column) for column in zip(*x, strict=True)]
 
 
 @on_sizes("ReduceProd")
@@ -150,3 +167,12 @@ def product_of_sizes(x: list[Any], axes: Any = None, *, keepdims: int = 1, noop_
 @on_sizes("ReduceSum")
 def sum_of_sizes(x: list[Any], axes: Any = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Any:
     return [sum(x)] if keepdims else sum(x)
+
+
+@on_sizes("ConstantOfShape")
+def constant_sizes(shape: Any, *, value: Any, dtype: torch.dtype) -> list[Any]:
+    """As many sizes as a number of others says, which is known."""
+    count = shape[0] if isinstance(shape, list) else shape
+    if count > SMALL:
+        raise Refused(f"{count} sizes")
+    return [value] * count

@@ -34,7 +34,8 @@ class Operator(NamedTuple):
     Attributes:
         function: as above.
         known: parameters that must be known before data is: lists of numbers, or of sizes.
-        numbers: constants of no dimensions are passed as Python's numbers, and sizes as numbers and lists of them.
+        numbers: constants of no dimensions are passed as Python's numbers, those of one element as lists of one, and
+            sizes as numbers and lists of them.
         several: it answers with a tuple, and takes the number of outputs as ``outputs``.
     """
 

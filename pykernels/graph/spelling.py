@@ -10,6 +10,7 @@ import operator
 
 from torch import fx
 
+from pykernels.graph.layer_norm import spelled_out_layer_norm
 from pykernels.graph.nodes import argument, arguments, aten, erase_dead, facts, is_call, name_of, only_user, replace
 
 __all__ = ["normalize", "shuffle_last"]
@@ -25,6 +26,7 @@ def normalize(module: fx.GraphModule, training: bool = False) -> None:
     for node in list(module.graph.nodes):
         if is_call(node, "aten.div", "aten.mul"):
             _spelled_out_activation(node)
+            spelled_out_layer_norm(module, node)
     erase_dead(module)
 
 

@@ -116,6 +116,74 @@ def test_a_size_that_is_no_batch_does_not_become_one(tmp_path: Path) -> None:
         pk.optimize(path, (torch.randn(2, 2), table))
 
 
+def test_free_sizes_of_other_names_are_one_batch_where_they_are_equal(tmp_path: Path) -> None:
+    """Exporters name each input's dimensions by themselves."""
+    proto = model([NODE("Add", ["x", "z"], ["y"])], {"x": (np.float32, ["a", 2]), "z": (np.float32, ["b", 2])}, ["y"])
+    fast = pk.optimize(saved(proto, tmp_path))
+    assert fast.free == [[0], [0]]
+    x, z = torch.randn(5, 2), torch.randn(5, 2)
+    torch.testing.assert_close(fast(x, z), x + z)
+
+
+def test_a_shape_that_is_made_of_the_number_of_sizes(tmp_path: Path) -> None:
+    """``expand(n, -1, 4)`` as the old exporter writes it: as many ones as there are sizes, where a size is -1."""
+    constants = {
+        "first": np.array([0]),
+        "rest": np.array([-1, 4]),
+        "minus": np.int64(-1),
+        "c": np.float32([[[1], [2]]]),
+    }
+    nodes = [
+        NODE("Shape", ["x"], ["s"]),
+        NODE("Gather", ["s", "first"], ["n"]),
+        NODE("Concat", ["n", "rest"], ["wanted"], axis=0),
+        NODE("Shape", ["wanted"], ["count"]),
+        NODE("ConstantOfShape", ["count"], ["ones"], value=numpy_helper.from_array(np.array([1]))),
+        NODE("Mul", ["ones", "minus"], ["all_minus"]),
+        NODE("Equal", ["wanted", "all_minus"], ["kept"]),
+        NODE("Where", ["kept", "ones", "wanted"], ["shape"]),
+        NODE("Expand", ["c", "shape"], ["e"]),
+        NODE("ConstantOfShape", ["s"], ["threes"], value=numpy_helper.from_array(np.float32([3]))),
+        NODE("Mul", ["threes", "x"], ["t"]),
+        NODE("Add", ["e", "t"], ["y"]),
+    ]
+    proto = model(nodes, {"x": (np.float32, ["n", 2, 4])}, ["y"], constants)
+    fast = pk.optimize(saved(proto, tmp_path))
+    assert fast.free == [[0]]
+    x = torch.randn(5, 2, 4)
+    torch.testing.assert_close(fast(x), answers(proto, x)[0])
+
+
+def test_a_padding_whose_widths_are_computed(tmp_path: Path) -> None:
+    """``F.pad(x, (1, x.size(2) % 4))`` as the old exporter writes it: zeros for the rest, pairs turned around."""
+    constants = {
+        "last": np.array([2]), "one": np.array([1]), "axis": np.array([0]), "six": np.int64(6), "four": np.array([4]),
+        "pairs": np.array([-1, 2]), "minus": np.array([-1]), "end": np.array([-(2**63) + 1]), "first": np.int64(0),
+        "zero": np.float32(0),
+    }  # fmt: skip
+    nodes = [
+        NODE("Shape", ["x"], ["s"]),
+        NODE("Gather", ["s", "last"], ["size"]),
+        NODE("Mod", ["size", "four"], ["width"], fmod=0),
+        NODE("Concat", ["one", "width"], ["sides"], axis=0),
+        NODE("Shape", ["sides"], ["some"]),
+        NODE("Gather", ["some", "first"], ["count"]),
+        NODE("Sub", ["six", "count"], ["rest"]),
+        NODE("Unsqueeze", ["rest", "axis"], ["more"]),
+        NODE("ConstantOfShape", ["more"], ["zeros"], value=numpy_helper.from_array(np.array([0]))),
+        NODE("Concat", ["sides", "zeros"], ["all"], axis=0),
+        NODE("Reshape", ["all", "pairs"], ["rows"]),
+        NODE("Slice", ["rows", "minus", "end", "axis", "minus"], ["turned"]),
+        NODE("Transpose", ["turned"], ["columns"], perm=[1, 0]),
+        NODE("Reshape", ["columns", "minus"], ["pads"]),
+        NODE("Pad", ["x", "pads", "zero"], ["y"]),
+    ]
+    proto = model(nodes, {"x": (np.float32, ["n", 2, 3])}, ["y"], constants)
+    fast = pk.optimize(saved(proto, tmp_path))
+    x = torch.randn(4, 2, 3)
+    assert fast.free == [[0]] and torch.equal(fast(x), torch.nn.functional.pad(x, (1, 3)))
+
+
 def test_arithmetic_of_sizes(tmp_path: Path) -> None:
     """Half of the channels by their number, spread over a shape that is computed with -1 where the size is kept."""
     constants = {
@@ -233,11 +301,76 @@ def test_a_constant_of_nothing_is_refused(tmp_path: Path) -> None:
         load(saved(model(nodes, {"x": (np.float32, [1])}, ["y"]), tmp_path))
 
 
+def branches(condition: str, *outputs: str) -> Any:
+    """The square of x where the condition holds, else its double, with a constant of the branch's own."""
+    squared, doubled = (
+        [helper.make_tensor_value_info(f"{name}{i}", 1, None) for i in range(len(outputs))] for name in "sd"
+    )
+    then = [NODE("Mul", ["x", "x"], [value.name]) for value in squared]
+    otherwise = [NODE("Mul", ["x", "two"], [value.name]) for value in doubled]
+    two = numpy_helper.from_array(np.float32(2), "two")
+    return NODE(
+        "If", [condition], list(outputs), name="choice",
+        then_branch=helper.make_graph(then, "then", [], squared),
+        else_branch=helper.make_graph(otherwise, "else", [], doubled, [two]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_branch_that_a_constant_chooses(holds: bool, tmp_path: Path) -> None:
+    proto = model([branches("q", "y")], {"x": (np.float32, [3])}, ["y"], {"q": np.array(holds)})
+    x = torch.tensor([1.0, 3.0, 5.0])
+    assert torch.equal(load(saved(proto, tmp_path))(x), x * x if holds else 2 * x)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_branch_that_a_size_chooses(size: int, tmp_path: Path) -> None:
+    """As exporters write ``squeeze`` of a dimension whose size they do not know."""
+    squeezed, kept = (helper.make_tensor_value_info(name, 1, None) for name in ("s", "k"))
+    choice = NODE(
+        "If", ["one"], ["z"],
+        then_branch=helper.make_graph([NODE("Squeeze", ["p", "axis"], ["s"])], "then", [], [squeezed]),
+        else_branch=helper.make_graph([branches("one", "k")], "else", [], [kept]),
+    )  # fmt: skip
+    nodes = [
+        NODE("Relu", ["x"], ["p"]),
+        NODE("Shape", ["p"], ["sizes"]),
+        NODE("Gather", ["sizes", "axis"], ["size"]),
+        NODE("Equal", ["size", "unit"], ["one"]),
+        choice,
+        NODE("Neg", ["z"], ["y"]),
+    ]
+    constants = {"axis": np.array([1]), "unit": np.array([1])}
+    proto = model(nodes, {"x": (np.float32, ["n", size, 3])}, ["y"], constants)
+    fast = pk.optimize(saved(proto, tmp_path))
+    x = torch.randn(5, size, 3)
+    assert fast.free == [[0]]
+    torch.testing.assert_close(fast(x), -x.relu().squeeze(1) if size == 1 else -2 * x)
+
+
+@pytest.mark.parametrize("constants", [{"q": np.array(True)}, {}], ids=["constant", "size"])
+def test_branches_of_other_outputs_are_refused(constants: Any, tmp_path: Path) -> None:
+    choice = branches("q", "y")
+    for attribute in choice.attribute:
+        del attribute.g.output[:]
+    sized = [NODE("Size", ["x"], ["n"]), NODE("Equal", ["n", "three"], ["q"])]
+    nodes = [*([] if constants else sized), choice]
+    proto = model(nodes, {"x": (np.float32, [3])}, ["y"], {"three": np.int64(3), **constants})
+    with pytest.raises(ValueError, match=r"not understood: If \(choice: a branch has other outputs\)"):
+        load(saved(proto, tmp_path))
+
+
+def test_what_no_output_needs_need_not_be_understood(tmp_path: Path) -> None:
+    nodes = [NODE("Relu", ["x"], ["y"]), NODE("NonZero", ["x"], ["places"]), NODE("Unique", ["places"], ["some"])]
+    graph = load(saved(model(nodes, {"x": (np.float32, [2])}, ["y"]), tmp_path))
+    assert torch.equal(graph(torch.tensor([-1.0, 1.0])), torch.tensor([0.0, 1.0]))
+
+
 def test_a_subgraph_is_refused(tmp_path: Path) -> None:
     branch = helper.make_graph([NODE("Relu", ["x"], ["b"])], "branch", [], [helper.make_tensor_value_info("b", 1, [2])])
     nodes = [NODE("If", ["q"], ["y"], name="choice", then_branch=branch, else_branch=branch)]
     proto = model(nodes, {"x": (np.float32, [2]), "q": (np.bool_, [])}, ["y"])
-    with pytest.raises(ValueError, match=r"not understood: If \(choice\)"):
+    with pytest.raises(ValueError, match=r"not understood: If \(choice: its condition is computed from data\)"):
         load(saved(proto, tmp_path))
 
 
@@ -248,7 +381,9 @@ def test_ways_to_use_an_operator_are_refused_before_the_export(tmp_path: Path) -
         NODE("Add", ["r", "n"], ["y"]),
     ]
     proto = model(nodes, {"x": (np.float32, [1, 2, 4, 4])}, ["y"], {"scales": np.float32([1, 1, 1, 1])})
-    with pytest.raises(ValueError, match=r"not understood: Resize \(up: mode nearest, .*\); LRN \(norm: an even size"):
+    with pytest.raises(
+        ValueError, match=r"not understood: Resize \(up: coordinate_.* tf_crop_and_resize\); LRN \(norm: an even size"
+    ):
         pk.optimize(saved(proto, tmp_path))
 
 

@@ -99,7 +99,7 @@ def test_a_transformer(opset: int, tmp_path: Path) -> None:
     found = ops(close(path, torch.randint(20, (5, 7))))
     assert found.count("pykernels.linear") == 5 and "pykernels.softmax" in found
     assert not {"aten.erf", "aten.stack"} & set(found)  # gelu is part of a layer, the scale a number
-    assert ("pykernels.layer_norm" in found) is (opset > 16)
+    assert "pykernels.layer_norm" in found  # written out below opset 17
 
 
 @pytest.mark.parametrize("opset", [9, 13])

@@ -195,3 +195,143 @@ def test_scales_that_are_computed_are_refused(tmp_path: Path) -> None:
     proto = model(nodes, {"x": (np.float32, [2, 2])}, ["y"], {"z": np.int8(0)})
     with pytest.raises(ValueError, match="its scale or zero point is computed from data"):
         load(saved(proto, tmp_path))
+
+
+def test_parameters_that_are_no_weights_are_constants(tmp_path: Path) -> None:
+    """Quantizers round biases and the numbers of an activation, too; a table is made of these."""
+    constants: Constants = {"s": np.float32(0.05), "z": np.uint8(100), "q": np.uint8(200), "zero": np.uint8(0)}
+    nodes = [
+        *pair("x", "xd", "s", "z"),
+        NODE("DequantizeLinear", ["q", "s", "zero"], ["ten"]),
+        NODE("Mul", ["xd", "ten"], ["m"]),
+        *pair("m", "y", "s", "z"),
+    ]
+    proto = model(nodes, {"x": (np.float32, ["batch", 4])}, ["y"], constants, opset=19)
+    x = torch.randn(64, 4)
+    fast = pk.optimize(saved(proto, tmp_path), precision="int8")
+    assert ops(fast) == ["pykernels.quantize_per_tensor", "pykernels.qlookup", "pykernels.dequantize_per_tensor"]
+    assert ((fast(x) - answers(proto, x)[0]).abs() < 0.0501).all()
+
+
+# ---- operators that take and give bytes ------------------------------------------------------------------------------
+def microsoft(kind: str, inputs: list[str], outputs: list[str], **attributes: Any) -> Any:
+    return NODE(kind, inputs, outputs, domain="com.microsoft", **attributes)
+
+
+def with_microsoft(proto: Any) -> Any:
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return proto
+
+
+def bytes_between(activations: Any) -> tuple[Any, Any]:
+    """The same network in bytes, and in floats between quantizers."""
+    random = rng()
+    zero = activations(120 if activations is np.uint8 else -8)
+    constants: Constants = {
+        "s": np.float32(0.05),
+        "z": zero,
+        "w": random.integers(-127, 128, (6, 4, 3, 3)).astype(np.int8),
+        "ws": random.uniform(0.005, 0.02, 6).astype(np.float32),
+        "wz": np.zeros(6, np.int8),
+        "b": random.integers(-900, 900, 6).astype(np.int32),
+        "v": random.integers(-127, 128, (6, 5)).astype(np.int8),
+        "vs": np.float32(0.01),
+        "vz": np.int8(0),
+        "flat": np.array([0, 6]),
+    }
+    scale, q = ["s", "z"], ["s", "z"]
+    lone = [
+        NODE("QuantizeLinear", ["x", *scale], ["xq"]),
+        NODE("QLinearConv", ["xq", *q, "w", "ws", "wz", *q, "b"], ["c"], pads=[1, 1, 1, 1]),
+        NODE("MaxPool", ["c"], ["m"], kernel_shape=[2, 2], strides=[2, 2]),
+        microsoft("QLinearSigmoid", ["m", *q, *q], ["g"]),
+        microsoft("QLinearMul", ["m", *q, "g", *q, *q], ["p"]),
+        microsoft("QLinearConcat", [*q, "p", *q, "m", *q], ["k"], axis=0),
+        microsoft("QLinearGlobalAveragePool", ["k", *q, *q], ["a"], channels_last=0),
+        NODE("Reshape", ["a", "flat"], ["f"]),
+        NODE("QLinearMatMul", ["f", *q, "v", "vs", "vz", *q], ["yq"]),
+        NODE("DequantizeLinear", ["yq", *scale], ["y"]),
+    ]
+    between = [
+        *pair("x", "xd", *scale),
+        NODE("DequantizeLinear", ["w", "ws", "wz"], ["wd"], axis=0),
+        NODE("Mul", ["s", "ws"], ["bs"]),
+        NODE("DequantizeLinear", ["b", "bs"], ["bd"], axis=0),
+        NODE("Conv", ["xd", "wd", "bd"], ["c"], pads=[1, 1, 1, 1]),
+        *pair("c", "cd", *scale),
+        NODE("MaxPool", ["cd"], ["m"], kernel_shape=[2, 2], strides=[2, 2]),
+        NODE("Sigmoid", ["m"], ["g"]),
+        *pair("g", "gd", *scale),
+        NODE("Mul", ["m", "gd"], ["p"]),
+        *pair("p", "pd", *scale),
+        NODE("Concat", ["pd", "m"], ["k"], axis=0),
+        NODE("GlobalAveragePool", ["k"], ["a"]),
+        *pair("a", "ad", *scale),
+        NODE("Reshape", ["ad", "flat"], ["f"]),
+        NODE("DequantizeLinear", ["v", "vs", "vz"], ["vd"]),
+        NODE("MatMul", ["f", "vd"], ["yr"]),
+        *pair("yr", "y", *scale),
+    ]
+    return with_microsoft(model(lone, X, ["y"], constants, opset=19)), model(between, X, ["y"], constants, opset=19)
+
+
+@pytest.mark.parametrize("activations", [np.uint8, np.int8])
+def test_operators_of_bytes_are_those_of_floats_between_quantizers(activations: Any, tmp_path: Path) -> None:
+    lone, between = bytes_between(activations)
+    x = torch.randn(2, 4, 8, 8)
+    found = pk.optimize(saved(lone, tmp_path), x, precision="int8")
+    expected = pk.optimize(saved(between, tmp_path, "between.onnx"), x, precision="int8")
+    assert torch.equal(found(x), expected(x)) and found(x).abs().max() > 0
+    assert {"pykernels.qconv2d", "pykernels.int8_linear"} <= set(ops(found)) and ops(found) == ops(expected)
+
+
+def test_operators_of_bytes_that_are_not_understood_are_named(tmp_path: Path) -> None:
+    nodes = [
+        NODE("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        microsoft("QLinearGlobalAveragePool", ["q", "s", "z", "s", "z"], ["a"], name="last", channels_last=1),
+        microsoft("QGemm", ["a", "s"], ["g"], name="short"),
+        microsoft("FusedConv", ["g"], ["c"], name="fused"),
+        NODE("DequantizeLinear", ["c", "s", "z"], ["y"]),
+    ]
+    proto = with_microsoft(model(nodes, X, ["y"], {"s": np.float32(0.1), "z": np.uint8(0)}, opset=19))
+    with pytest.raises(
+        ValueError,
+        match=r"not understood: com.microsoft.QLinearGlobalAveragePool \(last\); com.microsoft.QGemm \(short\); "
+        r"com.microsoft.FusedConv \(fused\)",
+    ):
+        load(saved(proto, tmp_path))
+
+
+# ---- scales that are computed from data ------------------------------------------------------------------------------
+@pytest.mark.parametrize("zero", [None, np.uint8(7), np.arange(6, dtype=np.uint8)], ids=["none", "one", "a column"])
+def test_products_of_what_is_quantized_as_it_comes(zero: Any, tmp_path: Path) -> None:
+    """As `quantize_dynamic` writes a linear layer."""
+    constants: Constants = {"w": rng().integers(0, 256, (8, 6)).astype(np.uint8), "ws": np.float32(0.01)}
+    if zero is not None:
+        constants["wz"] = zero
+    nodes = [
+        NODE("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+        NODE("MatMulInteger", ["q", "w", "z", *(["wz"] if zero is not None else [])], ["p"]),
+        NODE("Cast", ["p"], ["f"], to=1),
+        NODE("Mul", ["s", "ws"], ["scale"]),
+        NODE("Mul", ["f", "scale"], ["y"]),
+    ]
+    proto = model(nodes, {"x": (np.float32, ["batch", 3, 8])}, ["y"], constants, opset=19)
+    x = torch.randn(5, 3, 8)
+    fast = pk.optimize(saved(proto, tmp_path))
+    assert fast.free == [[0]] and "pykernels.linear" in ops(fast)
+    torch.testing.assert_close(fast(x), answers(proto, x)[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(fast(torch.zeros(2, 3, 8)), torch.zeros(2, 3, 6))
+
+
+def test_a_convolution_of_what_is_quantized_as_it_comes(tmp_path: Path) -> None:
+    constants: Constants = {"w": rng().integers(-127, 128, (6, 4, 3, 3)).astype(np.int8), "wz": np.int8(3)}
+    nodes = [
+        NODE("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+        NODE("ConvInteger", ["q", "w", "z", "wz"], ["p"], pads=[1, 1, 1, 1]),
+        NODE("Cast", ["p"], ["f"], to=1),
+        NODE("Mul", ["f", "s"], ["y"]),
+    ]
+    proto = model(nodes, X, ["y"], constants, opset=19)
+    x = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(pk.optimize(saved(proto, tmp_path))(x), answers(proto, x)[0], atol=1e-3, rtol=1e-5)

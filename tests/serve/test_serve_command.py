@@ -100,6 +100,32 @@ def test_a_model_is_optimized_on_the_way_in(tmp_path: Path, monkeypatch: pytest.
     assert torch.allclose(answers[0], nn.Linear(4, 3)(x), atol=1e-6)
 
 
+def test_mistakes_are_told_before_a_model_is_optimized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_optimize", lambda *_: pytest.fail("it is optimized first"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    (tmp_path / "net.onnx").write_bytes(b"something")
+    (tmp_path / "token").write_text("")
+    for name, arguments, message in (
+        ("net", ["--device", "cuda"], "--device: cuda cannot be used: "),
+        ("net", ["--device", "tpu"], "--device: 'tpu' is no device"),
+        ("net", ["--p99-ms", "0"], "--p99-ms: must be a finite number above 0"),
+        ("net", ["--token-file", tmp_path / "token"], "--token-file: "),
+        ("a/b", [], "NETWORKS: 'a/b' is no name"),
+    ):
+        said = serve(f"{name}={tmp_path / 'net.onnx'}", "--in-process", *arguments, status=1)
+        assert message in said.replace("\n", " ")
+
+
+def test_a_model_that_is_served_by_two_names_is_optimized_once(
+    tmp_path: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(command, "_optimize", lambda *arguments: made.append(arguments[-1]))
+    (tmp_path / "net.onnx").write_bytes(b"something")
+    serve(f"a={tmp_path / 'net.onnx'}", f"b={tmp_path / 'net.onnx'}", "--in-process")
+    assert asked[0].models == {"a": str(made[0]), "b": str(made[0])} and len(made) == 1
+
+
 def test_others_are_let_in_with_a_warning_unless_there_is_a_token(net: Path, asked: list[Any], tmp_path: Path) -> None:
     (tmp_path / "token").write_text("s3cret")
     assert "need no token" in serve(net, "--in-process", "--host", "0.0.0.0")
