@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from pykernels.ops.errors import reason
 __all__ = ["Piece", "is_frozen_norm", "traced"]
 
 _RECURRENT = (nn.RNNBase, nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+_TIMES_WIDEST = 4  # as many channels as that of the widest layer: more are no group
 _FROZEN = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -94,12 +95,33 @@ def _torch_pruning(model: nn.Module, args: tuple[Any, ...]) -> list[Any]:
 
     model.requires_grad_(True)
     leaves = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
-    with torch.enable_grad(), warnings.catch_warnings(), _recurrent_as_one(model):
+    with torch.enable_grad(), warnings.catch_warnings(), _recurrent_as_one(model), _bounded(model):
         warnings.simplefilter("ignore")  # about parameters and operations that it does not know; they are checked here
         graph = torch_pruning.DependencyGraph().build_dependency(
             model, leaves, customized_pruners=_more_kinds(model), verbose=False
         )
         return list(graph.get_all_groups())
+
+
+@contextmanager
+def _bounded(model: nn.Module) -> Iterator[None]:
+    """No group has far more channels than the widest layer: at the reshapes of attention in windows torch-pruning
+    multiplies them again and again, for hours, and what it says then is wrong."""
+    from torch_pruning.dependency.index_mapping import _FlattenIndexMapping as Flatten
+
+    most = _TIMES_WIDEST * max((max(p.shape[:2]) for p in model.parameters() if p.dim()), default=1)
+    multiply = Flatten.__call__
+
+    def bounded(self: Any, channels: Sequence[Any]) -> Any:
+        if not self.reverse and len(channels) * self._stride > most:
+            raise OverflowError("channels multiply at its reshapes")
+        return multiply(self, channels)
+
+    Flatten.__call__ = bounded
+    try:
+        yield
+    finally:
+        Flatten.__call__ = multiply
 
 
 def _more_kinds(model: nn.Module) -> dict[type[nn.Module], Any]:

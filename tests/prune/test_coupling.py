@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from pykernels.prune import tracing
 from pykernels.prune.coupling import Coupling, couple
 from pykernels.prune.prune import _tried
 from pykernels.prune.recipe import check_recipe, recipe_of
@@ -118,6 +119,14 @@ def test_sizes_in_forward_are_refused_by_name_and_can_be_kept(make: Callable[[],
     names = str(error.value).split("keep=[")[1].split("]")[0].replace("'", "").split(", ")
     found = groups_of(model, keep=tuple(names))
     assert found.groups and layer not in layers(found) and "keep" in found.left[layer]
+
+
+def test_where_channels_multiply_without_end_modules_are_traced_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prunable.lively(prunable.flattened(), *IMAGE)
+    monkeypatch.setattr(tracing, "_TIMES_WIDEST", 0)  # the flattening before the linear layer is too much, then
+    found = groups_of(nn.Sequential(model, nn.Sequential(nn.Linear(5, 40), nn.ReLU(), nn.Linear(40, 5))))
+    assert layers(found) == {"1.0"}
+    assert "torch-pruning cannot trace Sequential: OverflowError: channels multiply" in found.left["0.4"]
 
 
 def test_a_name_in_keep_must_exist() -> None:
