@@ -5,6 +5,7 @@ After Hinton et al., Distilling the Knowledge in a Neural Network, 2015; of hidd
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 from pykernels.graph.export import mode
 from pykernels.network.devices import to_device
 from pykernels.ops.errors import reason
-from pykernels.prune.entries import read_entry
+from pykernels.prune.entries import check_loader, read_entry
 
 __all__ = ["Features", "Stopped", "distill"]
 
@@ -146,10 +147,18 @@ def distill(
     """
     if type(steps) is not int or steps < 1:
         raise ValueError(f"steps: a whole number above 0 is needed, not {steps!r}")
-    if not temperature > 0:
-        raise ValueError(f"temperature: must be above 0, not {temperature}")
-    if not 0 <= labels <= 1:
-        raise ValueError(f"labels: a weight from 0 to 1 is needed, not {labels}")
+    for name, module in (("student", student), ("teacher", teacher)):
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"{name}: an nn.Module is needed, not {type(module).__name__}")
+    check_loader(loader, "loader")
+    if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: a number above 0 is needed, not {temperature!r}")
+    if not isinstance(labels, int | float) or not 0 <= labels <= 1:
+        raise ValueError(f"labels: a weight from 0 to 1 is needed, not {labels!r}")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError("optimizer: an optimizer over the student's parameters is needed, not what makes one")
+    if loss is not None and not callable(loss):
+        raise ValueError(f"loss: expected a function of two answers and a label, not {type(loss).__name__}")
     if loss is not None and labels:
         raise ValueError("labels: a loss of your own gets the labels and weighs them itself")
     if set(student.modules()) & set(teacher.modules()):
@@ -157,6 +166,8 @@ def distill(
     trained = [p for p in student.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("student: none of its parameters is to be trained (requires_grad)")
+    if features is not None and not isinstance(features, Features | Mapping):
+        raise ValueError(f"features: a dictionary of names of modules is needed, not {type(features).__name__}")
     if features is not None and not isinstance(features, Features):
         features = Features(features)
     optimizer = optimizer or torch.optim.AdamW(trained, lr=3e-4)

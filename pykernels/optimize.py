@@ -100,6 +100,8 @@ def optimize(
     if precision != "auto" and (budget is not None or validate is not None):
         name = "budget" if budget is not None else "validate"
         raise ValueError(f"{name}: only precision 'auto' has a use for it, precision is {precision!r}")
+    if isinstance(model, Optimized):
+        raise ValueError("model: it is optimized already: give the nn.Module that it was made of")
     model = model if isinstance(model, nn.Module) else from_onnx.load(model)
     source = from_onnx.source_of(model)
     if example_inputs is None and example_kwargs is None:

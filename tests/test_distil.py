@@ -181,7 +181,15 @@ def test_a_pruned_student() -> None:
     "options, message",
     [
         ({"steps": 0}, "steps: a whole number above 0"),
-        ({"temperature": 0.0}, "temperature: must be above 0"),
+        ({"temperature": 0.0}, "temperature: a number above 0"),
+        ({"temperature": "4"}, "temperature: a number above 0"),
+        ({"temperature": float("inf")}, "temperature: a number above 0"),
+        ({"labels": "x"}, "labels: a weight from 0 to 1"),
+        ({"loader": 3}, "loader: a loader or a list of batches is needed, not one int"),
+        ({"loader": batches(1)[0]}, "loader: a loader or a list of batches is needed, not one Tensor"),
+        ({"loss": "ce"}, "loss: expected a function"),
+        ({"features": "0"}, "features: a dictionary of names of modules is needed, not str"),
+        ({"optimizer": torch.optim.SGD}, "optimizer: an optimizer over the student's parameters"),
         ({"labels": 1.5}, "labels: a weight from 0 to 1"),
         ({"labels": 0.5, "loss": F.mse_loss}, "labels: a loss of your own"),
         ({"loader": []}, "loader: it is empty"),
@@ -197,6 +205,10 @@ def test_arguments_that_do_not_fit(options: dict[str, Any], message: str) -> Non
 
 
 def test_a_student_that_cannot_learn_and_a_teacher_that_would() -> None:
+    with pytest.raises(ValueError, match=r"student: an nn\.Module is needed"):
+        pk.distill(None, teacher(), batches(), 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"teacher: an nn\.Module is needed"):
+        pk.distill(classifier(8), lambda x: x, batches(), 1)  # type: ignore[arg-type]
     frozen = classifier(8).requires_grad_(False)
     with pytest.raises(ValueError, match="student: none of its parameters"):
         pk.distill(frozen, teacher(), batches(), 1)

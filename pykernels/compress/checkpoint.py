@@ -56,6 +56,8 @@ class Checkpoint:
         }  # fmt: skip
         if self.folder is None:
             return
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"checkpoint: {self.folder} is no folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "search.json"
         if not path.exists():

@@ -13,6 +13,7 @@ from torch import nn
 
 from pykernels.ops.errors import reason
 from pykernels.optimized import Optimized
+from pykernels.prune.entries import check_names, read_example
 from pykernels.prune.surgery import refuse
 
 from .checkpoint import Checkpoint, fingerprint
@@ -131,7 +132,7 @@ def compress(
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: an nn.Module is needed, not {type(model).__name__}")
     refuse(model)
-    args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
+    args = read_example(example_inputs)
     known = None if recipe is None else check_recipe(recipe)
     if known is not None and budget is not None:
         raise ValueError("budget: a recipe leaves nothing to search for; give one of them")
@@ -139,6 +140,12 @@ def compress(
     options = _options(train, steps, optimizer, loss, labels, freeze_norms, keep, rounds)
     if validate is not None and not callable(validate):
         raise ValueError(f"validate: expected a function of a network, not {type(validate).__name__}")
+    if train is not None and not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "model: none of its parameters is to be trained (requires_grad): leave train out, or thaw some"
+        )
+    if not isinstance(checkpoint, str | os.PathLike | None):
+        raise ValueError(f"checkpoint: the path of a folder is needed, not {type(checkpoint).__name__}")
     _installed()
     taught = None if train is None else Loader(train, "train", args)
     fit, held, notes = _samples(taught, None if data is None else Loader(data, "data", args), validate is None)
@@ -190,6 +197,11 @@ def _options(
         raise ValueError(f"steps: a whole number above 0 is needed, not {steps!r}")
     if type(rounds) is not int or rounds < 0:
         raise ValueError(f"rounds: a whole number is needed, not {rounds!r}")
+    if isinstance(labels, bool) or not isinstance(labels, int | float):
+        raise ValueError(f"labels: a weight from 0 to 1 is needed, not {labels!r}")
+    if optimizer is not None and (isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer)):
+        made = type(optimizer).__name__
+        raise ValueError(f"optimizer: expected a function of parameters, as each student has its own, not {made}")
     if train is None:
         given = [n for n, v in (("steps", steps), ("optimizer", optimizer), ("loss", loss), ("labels", labels)) if v]
         if given:
@@ -199,7 +211,7 @@ def _options(
     elif loss is not None and labels:
         raise ValueError("labels: a loss of your own gets the labels and weighs them itself")
     steps = 0 if train is None else steps or _STEPS
-    return Options(steps, optimizer, loss, labels, freeze_norms, tuple(keep), rounds)
+    return Options(steps, optimizer, loss, labels, freeze_norms, check_names(keep, "keep"), rounds)
 
 
 def _samples(train: Loader | None, data: Loader | None, judged: bool) -> tuple[list[Any], list[Any], list[str]]:

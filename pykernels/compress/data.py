@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from pykernels.precision.budget import Budget, Reference
-from pykernels.prune.entries import read_entry
+from pykernels.prune.entries import check_repeatable, read_entry
 
 __all__ = ["Judge", "Loader", "hold_out", "is_classes", "take"]
 
@@ -33,10 +33,7 @@ class Loader:
     """
 
     def __init__(self, loader: Iterable[Any], argument: str, example: Sequence[Any]) -> None:
-        if isinstance(loader, Iterator):
-            raise ValueError(f"{argument}: an iterator can be read once only; give a loader or a list")
-        if not isinstance(loader, Iterable):
-            raise ValueError(f"{argument}: an iterable of inputs is needed, not {type(loader).__name__}")
+        check_repeatable(loader, argument)
         self.loader, self.argument, self.example = loader, argument, tuple(example)
         self._rest: Iterator[Any] | None = None
         self._read = 0

@@ -137,6 +137,9 @@ class Reference:
         assert self.budget.validate is not None
         found = self.budget.validate(network)
         try:
-            return float(found)
+            value = float(found)
         except (TypeError, ValueError):
             raise ValueError(f"validate: it returned {type(found).__name__}, not a number") from None
+        if not math.isfinite(value):
+            raise ValueError(f"validate: it returned {value}")
+        return value

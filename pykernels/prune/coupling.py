@@ -7,7 +7,7 @@ is never trusted: `surgery.check` compares every cut with the masked model.
 
 from __future__ import annotations
 
-import warnings
+import importlib.util
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from pykernels.graph.export import mode
 from pykernels.ops.errors import reason
+
+from .tracing import is_frozen_norm, traced
 
 __all__ = ["PANEL", "Coupling", "Group", "Slot", "couple", "is_depthwise", "width"]
 
@@ -95,6 +98,8 @@ def width(module: nn.Module, axis: str) -> int:
         return module.num_features
     if isinstance(module, nn.PReLU):
         return module.num_parameters
+    if is_frozen_norm(module):
+        return len(module.weight)  # type: ignore[arg-type]
     raise ValueError(f"it is a {type(module).__name__}, whose channels cannot be removed")
 
 
@@ -108,8 +113,17 @@ def couple(model: nn.Module, args: tuple[Any, ...], keep: Iterable[str] = ()) ->
 
     Raises:
         ModuleNotFoundError: torch-pruning is not installed.
-        ValueError: it cannot trace the model.
+        ValueError: the model does not run on these inputs, or torch-pruning cannot trace it.
     """
+    if importlib.util.find_spec("torch_pruning") is None:
+        raise ModuleNotFoundError(
+            "pruning needs torch-pruning: pip install 'pykernels[compress]', or torch-pruning==1.6.1 with --no-deps"
+        )
+    with mode(model, False), torch.no_grad():
+        try:
+            model(*args)
+        except Exception as error:  # the model's own forward
+            raise ValueError(f"example_inputs: the model does not run on them: {reason(error)}") from error
     names = {module: name for name, module in model.named_modules()}
     kept = tuple(keep)
     unknown = [name for name in kept if name not in names.values()]
@@ -120,13 +134,14 @@ def couple(model: nn.Module, args: tuple[Any, ...], keep: Iterable[str] = ()) ->
     reasons |= {(name, "out"): "it is in keep" for name in stay}
     parents: dict[Slot, Slot] = {}
     bad: list[tuple[Slot, str, str]] = []  # a slot whose unit stays, the layer that is to blame, why
-    for found in _torch_pruning(model, args):
+    pieces = traced(model, args, names)
+    for found, returned in ((found, piece.returned) for piece in pieces for found in piece.groups):
         first: dict[int, Slot] = {}  # of each channel of the layer that the group is asked of, a slot
         blame: dict[int, tuple[str, str]] = {}
         for item in found:
             module, axis = item.dep.target.module, _axis(item.dep)
             name = names.get(module, "") if isinstance(module, nn.Module) else ""
-            complaint = _complaint(module, axis)
+            complaint = _complaint(module, axis, returned)
             for index, root in zip(item.idxs, item.root_idxs, strict=True):
                 if complaint is not None:
                     blame.setdefault(root, (name, complaint))
@@ -134,38 +149,20 @@ def couple(model: nn.Module, args: tuple[Any, ...], keep: Iterable[str] = ()) ->
                     slot = Slot(name, "out" if is_depthwise(module) else axis, int(index))
                     _join(parents, first.setdefault(root, slot), slot)
         bad += [(first[root], *why) for root, why in blame.items() if root in first]
-    return _groups(model, parents, bad, reasons)
-
-
-def _torch_pruning(model: nn.Module, args: tuple[Any, ...]) -> list[Any]:
-    """torch-pruning's groups, each with all channels of the layer that it was asked of."""
-    try:
-        import torch_pruning
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "pruning needs torch-pruning: pip install 'pykernels[compress]', or torch-pruning==1.6.1 with --no-deps"
-        ) from error
-    model.requires_grad_(True)
-    leaves = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
-    with torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about parameters and operations that it does not know; they are checked here
-        try:
-            graph = torch_pruning.DependencyGraph().build_dependency(model, leaves, verbose=False)
-            return list(graph.get_all_groups())
-        except Exception as error:  # the model's own forward runs in there
-            raise ValueError(f"model: torch-pruning cannot trace {type(model).__name__}: {reason(error)}") from error
+    unmet = pieces[0].returned if len(pieces) > 1 else "in evaluation it is not called, as far as torch-pruning traces"
+    return _groups(model, parents, bad, reasons, unmet)
 
 
 def _axis(dep: Any) -> str:
     return "out" if dep.handler.__name__ == "prune_out_channels" else "in"
 
 
-def _complaint(module: Any, axis: str) -> str | None:
+def _complaint(module: Any, axis: str, returned: str) -> str | None:
     """Why channels of this layer must stay; operations without weights are modules of torch-pruning's own."""
     if isinstance(module, nn.Parameter):
         return "a parameter of the model's own meets them"
     if type(module).__name__ == "_OutputOp":
-        return "the model returns them"
+        return returned
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and not is_depthwise(module):
         return f"a convolution of {module.groups} groups reads or makes them"
     if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
@@ -214,9 +211,13 @@ def _root(parents: dict[Slot, Slot], slot: Slot) -> Slot:
 
 
 def _groups(
-    model: nn.Module, parents: dict[Slot, Slot], bad: list[tuple[Slot, str, str]], reasons: Mapping[Any, str]
+    model: nn.Module,
+    parents: dict[Slot, Slot],
+    bad: list[tuple[Slot, str, str]],
+    reasons: Mapping[Any, str],
+    unmet: str,
 ) -> Coupling:
-    """Units of equal axes as groups; those that must stay as reasons."""
+    """Units of equal axes as groups; those that must stay as reasons, of layers that were not met `unmet`."""
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     units: dict[Slot, list[Slot]] = defaultdict(list)
     for slot in parents:
@@ -225,7 +226,13 @@ def _groups(
     for slot, layer, complaint in bad:
         complaints.setdefault(_root(parents, slot), f"{layer}: {complaint}" if layer else complaint)
     gathered: dict[tuple[tuple[str, str], ...], list[tuple[Slot, ...]]] = defaultdict(list)
-    left: dict[str, str] = {}
+    met = {slot.layer for slot in parents}
+    left = {
+        name: unmet
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+        and not any(name == other or name.startswith(f"{other}.") for other in met)
+    }
     for root, slots in units.items():
         slots.sort(key=lambda slot: (order[slot.layer], slot.axis != "out", slot.channel))
         owners = list(dict.fromkeys(s.layer for s in slots if s.axis == "out" and not _passes(model, s)))
@@ -266,4 +273,5 @@ def _groups(
 def _passes(model: nn.Module, slot: Slot) -> bool:
     """Whether the layer hands channels on and makes none: norms and PReLU."""
     kinds = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
-    return isinstance(model.get_submodule(slot.layer), kinds)
+    layer = model.get_submodule(slot.layer)
+    return isinstance(layer, kinds) or is_frozen_norm(layer)

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from pykernels.graph.export import mode
 
 from .coupling import Group
-from .entries import read_entry
+from .entries import at_entry, read_entry
 from .moments import fits
 from .surgery import dimension
 
@@ -39,6 +39,7 @@ DRAWS = 4
 """Random signs a batch, where there are no labels."""
 SAMPLES = 8
 """Of a batch with labels so many samples at a time: over many, the gradients of a trained network cancel."""
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _WIDEST = 8192  # outputs of a layer whose curvature is kept as a matrix
 
 
@@ -109,13 +110,18 @@ def taylor(
                 raise ValueError(f"loss: entry {number} of data has no label to give it")
             for part, target in [(args, label)] if label is None else parts(args, label, SAMPLES):
                 made.clear()
-                objective, scalars = _objectives(model(*part), target, loss, generator)
+                with at_entry(number):
+                    answer = model(*part)
+                    objective, found = scalar(answer, target, loss)
+                if found is not None and not found.requires_grad:
+                    raise ValueError("loss: what it gives has no gradient")
+                scalars = _drawn(answer, generator) if found is None else [found]
                 weights: list[torch.Tensor] = [layer.weight for layer in layers.values()]
                 sources = [*weights, *made.values()]
-                for place, scalar in enumerate(scalars):
+                for place, total in enumerate(scalars):
                     last = place + 1 == len(scalars)
-                    found = torch.autograd.grad(scalar, sources, retain_graph=not last, allow_unused=True)
-                    gradients = [torch.zeros_like(a) if g is None else g for a, g in zip(sources, found, strict=True)]
+                    changes = torch.autograd.grad(total, sources, retain_graph=not last, allow_unused=True)
+                    gradients = [torch.zeros_like(a) if g is None else g for a, g in zip(sources, changes, strict=True)]
                     columns = {
                         name: (by_input(layer, layer.weight * g)).detach().double().sum(1)
                         for (name, layer), g in zip(layers.items(), gradients, strict=False)
@@ -212,27 +218,25 @@ def parts(args: tuple[Any, ...], label: Any, size: int) -> Iterator[tuple[tuple[
 def scalar(answer: Any, label: Any, loss: Loss | None) -> tuple[str, torch.Tensor | None]:
     """The objective in words, and what it is; None where it is the change of the answer itself."""
     if loss is not None:
-        return "the loss that was given", loss(answer, label)
+        found = loss(answer, label)
+        if not isinstance(found, torch.Tensor) or found.dim():
+            raise ValueError("it must give a scalar tensor")
+        return "the loss that was given", found
     outputs = [leaf for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
-    if isinstance(label, torch.Tensor) and label.dtype is torch.int64 and len(outputs) == 1:
+    if isinstance(label, torch.Tensor) and label.dtype in _INTEGERS and len(outputs) == 1:
         (output,) = outputs
         if output.dim() == 2 and label.shape == output.shape[:1]:
-            return "cross entropy with the labels", F.cross_entropy(output, label)
+            return "cross entropy with the labels", F.cross_entropy(output, label.long())
     return "the squared change of the outputs", None
 
 
-def _objectives(
-    answer: Any, label: Any, loss: Loss | None, generator: torch.Generator
-) -> tuple[str, list[torch.Tensor]]:
-    """What is differentiated, in words and as scalars."""
+def _drawn(answer: Any, generator: torch.Generator) -> list[torch.Tensor]:
+    """Sums of the outputs with random signs."""
     outputs = [leaf for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    words, found = scalar(answer, label, loss)
-    if found is not None:
-        return words, [found]
     if not outputs:
         raise ValueError("model: no output of it depends on its weights in a way that can be differentiated")
     scalars = []
     for _ in range(DRAWS):
         signs = [torch.randint(0, 2, y.shape, generator=generator).to(y) * 2 - 1 for y in outputs]
         scalars.append(sum(((y * e).sum() for y, e in zip(outputs, signs, strict=True)), torch.zeros(())))
-    return words, scalars
+    return scalars

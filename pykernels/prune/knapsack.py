@@ -103,19 +103,19 @@ def solve(
         target = max(budget, now - _STEP * whole)
         after = _move(state, choices, blocks, seconds, target, now, fine=now <= budget)
         then = seconds(after)
+        if then > budget and (after == state or then >= now - 1e-4 * whole):
+            if best is not None:
+                break
+            after = _move(state, choices, blocks, seconds, 0.0, now, fine=True)
+            then = seconds(after)
+            if then >= now - 1e-4 * whole:
+                raise Unreachable(now)
         if then <= budget:
             polished += 1
             lost = _lost(after, choices, blocks)
             if best is not None and lost >= best[0]:
                 break
             best = lost, after
-        elif after == state or then >= now - 1e-4 * whole:
-            if best is not None:
-                break
-            finer = _move(state, choices, blocks, seconds, 0.0, now, fine=True)
-            if seconds(finer) >= now - 1e-4 * whole:
-                raise Unreachable(now)
-            after, then = finer, seconds(finer)
         state, now = after, then
     assert best is not None
     return best[1]

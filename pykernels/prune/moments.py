@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pykernels.graph.export import mode
 
 from .coupling import is_depthwise
-from .entries import read_entry
+from .entries import at_entry, read_entry
 
 __all__ = ["ROOM", "Moments", "fits", "observed", "room"]
 
@@ -56,7 +56,9 @@ def observed(model: nn.Module, names: Iterable[str], data: Iterable[Any], inputs
         handles = [whole.get_submodule(name).register_forward_pre_hook(found.add) for name, found in moments.items()]
         with mode(whole, False), torch.no_grad():
             for number, entry in enumerate(data):
-                whole(*read_entry(entry, inputs, number)[0])
+                args, _ = read_entry(entry, inputs, number)
+                with at_entry(number):
+                    whole(*args)
         for handle in handles:
             handle.remove()
         yield from moments.items()

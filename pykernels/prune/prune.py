@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from pykernels.ops.errors import reason
 from .blocks import residual_blocks
 from .coupling import Coupling, Group, couple, width
 from .eliminate import eliminate, steps
-from .entries import read_entry
+from .entries import check_names, check_repeatable, read_entry, read_example
 from .importance import Importance, Loss, magnitude, taylor
 from .knapsack import Choice, State, Unreachable, solve
 from .latency import Latency, compare, lower
@@ -27,6 +27,7 @@ from .recipe import Recipe, check_recipe, recipe_of
 from .reconstruct import reconstruct
 from .report import Report, Row
 from .surgery import Mismatch, check, cut, refuse
+from .tracing import is_frozen_norm
 from .trial import Trial, held_out
 
 __all__ = ["Pruned", "prune"]
@@ -104,12 +105,12 @@ def prune(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: an nn.Module is needed, not {type(model).__name__}")
-    args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
+    args = read_example(example_inputs)
     if (latency is None) == (recipe is None):
         raise ValueError("latency: give a latency to reach, or a recipe to follow, not both")
     refuse(model)
-    if isinstance(data, Iterator):
-        raise ValueError("data: an iterator can be read once only; give a loader or a list")
+    if data is not None:
+        check_repeatable(data, "data")
     if recipe is not None:
         checked = check_recipe(model, recipe)
         return _finish(model, args, checked, data, Report())
@@ -119,8 +120,11 @@ def prune(
         raise ValueError(f"importance: {importance!r} is neither 'taylor' nor 'magnitude'")
     if importance == "taylor" and data is None:
         raise ValueError("data: importance 'taylor' needs some; give a loader, or importance='magnitude'")
-    if latency is None or not 0 < latency < 1:
-        raise ValueError(f"latency: a part of today's is needed, between 0 and 1, not {latency}")
+    if not isinstance(latency, int | float) or not 0 < latency < 1:
+        raise ValueError(f"latency: a part of today's is needed, between 0 and 1, not {latency!r}")
+    if loss is not None and not callable(loss):
+        raise ValueError(f"loss: expected a function of answer and label, not {type(loss).__name__}")
+    keep = check_names(keep, "keep")
     report = Report(precision=precision, budget=latency)
     coupling = couple(copy.deepcopy(model), args, keep)
     coupling = _tried(model, args, coupling, progress)
@@ -128,7 +132,8 @@ def prune(
     if blocks and importance == "taylor":
         droppable = _droppable(model, args, keep)
     if not coupling.groups and not droppable:
-        raise ValueError(f"model: nothing of it can be pruned: {_listed(coupling.left)}")
+        why = _listed(coupling.left) or "it has no layer whose channels another reads"
+        raise ValueError(f"model: nothing of it can be pruned: {why}")
     report.left = coupling.left
     if importance == "taylor":
         assert data is not None
@@ -145,7 +150,8 @@ def prune(
 
 
 def _tried(model: nn.Module, args: tuple[Any, ...], coupling: Coupling, progress: Progress | None) -> Coupling:
-    """The groups that can be cut: half of the channels of all are taken away, and where that fails, of one by one.
+    """The groups that can be cut: half of the channels of all are taken away; where that fails, of half of the groups,
+    and so on, down to those that fail alone.
 
     Raises:
         ValueError: the model does not run, or answers otherwise, without channels that it does not return.
@@ -165,27 +171,47 @@ def _tried(model: nn.Module, args: tuple[Any, ...], coupling: Coupling, progress
         return coupling
     except Mismatch as mismatch:
         together = mismatch
-    fine, left, wrong = [], dict(coupling.left), {}
-    for number, group in enumerate(coupling.groups, start=1):
+    try:
+        attempt([])
+    except Mismatch as mismatch:
+        raise ValueError(
+            f"model: it cannot be checked, since with nothing removed {mismatch}. Its answer in evaluation must be "
+            "finite, and the same each time: is there a functional.dropout without training=self.training?"
+        ) from None
+    fine: list[Group] = []
+    left, wrong = dict(coupling.left), {}
+    pending = _halved(coupling.groups)
+    while pending:
+        groups = pending.pop()
         try:
-            attempt([group])
-            fine.append(group)
+            attempt(groups)
+            fine += groups
         except Mismatch as mismatch:
-            if mismatch.returned:
-                left[group.name] = str(mismatch)
+            if len(groups) > 1:
+                pending += _halved(groups)
+            elif mismatch.returned or mismatch.training:
+                left[groups[0].name] = str(mismatch)
             else:
-                wrong[group.name] = str(mismatch)
+                wrong[groups[0].name] = str(mismatch)
         if progress is not None:
-            progress("trying layers", number, len(coupling.groups))
+            undecided = sum(map(len, pending))
+            progress("trying layers", len(coupling.groups) - undecided, len(coupling.groups))
     if wrong:
+        names = [name.partition("#")[0] for name in wrong]  # of a part of a layer's channels, the layer
         raise ValueError(
             f"model: channels cannot be removed from {_listed(wrong)}. Its forward has sizes written into it, or does "
-            f"what torch-pruning cannot follow. keep={list(wrong)} leaves these layers as they are"
+            f"what torch-pruning cannot follow. keep={list(dict.fromkeys(names))} leaves these layers as they are"
         )
     if len(fine) == len(coupling.groups):
         raise ValueError(f"model: its layers can be cut one by one but not together: {together}")
     attempt(fine)
     return Coupling(fine, left)
+
+
+def _halved(groups: Sequence[Group]) -> list[Sequence[Group]]:
+    """Two halves, the first one last; of one group that alone."""
+    middle = len(groups) // 2
+    return [half for half in (groups[middle:], groups[:middle]) if half]
 
 
 def _droppable(model: nn.Module, args: tuple[Any, ...], keep: Iterable[str]) -> list[str]:
@@ -224,9 +250,18 @@ def _search(
     predict = Latency(model, original, coupling.groups)
     predict.measure(progress)
     whole = predict(predict.full)
-    target, best = latency, None
+    target, best, made = latency, None, 0
     for number in range(1, _ROUNDS + 1):
-        state = _solved(choices, dropped, predict, target * whole, whole, coupling)
+        try:
+            state = _solved(choices, dropped, predict, target * whole)
+        except Unreachable as error:
+            if best is not None:  # another budget was reached
+                break
+            raise ValueError(
+                f"latency: {latency:.3f} cannot be reached: with all that can be removed a call takes "
+                f"{error.least / whole:.3f} of today's. Left as it is: {_listed(coupling.left) or 'nothing'}"
+            ) from None
+        made = number
         kept = {name: sorted(order[name][:count]) for name, count in state.widths.items()}
         recipe = recipe_of(model, coupling.groups, kept, sorted(state.dropped))
         smaller = lower(cut(model, recipe), args, report.precision or "fp32")
@@ -249,7 +284,7 @@ def _search(
     (missed, found), recipe = best
     if missed:
         report.notes.append(
-            f"the budget of {latency:.3f} was missed: the quickest of {_ROUNDS} networks takes {found:.3f}"
+            f"the budget of {latency:.3f} was missed: the quickest of {made} networks takes {found:.3f}"
         )
         warnings.warn(f"latency: {report.notes[-1]}", UserWarning, stacklevel=3)
     return recipe
@@ -307,21 +342,20 @@ def _solved(
     dropped: Mapping[str, float],
     predict: Latency,
     budget: float,
-    whole: float,
-    coupling: Coupling,
 ) -> State:
-    """The state of least loss within the budget, by times of its own layers."""
+    """The state of least loss within the budget, by times of its own layers.
+
+    Raises:
+        Unreachable: there is none.
+    """
     best: tuple[float, State] | None = None
     for _ in range(_REFINEMENTS):
         try:
             state = solve(choices, dropped, predict, budget)
-        except Unreachable as error:
-            if best is not None:  # it is nearly quick enough
-                break
-            raise ValueError(
-                f"latency: {budget / whole:.3f} cannot be reached: with all that can be removed a call takes "
-                f"{error.least / whole:.3f} of today's. Left as it is: {_listed(coupling.left) or 'nothing'}"
-            ) from None
+        except Unreachable:
+            if best is None:
+                raise
+            break  # it is nearly quick enough
         predict.refine(state)  # which changes what other widths seem to take, too
         over = max(predict(state) / budget, 1.0)
         if best is None or over < best[0]:
@@ -346,7 +380,7 @@ def _finish(
         _estimate_batch_norms(model, pruned, recipe, data, len(args))
     for name, module in model.named_modules():
         axes = recipe["layers"].get(name, {})
-        if axes and not isinstance(module, nn.modules.batchnorm._NormBase):
+        if axes and not isinstance(module, nn.modules.batchnorm._NormBase) and not is_frozen_norm(module):
             smaller = pruned.get_submodule(name)
             reads, makes = ((width(module, axis), width(smaller, axis)) for axis in ("in", "out"))
             report.rows.append(Row(name, reads, makes))
@@ -394,7 +428,7 @@ def _statistics(model: nn.Module, data: Iterable[Any], inputs: int) -> dict[str,
             args, _ = read_entry(entry, inputs, number)
             try:
                 measured(*args)
-            except ValueError as error:  # a batch of one sample, at a norm behind a global pool
+            except Exception as error:  # mostly a batch of one sample, at a norm behind a global pool
                 raise ValueError(f"data: entry {number} cannot serve batch norms: {reason(error)}") from error
     return {name: (norm.running_mean, norm.running_var) for name, norm in norms.items()}
 

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from pykernels.graph.export import mode
 from pykernels.ops.errors import reason
+from pykernels.optimized import Optimized
 
 from .coupling import is_depthwise
 from .recipe import Recipe
@@ -37,21 +38,27 @@ class Mismatch(ValueError):
     Attributes:
         returned: whether its outputs have other shapes: what was removed is part of the answer.
         unanswered: whether the masked model has no answer to compare with.
+        training: whether it does not run, or gives other shapes, in training alone.
     """
 
-    def __init__(self, message: str, returned: bool = False, unanswered: bool = False) -> None:
+    def __init__(self, message: str, returned: bool = False, unanswered: bool = False, training: bool = False) -> None:
         super().__init__(message)
-        self.returned, self.unanswered = returned, unanswered
+        self.returned, self.unanswered, self.training = returned, unanswered, training
 
 
 def refuse(model: nn.Module) -> None:
     """What cannot be copied and cut without changing what it means.
 
     Raises:
-        ValueError: it has hooks, parametrizations, or 16-bit weights; the message names the module.
+        ValueError: it has hooks, parametrizations, or 16-bit weights, or is compiled or lowered already; the message
+            names the module.
     """
     for name, module in model.named_modules():
         where = f"model: its module {name!r}" if name else "model: it"
+        if hasattr(module, "_orig_mod"):
+            raise ValueError(f"{where} is compiled (torch.compile): give the module that it was made of, `_orig_mod`")
+        if isinstance(module, (torch.jit.ScriptModule, Optimized)):
+            raise ValueError(f"{where} is a {type(module).__name__}: give the nn.Module that it was made of")
         if parametrize.is_parametrized(module):
             raise ValueError(
                 f"{where} has parametrizations, whose weights are computed: remove them first "
@@ -99,7 +106,8 @@ def masked(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 
 def check(model: nn.Module, pruned: nn.Module, recipe: Recipe, args: tuple[Any, ...]) -> None:
-    """Both run on the example, and on noise of its shapes, and answer alike to `TOLERANCE`.
+    """Both run on the example, and on noise of its shapes, and answer alike to `TOLERANCE`; and where the model runs in
+    training, so does the pruned one: what only training calls was not traced.
 
     Raises:
         Mismatch: they do not.
@@ -119,6 +127,32 @@ def check(model: nn.Module, pruned: nn.Module, recipe: Recipe, args: tuple[Any, 
                 _compare(copy.deepcopy(other).double(), copy.deepcopy(pruned).double(), double)
             except Mismatch:
                 raise mismatch from None
+    _check_training(other, pruned, args)
+
+
+def _check_training(expected: nn.Module, pruned: nn.Module, args: tuple[Any, ...]) -> None:
+    def double(leaf: Any) -> Any:  # norms behind a global pool train on no batch of one
+        return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.dim() and len(leaf) == 1 else leaf
+
+    with torch.random.fork_rng(devices=[]):
+        for inputs in (pytree.tree_map(double, args), args):
+            try:
+                wanted = _shapes(expected, inputs)
+            except Exception:  # it does not train on these inputs
+                continue
+            try:
+                found = _shapes(pruned, inputs)
+            except Exception as error:
+                raise Mismatch(f"in training, the model stops with {reason(error)}", training=True) from error
+            if wanted != found:
+                raise Mismatch("in training, the model returns the channels", training=True)
+            return
+
+
+def _shapes(model: nn.Module, inputs: tuple[Any, ...]) -> list[Any]:
+    """Of what the model returns in training."""
+    with mode(model, True), torch.no_grad(), _state_kept(model):
+        return [x.shape for x in pytree.tree_leaves(model(*inputs)) if isinstance(x, torch.Tensor)]
 
 
 def _compare(expected: nn.Module, pruned: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -141,7 +175,7 @@ def _compare(expected: nn.Module, pruned: nn.Module, inputs: tuple[Any, ...]) ->
         if not a.is_floating_point():
             continue
         if not a.isfinite().all():
-            raise Mismatch("the masked model's answer is not finite", unanswered=True)
+            raise Mismatch("the model's answer is not finite", unanswered=True)
         distance = float((a - b).double().norm() / a.double().norm().clamp_min(1e-30))
         if not distance <= TOLERANCE:
             raise Mismatch(f"pruned and masked model differ by {distance:.1e} of the answer's norm")

@@ -241,6 +241,7 @@ def calibrate_captured(
         samples = _generated(leaves, record)
     else:
         samples = _samples(calibration, len(inputs), found.in_spec, record, device)
+        _check_ranks(samples, leaves)
     state = _state(graph)
     to_refine = refine and not record.data_free
     if to_refine:
@@ -277,6 +278,8 @@ def _samples(
     device: torch.device,
 ) -> list[tuple[Any, ...]]:
     """The calibration inputs as flat inputs of the graph, on `device`."""
+    if not isinstance(calibration, Iterable):
+        raise TypeError(f"calibration: an iterable of inputs is needed, not {type(calibration).__name__}")
     samples = []
     for position, item in enumerate(calibration):
         args, kwargs = _as_call(item, count)
@@ -291,6 +294,11 @@ def _samples(
         except KeyError as missing:
             raise TypeError(f"calibration: entry {position} has no keyword input {missing}") from None
         leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
+        if isinstance(item, Mapping) and count:
+            raise TypeError(
+                f"calibration: entry {position} is a dictionary, and the example has {count} positional "
+                f"input{'s' * (count != 1)}: give example_inputs as a dictionary, too, or entries as tuples"
+            )
         if spec != in_spec:
             raise TypeError(f"calibration: entry {position} is nested as {spec}, the example inputs as {in_spec}")
         samples.append(tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in leaves))
@@ -299,6 +307,17 @@ def _samples(
     if not samples:
         raise ValueError("calibration: no inputs; give an iterable that yields some, or None")
     return samples
+
+
+def _check_ranks(samples: list[tuple[Any, ...]], example: list[Any]) -> None:
+    for position, sample in enumerate(samples):
+        for place, (x, like) in enumerate(zip(sample, example, strict=True)):
+            shapes = [list(t.shape) if isinstance(t, torch.Tensor) else type(t).__name__ for t in (x, like)]
+            if len(shapes[0]) != len(shapes[1]):
+                raise TypeError(
+                    f"calibration: input {place} of entry {position} is {shapes[0]}, the example's {shapes[1]}; an "
+                    "entry is a batch, and calibration a list of batches or a loader"
+                )
 
 
 def _as_call(item: Any, count: int) -> tuple[Any, Mapping[str, Any]]:

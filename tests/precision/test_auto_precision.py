@@ -161,6 +161,8 @@ def test_it_needs_calibration_and_a_float_model() -> None:
     quantized = quantize(model, (inputs[0],), inputs, refine=False)
     with pytest.raises(ValueError, match="model: it is quantized already"):
         pk.optimize(quantized, (inputs[0],), precision="auto", calibration=inputs)
+    with pytest.raises(ValueError, match="model: it is optimized already"):
+        pk.optimize(pk.optimize(model, (inputs[0],)), (inputs[0],), precision="auto", calibration=inputs)
 
 
 def test_other_precisions_have_no_budget() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -88,3 +89,5 @@ def test_what_no_budget_can_be_held_against_is_refused() -> None:
         Reference(torch.zeros_like, [(torch.ones(2, 3),)], SPEC, Budget(error=0.1))
     with pytest.raises(ValueError, match="validate"):
         Reference(lambda x: x, [(torch.ones(2, 3),)], SPEC, Budget(drop=0.1, validate=lambda network: None))
+    with pytest.raises(ValueError, match="validate: it returned nan"):
+        Reference(lambda x: x, [(torch.ones(2, 3),)], SPEC, Budget(drop=0.1, validate=lambda network: math.nan))

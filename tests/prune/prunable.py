@@ -214,6 +214,79 @@ def shuffled() -> nn.Module:
     return Function(forward, stem=conv(3, 32), after=conv(32, 40), head=head(40))
 
 
+def auxiliary() -> nn.Module:
+    """A second head that is called in training alone, as in GoogLeNet."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        x = m.stem(x)
+        answer = m.head(m.after(x))
+        return (answer, m.aside(x)) if m.training else answer
+
+    return Function(forward, stem=conv(3, 32), after=conv(32, 40), head=head(40), aside=head(32))
+
+
+def recurrent() -> nn.Module:
+    """A GRU and the cell of an LSTM between convolutions and linear layers."""
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = m.second(m.first(x)).mean(2).transpose(1, 2)
+        y, _ = m.gru(y)
+        hidden, _ = m.cell(y[:, 0])
+        hidden, _ = m.cell(y[:, -1], (hidden, hidden))
+        return m.out(F.relu(m.up(hidden)))
+
+    return Function(
+        forward, first=conv(3, 32), second=conv(32, 40), gru=nn.GRU(40, 12, 2, batch_first=True, bidirectional=True),
+        cell=nn.LSTMCell(24, 24), up=nn.Linear(24, 36), out=nn.Linear(36, 5),
+    )  # fmt: skip
+
+
+class FrozenNorm(nn.Module):
+    """As torchvision's FrozenBatchNorm2d: all that it has are buffers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(width) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale[:, None, None] + shift[:, None, None]
+
+
+def frozen() -> nn.Module:
+    layers = nn.Conv2d(3, 32, 3), FrozenNorm(32), nn.ReLU(), nn.Conv2d(32, 40, 3), FrozenNorm(40), nn.ReLU()
+    return nn.Sequential(*layers, head(40))
+
+
+def untraceable() -> nn.Module:
+    """Units with channel shuffles of the kind that torch-pruning does not get through, as in ShuffleNetV2."""
+
+    def shuffle(x: torch.Tensor) -> torch.Tensor:
+        n, c, h, w = x.shape
+        return x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+    def wider(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return shuffle(torch.cat([m.beside(x), m.branch(x)], 1))
+
+    def alike(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        one, two = x.chunk(2, 1)
+        return shuffle(torch.cat([one, m.branch(two)], 1))
+
+    def branch(width: int) -> nn.Module:
+        return nn.Sequential(conv(width, 36, 1), conv(36, 36, groups=36), conv(36, 20, 1))
+
+    first = Function(wider, beside=nn.Sequential(conv(12, 12, groups=12), conv(12, 20, 1)), branch=branch(12))
+    units = nn.Sequential(first, Function(alike, branch=branch(20)), Function(alike, branch=branch(20)))
+    return nn.Sequential(conv(3, 12), units, conv(40, 40, 1), head(40))
+
+
+def restless() -> nn.Module:
+    """Dropout that does not end with training."""
+    return nn.Sequential(conv(3, 32), Function(lambda m, x: F.dropout(x, 0.3)), conv(32, 40), head(40))
+
+
 def lively(model: nn.Module, *shape: int) -> nn.Module:
     """Batch norms with statistics of data and weights that are not 1 and 0; evaluation mode."""
     for module in model.modules():

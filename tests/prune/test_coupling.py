@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from pykernels.prune import tracing
 from pykernels.prune.coupling import Coupling, couple
 from pykernels.prune.prune import _tried
 from pykernels.prune.recipe import check_recipe, recipe_of
 from pykernels.prune.surgery import TOLERANCE, Mismatch, check, cut, masked
+from tests.networks import Function
 
 IMAGE = (3, 8, 8)
 
@@ -50,6 +52,10 @@ CASES: dict[Callable[[], nn.Module], set[str]] = {
     prunable.tied: {"4.0"},
     prunable.returned: {"stem.0"},
     prunable.scaled: {"after.0"},
+    prunable.auxiliary: {"after.0"},
+    prunable.recurrent: {"first.0", "up"},
+    prunable.frozen: {"0", "3"},
+    prunable.untraceable: {f"1.{unit}.branch.{layer}" for unit in (0, 1, 2) for layer in ("0.0", "1.0")},
 }
 
 
@@ -91,6 +97,10 @@ def test_any_channels_of_any_group_can_go(make: Callable[[], nn.Module]) -> None
         (prunable.scaled, "stem.0", "parameter of the model's own"),
         (prunable.depthwise_of_one, "2", "1 channels"),
         (prunable.residual, "3.2", "the model's answer"),
+        (prunable.auxiliary, "aside.2", "in evaluation it is not called"),
+        (prunable.recurrent, "second.0", "gru: it is a GRU"),
+        (prunable.untraceable, "2.0", "2 returns them, and torch-pruning cannot trace Sequential"),
+        (prunable.auxiliary, "stem.0", "in training, the model stops with RuntimeError"),
     ],
 )
 def test_what_stays_is_named_with_the_reason(make: Callable[[], nn.Module], layer: str, why: str) -> None:
@@ -111,9 +121,39 @@ def test_sizes_in_forward_are_refused_by_name_and_can_be_kept(make: Callable[[],
     assert found.groups and layer not in layers(found) and "keep" in found.left[layer]
 
 
+def test_where_channels_multiply_without_end_modules_are_traced_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prunable.lively(prunable.flattened(), *IMAGE)
+    monkeypatch.setattr(tracing, "_TIMES_WIDEST", 0)  # the flattening before the linear layer is too much, then
+    found = groups_of(nn.Sequential(model, nn.Sequential(nn.Linear(5, 40), nn.ReLU(), nn.Linear(40, 5))))
+    assert layers(found) == {"1.0"}
+    assert "torch-pruning cannot trace Sequential: OverflowError: channels multiply" in found.left["0.4"]
+
+
 def test_a_name_in_keep_must_exist() -> None:
     with pytest.raises(ValueError, match=r"keep: the model has no module 'stem\.7'"):
         groups_of(prunable.residual(), keep=("stem.7",))
+
+
+@pytest.mark.parametrize("broken", ["answer", "weights"])
+def test_a_model_whose_answers_tell_nothing_is_refused(broken: str) -> None:
+    model = prunable.lively(prunable.restless() if broken == "answer" else prunable.residual(), *IMAGE)
+    if broken == "weights":
+        nn.init.constant_(model[0][0].weight, float("nan"))
+    with pytest.raises(ValueError, match=r"model: it cannot be checked, since with nothing removed .* finite"):
+        groups_of(model)
+
+
+def test_of_many_layers_a_few_trials_find_the_one_that_fails() -> None:
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return m.odd(x) + sum(m.get_submodule(name)(x) for name in names)
+
+    names = [f"plain{i}" for i in range(30)]
+    plain = {name: nn.Sequential(prunable.conv(3, 32), prunable.head(32)) for name in names}
+    model = prunable.lively(Function(forward, odd=prunable.shuffled(), **plain), *IMAGE)
+    x, tried = torch.randn(2, *IMAGE), []
+    with pytest.raises(ValueError, match=r"removed from 'odd\.stem\.0' \(.*keep=\['odd\.stem\.0'\]"):
+        _tried(model, (x,), couple(copy.deepcopy(model), (x,)), lambda _, done, total: tried.append((done, total)))
+    assert tried[-1] == (32, 32) and len(tried) <= 12
 
 
 def test_a_wrong_coupling_is_found() -> None:

@@ -75,3 +75,16 @@ def test_what_cannot_be_reached_says_how_far_it_came() -> None:
     with pytest.raises(Unreachable) as error:
         solve(choices, {}, lambda state: 100.0 + state.widths["a"], 80.0)
     assert error.value.least == 116
+
+
+def test_where_wider_layers_seem_quicker_and_changes_do_not_add_up() -> None:
+    """Of two layers the next width is slower; narrow ones are quick enough, though a step back misses the budget."""
+    part = {64: 1.0, 48: 1.02, 32: 0.965, 16: 0.88}
+
+    def seconds(state: State) -> float:
+        return part[state.widths["a"]] * part[state.widths["b"]]
+
+    found = solve([choice("a", 64, 1.0), choice("b", 64, 1.0)], {}, seconds, 0.928)
+    assert seconds(found) <= 0.928
+    with pytest.raises(Unreachable, match=r"0\.77\d* is the least"):
+        solve([choice("a", 64, 1.0), choice("b", 64, 1.0)], {}, seconds, 0.7)

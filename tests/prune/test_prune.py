@@ -285,6 +285,9 @@ class Refused:
         (Refused.hooked, r"'1\.first\.0' has hooks"),
         (Refused.parametrized, r"'1\.first\.0' has parametrizations"),
         (Refused.sixteen_bits, "weights of torch.bfloat16"),
+        (lambda: torch.compile(network(), backend="eager"), r"it is compiled \(torch\.compile\): give the module"),
+        (lambda: pk.optimize(network(), torch.randn(2, *IMAGE)), "it is a Optimized: give the nn.Module"),
+        (nn.ReLU, "nothing of it can be pruned: it has no layer"),
         (Refused.narrow, "nothing of it can be pruned: '0' .8 channels"),
     ],
 )
@@ -300,6 +303,27 @@ def test_models_that_are_refused(make: Any, message: str) -> None:
         ({}, ValueError, "latency: give a latency to reach, or a recipe"),
         ({"latency": 0.5, "recipe": {}}, ValueError, "not both"),
         ({"latency": 1.5}, ValueError, "between 0 and 1, not 1.5"),
+        ({"latency": "0.5"}, ValueError, "latency: .* between 0 and 1, not '0.5'"),
+        ({"latency": 0.5, "keep": "0.0"}, ValueError, "keep: a list of names of modules is needed, not '0.0'"),
+        ({"latency": 0.5, "data": 5}, ValueError, "data: a loader or a list of batches is needed, not one int"),
+        ({"latency": 0.5, "data": torch.randn(4, *IMAGE)}, ValueError, "data: .* not one Tensor"),
+        ({"latency": 0.5, "data": [torch.randn(4, 1, 16, 16)]}, ValueError, "data: .* fails on entry 0: RuntimeError"),
+        (
+            {"latency": 0.5, "data": [(torch.randn(4, *IMAGE), torch.full((4,), 9))]},
+            ValueError,
+            "data: .* fails on entry 0: IndexError: Target 9 is out of bounds",
+        ),
+        ({"latency": 0.5, "data": images(labels=True), "loss": "ce"}, ValueError, "loss: expected a function"),
+        (
+            {"latency": 0.5, "data": images(labels=True), "loss": lambda y, _: y},
+            ValueError,
+            "data: .* entry 0: ValueError: it must give a scalar tensor",
+        ),
+        (
+            {"latency": 0.5, "data": images(labels=True), "loss": lambda y, _: y.detach().sum()},
+            ValueError,
+            "loss: what it gives has no gradient",
+        ),
         ({"latency": 0.5, "data": None}, ValueError, "data: importance 'taylor' needs some"),
         ({"latency": 0.5, "data": []}, ValueError, "data: it is empty"),
         ({"latency": 0.5, "data": iter([1])}, ValueError, "read once only"),
@@ -322,6 +346,22 @@ def test_models_that_are_refused(make: Any, message: str) -> None:
 def test_arguments_that_do_not_fit(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         pk.prune(network(), (torch.randn(2, *IMAGE),), **{"data": images(), **options})
+
+
+@pytest.mark.parametrize("given", [{}, {"x": 1}, None, 3, torch.randn(2, 1, 16, 16), (torch.randn(2, *IMAGE),) * 2])
+def test_an_example_that_is_no_call(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"example_inputs: (a tensor, or a tuple|the model does not run on them)"):
+        pk.prune(network(), given, latency=0.5, importance="magnitude")
+
+
+@pytest.mark.usefixtures("clock")
+def test_where_a_later_try_cannot_be_reached_the_earlier_one_is_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measured time of a network stays above what is predicted, until nothing more can be removed."""
+    module = sys.modules["pykernels.prune.prune"]
+    monkeypatch.setattr(module, "compare", lambda *networks: [1.0, 0.9])
+    with pytest.warns(UserWarning, match=r"the budget of 0\.300 was missed: the quickest of \d network.* 0\.900"):
+        found = pk.prune(network(), (torch.randn(2, *IMAGE),), latency=0.3, data=images(), precision="fp32")
+    assert found.report().measured == 0.9
 
 
 @pytest.mark.usefixtures("clock")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -110,10 +112,13 @@ def test_without_calibration_a_warning_says_what_it_costs(net: nn.Module) -> Non
 
 @pytest.mark.parametrize(
     ("calibration", "error"),
-    [([], ValueError), ([3], TypeError), ([()], TypeError), ([torch.full((1, 3, 16, 16), torch.nan)], ValueError)],
-    ids=["empty", "not a tensor", "too few inputs", "nan"],
+    [
+        ([], ValueError), ([3], TypeError), ([()], TypeError), ([torch.full((1, 3, 16, 16), torch.nan)], ValueError),
+        (3, TypeError), (torch.randn(4, 3, 16, 16), TypeError), ([{"x": torch.randn(1, 3, 16, 16)}], TypeError),
+    ],
+    ids=["empty", "not a tensor", "too few inputs", "nan", "no iterable", "one batch itself", "keywords"],
 )  # fmt: skip
-def test_bad_calibration_is_named(net: nn.Module, calibration: list[object], error: type[Exception]) -> None:
+def test_bad_calibration_is_named(net: nn.Module, calibration: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="calibration"):
         quantize(net, (images(2),), calibration)
 
