@@ -137,7 +137,7 @@ def fashion(options: argparse.Namespace) -> None:
             "train": loader,
             "data": data,
             "validate": accuracy(images),
-            "labels": 0.3,
+            "labels": 0.7,
             "optimizer": quickly,
         }
         whole, _ = compressed(model, (x,), data=data, validate=accuracy(images), rounds=0, budget={"drop": 0.005})
