@@ -12,6 +12,7 @@ __all__: list[str] = []
 
 _LSTM = (0, 2, 3, 1)  # torch's input, forget, cell, output of ONNX's input, output, forget, cell
 _GRU = (1, 0, 2)  # reset, update, new of update, reset, new
+_DIRECTIONS = ("forward", "reverse", "bidirectional")
 _DEFAULTS = {
     "lstm": ["sigmoid", "tanh", "tanh"],
     "gru": ["sigmoid", "tanh"],
@@ -110,6 +111,12 @@ def _parameters(
         parts = values.chunk(len(gates))
         return torch.cat([parts[gate] for gate in gates])
 
+    rows = len(gates) * recurrence.shape[-1]
+    sizes = [t.shape[:2] for t in (weight, recurrence)] + (
+        [] if bias is None else [(bias.shape[0], bias.shape[-1] // 2)]
+    )
+    if weight.dim() != 3 or recurrence.dim() != 3 or any(tuple(s) != (weight.shape[0], rows) for s in sizes):
+        raise Refused("weights whose sizes do not fit")
     found = []
     for d in range(weight.shape[0]):
         found += [ordered(weight[d]), ordered(recurrence[d])]
@@ -127,6 +134,8 @@ def _run(
     layer: Any, x: torch.Tensor, first: Any, parameters: list[torch.Tensor], biased: bool, direction: str
 ) -> tuple[torch.Tensor, ...]:
     backwards, both = direction == "reverse", direction == "bidirectional"
+    if direction not in _DIRECTIONS or len(parameters) != (1 + both) * (4 if biased else 2):
+        raise Refused(f"direction {direction!r:.40} with weights of other directions")
     y, *last = layer(x.flip(0) if backwards else x, first, parameters, biased, 1, 0.0, False, both, False)
     y = y.reshape(y.shape[0], y.shape[1], 2 if both else 1, -1).transpose(1, 2)
     return (y.flip(0) if backwards else y, *last)

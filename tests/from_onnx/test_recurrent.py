@@ -88,8 +88,11 @@ def test_a_layer_that_runs_backwards(kind: str, gates: int, tmp_path: Path) -> N
         (layer("LSTM", ["y"], activations=["Relu", "Tanh", "Tanh"]), "activations Relu, Tanh, Tanh"),
         (layer("LSTM", ["y"], input_forget=1), "peepholes, or input_forget"),
         (layer("RNN", ["y"], layout=1), "lengths of sequences, or layout 1"),
+        (layer("RNN", ["y"], direction="sideways"), "direction 'sideways' with weights of other directions"),
+        (layer("RNN", ["y"], direction="bidirectional"), "direction 'bidirectional' with weights of other directions"),
+        (layer("LSTM", ["y"], inputs=["x", "r", "w"]), "weights whose sizes do not fit"),
     ],
-    ids=["GRU", "activations", "input_forget", "layout"],
+    ids=["GRU", "activations", "input_forget", "layout", "direction", "directions", "weights"],
 )
 def test_layers_that_torch_has_not_are_refused(proto: Any, why: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"model.onnx: not understood: \w+ \(layer: .*{why}"):
