@@ -163,8 +163,8 @@ def register_stage(
     Call it for every stage, between its construction and the first step, on all ranks alike: ranks with several stages
     as often as the others have. Any schedule, ``PipelineStage`` or ``build_stage``. Tensors in fp32, bf16 and fp16 are
     compressed; others, and those that would not become smaller, go as they are. A record never holds two tokens (rows
-    of the last dimension; where that is short, of as many of the last dimensions as have 128 elements). There is no
-    error feedback: the next chunk holds other samples, to which the error does not belong.
+    of the last dimension; where that is short, of as many of the last dimensions as have 128 elements that fill their
+    records). There is no error feedback: the next chunk holds other samples, to which the error does not belong.
 
     Args:
         forward: codec of activations, one of ``STAGE_CODECS``; "fp32" leaves them as they are, whatever their dtype.
