@@ -86,6 +86,12 @@ class Layout:
         return self.world * self.shard_bytes
 
 
+def check_block(block: int, what: str = "block") -> None:
+    """Refuse what no record can be as long as, by the argument's name."""
+    if not isinstance(block, int) or block <= 0 or block % 32 or block > 32768:
+        raise ValueError(f"pykernels: {what} must be a multiple of 32 up to 32768, not {block!r}")
+
+
 def _align(size: int) -> int:
     return -(-size // 16) * 16
 
