@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.pipelining.stage import _PipelineStageBase
+from torch.nn.parallel import DistributedDataParallel
 
 from pykernels.comm.collectives import agree
 from pykernels.comm.layout import check_block, lay_out_tensor
@@ -113,6 +114,11 @@ class StageHandle:
         return operations
 
     def _compute(self, original: Callable[..., Any], direction: str, chunk: int, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("full_backward", True) and isinstance(self.stage.submod, DistributedDataParallel):
+            raise RuntimeError(
+                f"pykernels: stage {self.stage.stage_index} is in DistributedDataParallel under a zero-bubble "
+                "schedule, whose backward in two parts never averages its gradients: take fully_shard or another one"
+            )
         with torch.no_grad(), self._meter.timed("decode"):
             for wire, payload, tensor in self._arriving.pop((direction, chunk), ()):
                 flat = tensor.detach()

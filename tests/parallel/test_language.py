@@ -80,7 +80,7 @@ def perplexities(rank: int) -> dict[str, float]:
     plan |= {f"layers.{n}.{name}": "rowwise" for n in range(LAYERS) for name in ("out", "down")}
     found = {}
     with torch.no_grad():
-        for codec in ("fp32", "int8", "int4"):
+        for codec in ("fp32", "int8", "int4", "int2"):
             model = Language().eval()
             model.load_state_dict(state)
             parallelize_module(model, mesh, tensor_parallel(plan, codec, least=0))
@@ -95,3 +95,4 @@ def test_int8_sums_cost_a_language_model_half_a_percent_of_perplexity_at_most() 
     assert one["fp32"] < 8  # of 32 words: it has learnt something, which can be lost
     assert one["int8"] < 1.005 * one["fp32"]
     assert one["int4"] > one["int8"]  # the codec was there
+    assert one["int2"] > 1.005 * one["fp32"]  # the bound is one that a codec can miss

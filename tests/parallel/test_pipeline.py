@@ -376,6 +376,11 @@ def complaints(rank: int) -> list[str]:
     with pytest.raises(ValueError) as raised:
         stage.get_fwd_send_ops(0)
     messages.append(str(raised.value))
+    replicated = pipelining.PipelineStage(DDP(part(rank)), rank, 2, torch.device("cpu"))
+    comm.register(replicated)
+    with pytest.raises(RuntimeError) as raised:
+        replicated.backward_one_chunk(0, full_backward=False, last_backward=False)
+    messages.append(str(raised.value))
     with pytest.raises(ValueError) as raised:
         handle.load_state_dict({**handle.state_dict(), "stage": 5})
     return [*messages, str(raised.value)]
@@ -384,7 +389,7 @@ def complaints(rank: int) -> list[str]:
 def test_what_is_wrong_is_named(found: list[dict[str, Any]]) -> None:
     words = ["forward must be one of", "backward must be one of", "block", "block", "error_feedback"]
     words += ["rank 0 has forward int4, rank 1 has forward int8", "registered already"]
-    words += ["output 0 of shape (2, 3, 256) is expanded", "stage is 5"]
+    words += ["output 0 of shape (2, 3, 256) is expanded", "under a zero-bubble schedule", "stage is 5"]
     for messages in (answers["complaints"] for answers in found):
         for word, message in zip(words, messages, strict=True):
             assert word in message
