@@ -8,16 +8,13 @@
 A client answers a training message with its arrays less those that it was sent, encoded with error feedback: what the
 codec lost stays in the client's state and is added the next time. The server adds what it decodes to the arrays that it
 sent, and hands the strategy replies as if nothing had been compressed; where the strategy averages as FedAvg does, it
-decodes and sums all replies in one pass instead. The server knows names, shapes and dtypes from
-what it sent itself: of a reply it reads a version, a codec's name and as many bytes as these shapes take, whatever they
-hold. Of floating-point arrays (float32, float16) those of one dimension travel as fp32, others through the codec;
-arrays of other dtypes travel as they are.
+decodes and sums all replies in one pass instead. What a payload is: :mod:`pykernels.comm.flower_wire`. For strategies
+of the older ``flwr.server`` there is :class:`DecompressFit`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,80 +25,14 @@ from flwr.common.constant import ErrorCode
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, RECORD_KEY_STATE
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM
 
-from pykernels import _host
+from pykernels.comm.flower_fit import DecompressFit
+from pykernels.comm.flower_wire import FORMAT, Arrays, Update, check_alike, encode, mean
 from pykernels.comm.stats import Stats
-from pykernels.ops.compress import CODECS, record_bytes
+from pykernels.ops.compress import CODECS
 
-BLOCK, RAW_BLOCK = 256, 32  # elements of a record, where there is a scale and where there is none
-RECORD = "pykernels"  # of a reply's and of a state's records
-STYPE = "pykernels.1"  # how the payload is serialized: as it is. The number counts formats
-DTYPES = ("float32", "float16")  # that are encoded
-TOGETHER = 1 << 18  # elements that are decoded at a time, of all payloads
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Where an array lies in a payload; `codec` None: its bytes as they are."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    codec: str | None
-    block: int
-    first: int
-    size: int
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def segments(self) -> np.ndarray[Any, Any]:
-        return np.array([[0, self.numel, 0]], np.int64)
-
-    def encode(self, x: np.ndarray[Any, Any], residual: np.ndarray[Any, Any] | None, payload: Any) -> None:
-        assert self.codec is not None
-        _host.compress_encode(x.reshape(-1), residual, payload, self.segments, self.codec, self.block)
-
-    def decode(
-        self, payloads: Sequence[np.ndarray[Any, Any]], weights: np.ndarray[Any, Any] | None = None
-    ) -> np.ndarray[Any, Any]:
-        """fp32 of `shape`: what the payloads hold, added in order, each times its weight; in one pass over them."""
-        assert self.codec is not None
-        out = np.zeros(self.numel, np.float32)
-        record = record_bytes(self.codec, self.block)
-        for begin in range(0, self.numel, TOGETHER):
-            end = min(begin + TOGETHER, self.numel)
-            first, last = (self.first + -(-n // self.block) * record for n in (begin, end))
-            rows = np.stack([payload[first:last] for payload in payloads])
-            _host.compress_decode(
-                rows, out, np.array([[begin, end - begin, 0]]), self.codec, self.block, weights=weights
-            )
-        return out.reshape(self.shape)
-
-    def plain(self, payload: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """The array whose bytes are as they are."""
-        return np.frombuffer(payload[self.first : self.first + self.size].tobytes(), self.dtype).reshape(self.shape)
-
-
-def _parts(arrays: Mapping[str, np.ndarray[Any, Any]], codec: str) -> list[_Part]:
-    found, end = [], 0
-    for name, array in arrays.items():
-        kind: str | None = None
-        block = RAW_BLOCK
-        size = array.nbytes
-        if array.dtype.name in DTYPES:
-            kind = codec if array.ndim > 1 else "fp32"
-            block = BLOCK if CODECS[kind].header else RAW_BLOCK
-            size = -(-array.size // block) * record_bytes(kind, block)
-        found.append(_Part(name, array.shape, array.dtype, kind, block, end, size))
-        end += -(-size // 4) * 4  # records lie at multiples of 4 bytes
-    return found
-
-
-def _size(parts: list[_Part]) -> int:
-    return max((-(-(part.first + part.size) // 4) * 4 for part in parts), default=0)
+RECORD = "pykernels"  # names of a state's records begin with it
 
 
 def _only(content: RecordDict, what: str) -> tuple[str, ArrayRecord]:
@@ -110,22 +41,14 @@ def _only(content: RecordDict, what: str) -> tuple[str, ArrayRecord]:
     return next(iter(content.array_records.items()))
 
 
-def _numpy(record: ArrayRecord) -> dict[str, np.ndarray[Any, Any]]:
-    return {name: np.ascontiguousarray(array.numpy()).reshape(array.shape) for name, array in record.items()}
+def _numpy(record: ArrayRecord) -> Arrays:
+    if any(array.stype.startswith(FORMAT) for array in record.values()):
+        raise ValueError("pykernels: compress: the reply has been compressed already: give it once, as a mod")
+    return {name: np.asarray(array.numpy(), order="C") for name, array in record.items()}
 
 
-def _check_alike(before: Mapping[str, np.ndarray[Any, Any]], after: dict[str, np.ndarray[Any, Any]]) -> None:
-    """Names and shapes of a reply are those that were sent; dtypes become so, since averages of integers are float64.
-
-    Raises:
-        ValueError: they are not, or a dtype would lose something.
-    """
-    for name in {**before, **after}:
-        came, goes = before.get(name), after.get(name)
-        if came is None or goes is None or came.shape != goes.shape or not np.can_cast(goes.dtype, came.dtype):
-            told, wanted = ("nothing" if x is None else f"{x.dtype} {list(x.shape)}" for x in (goes, came))
-            raise ValueError(f"pykernels: {name}: the reply has {told}, {wanted} was sent")
-        after[name] = goes.astype(came.dtype, copy=False)
+def _record(arrays: Arrays) -> ArrayRecord:
+    return ArrayRecord({name: Array(array) for name, array in arrays.items()})
 
 
 def _refuse_secure_aggregation(*places: RecordDict) -> None:
@@ -150,14 +73,14 @@ def compress(codec: str = "int8", *, error_feedback: bool = True, forget_after: 
             the others have moved on from since: it is right in sum, and late. None: it is kept.
 
     Raises:
-        ValueError: an unknown codec; `forget_after` below 1; in a message: secure aggregation is used as well, not one
-            ArrayRecord came or goes, names, shapes or dtypes of what goes are not those of what came; `forget_after`
-            is given and no config record says ``server-round``.
+        ValueError: an unknown codec; `forget_after` that is no integer of at least 1; in a message: secure aggregation
+            is used as well, not one ArrayRecord came or goes, names, shapes or dtypes of what goes are not those of
+            what came; `forget_after` is given and no config record says ``server-round``.
     """
     if codec not in CODECS:
         raise ValueError(f"pykernels: codec must be one of {', '.join(CODECS)}, not {codec!r}")
-    if forget_after is not None and forget_after < 1:
-        raise ValueError(f"pykernels: forget_after must be at least 1, not {forget_after}")
+    if forget_after is not None and (not isinstance(forget_after, int) or forget_after < 1):
+        raise ValueError(f"pykernels: forget_after must be an integer of at least 1, not {forget_after!r}")
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if message.metadata.message_type.split(".")[0] != "train":
@@ -171,34 +94,17 @@ def compress(codec: str = "int8", *, error_feedback: bool = True, forget_after: 
         _refuse_secure_aggregation(reply.content)
         key, goes = _only(reply.content, "the reply")
         after = _numpy(goes)
-        _check_alike(before, after)
+        check_alike(before, after)
         now = _round(message.content)
         if forget_after is not None and now is None:
             raise ValueError("pykernels: forget_after: no config record of the message says server-round")
-        residuals = _residuals(context.state, now, forget_after) if error_feedback else {}
-        parts = _parts(before, codec)
-        payload = np.zeros(_size(parts), np.uint8)
-        kept: dict[str, np.ndarray[Any, Any]] = {}
-        for part in parts:
-            place = payload[part.first : part.first + part.size]
-            if part.codec is None:
-                place[:] = np.frombuffer(after[part.name].tobytes(), np.uint8)
-                continue
-            change = after[part.name].astype(np.float32) - before[part.name].astype(np.float32)
-            residual = None
-            if error_feedback and part.codec == codec and codec != "fp32":
-                residual = np.zeros(part.numel, np.float32)
-                found = residuals.get(part.name)
-                if found is not None and found.size == part.numel and found.dtype == np.float32:
-                    residual[:] = found.reshape(-1)
-                kept[part.name] = residual
-            part.encode(change, residual, place)
+        residuals = _residuals(context.state, now, forget_after) if error_feedback else None
+        payload, kept = encode(before, after, codec, residuals)
         if error_feedback:
-            context.state[f"{RECORD}.residuals"] = ArrayRecord({name: Array(array) for name, array in kept.items()})
+            context.state[f"{RECORD}.residuals"] = _record(kept)
             context.state[f"{RECORD}.round"] = ConfigRecord({"server-round": now if now is not None else 0})
-        sent = Array(dtype="uint8", shape=payload.shape, stype=STYPE, data=payload.tobytes())
+        sent = Array(dtype="uint8", shape=payload.shape, stype=f"{FORMAT}.{codec}", data=payload.tobytes())
         reply.content[key] = ArrayRecord({"payload": sent})
-        reply.content[RECORD] = ConfigRecord({"codec": codec})
         return reply
 
     return mod
@@ -211,7 +117,7 @@ def _round(content: RecordDict) -> int | None:
     return None
 
 
-def _residuals(state: RecordDict, now: int | None, forget_after: int | None) -> dict[str, np.ndarray[Any, Any]]:
+def _residuals(state: RecordDict, now: int | None, forget_after: int | None) -> Arrays:
     record = state.array_records.get(f"{RECORD}.residuals")
     if record is None:
         return {}
@@ -222,74 +128,32 @@ def _residuals(state: RecordDict, now: int | None, forget_after: int | None) -> 
 
 
 @dataclass(frozen=True)
-class _Update:
-    """What a reply holds: the payload, as bytes, and where the arrays lie in it."""
+class _Reply:
+    """A reply that can be decoded.
 
-    key: str  # of its ArrayRecord
-    codec: str
-    payload: np.ndarray[Any, Any]
-    parts: list[_Part]
-    before: dict[str, np.ndarray[Any, Any]]  # what the client was sent
-    others: dict[str, Any]  # its other records
-
-    def content(self, arrays: ArrayRecord) -> RecordDict:
-        """The reply's, as it would have been without the mod."""
-        return RecordDict({**self.others, self.key: arrays})
-
-    def count(self, stats: Stats) -> None:
-        stats.gradient_bytes += sum(array.nbytes for array in self.before.values())
-        stats.wire_bytes += self.payload.nbytes
-
-
-def _update(content: RecordDict, before: dict[str, np.ndarray[Any, Any]]) -> _Update:
-    """Of a reply to a client that was sent `before`.
-
-    Raises:
-        ValueError: it is not what :func:`compress` makes of such arrays.
+    Attributes:
+        message: as it came.
+        key: of its ArrayRecord.
+        update: what that holds.
+        norm: to which one client's change is clipped, if the strategy told it so.
     """
-    key, record = _only(content, "a reply")
-    config = content.config_records.get(RECORD)
-    codec = None if config is None else config.get("codec")
-    if not isinstance(codec, str) or codec not in CODECS:
-        raise ValueError("the reply was not compressed by comm.flower.compress, or by an unknown codec")
-    payload = record.get("payload")
-    if payload is None or len(record) != 1 or payload.stype != STYPE or payload.dtype != "uint8":
-        raise ValueError(f"the reply's arrays are no payload of format {STYPE}")
-    parts = _parts(before, codec)
-    if len(payload.data) != _size(parts) or tuple(payload.shape) != (_size(parts),):
-        raise ValueError(f"the payload has {len(payload.data)} bytes, {codec} of these arrays takes {_size(parts)}")
-    others = {name: value for name, value in content.items() if name not in (key, RECORD)}
-    return _Update(key, codec, np.frombuffer(payload.data, np.uint8), parts, before, others)
+
+    message: Message
+    key: str
+    update: Update
+    norm: float | None
+
+    def answer(self, arrays: ArrayRecord) -> Message:
+        """The message as it would have been without the mod."""
+        content = RecordDict({**self.message.content, self.key: arrays})
+        return Message(content=content, metadata=self.message.metadata)
 
 
-def _finite(array: np.ndarray[Any, Any]) -> bool:
-    return array.dtype.kind not in "fc" or bool(np.isfinite(array).all())
-
-
-def _decoded(update: _Update) -> RecordDict:
-    """The reply's content as it would have been without the mod.
-
-    Raises:
-        ValueError: a value is not finite.
-    """
-    arrays: dict[str, Array] = {}
-    for part in update.parts:
-        if part.codec is None:
-            array = part.plain(update.payload)
-        else:
-            before = update.before[part.name].astype(np.float32)
-            array = (before + part.decode([update.payload])).astype(part.dtype)
-        if not _finite(array):
-            raise ValueError(f"{part.name} is not finite")
-        arrays[part.name] = Array(array)
-    return update.content(ArrayRecord(arrays))
-
-
-def _shares(updates: Sequence[_Update], key: str) -> list[float] | None:
+def _shares(replies: Sequence[_Reply], key: str) -> list[float] | None:
     """Of each reply in the mean, as Flower has them of the metric `key`; None: something is wrong with the metrics."""
     weights: list[float] = []
-    for update in updates:
-        records = [record for record in update.others.values() if isinstance(record, MetricRecord)]
+    for reply in replies:
+        records = list(reply.message.content.metric_records.values())
         weight = records[0].get(key) if len(records) == 1 else None
         if not isinstance(weight, int | float):
             return None
@@ -298,28 +162,11 @@ def _shares(updates: Sequence[_Update], key: str) -> list[float] | None:
     return [weight / total for weight in weights] if total else None
 
 
-def _mean(updates: Sequence[_Update], shares: Sequence[float]) -> ArrayRecord | None:
-    """What the clients were sent and the weighted mean of what they changed; None: a value is not finite.
-
-    Shares add up to one, so this is the weighted mean of the decoded replies, in one pass over the payloads. What is
-    not encoded is averaged as Flower does: integers become float64.
-    """
-    payloads, weights = [update.payload for update in updates], np.array(shares, np.float32)
-    arrays: dict[str, Array] = {}
-    for part in updates[0].parts:
-        if part.codec is None:
-            mean = np.asarray(sum(part.plain(p) * share for p, share in zip(payloads, shares, strict=True)))
-        else:
-            before = updates[0].before[part.name].astype(np.float32)
-            mean = (before + part.decode(payloads, weights)).astype(part.dtype)
-        if not _finite(mean):
-            return None
-        arrays[part.name] = Array(mean)
-    return ArrayRecord(arrays)
-
-
-def _answer(reply: Message, content: RecordDict) -> Message:
-    return Message(content=content, metadata=reply.metadata)
+def _clipping_norm(content: RecordDict) -> float | None:
+    for record in content.config_records.values():
+        if isinstance(value := record.get(KEY_CLIPPING_NORM), int | float):
+            return value
+    return None
 
 
 def _refused(reply: Message, error: ValueError) -> Message:
@@ -337,23 +184,26 @@ class Decompress(Strategy):
     but for rounding.
 
     A reply that is not what :func:`compress` sends (another version, another size, values that are not finite) becomes
-    a reply with an error, which strategies count and pass over; it says which node sent it.
+    a reply with an error, which strategies count and pass over; it says which node sent it. Where the strategy has told
+    clients to clip what they change (differential privacy), what was decoded is clipped to the same norm.
 
     Args:
         strategy: any of ``flwr.serverapp.strategy``, wrappers for differential privacy as well.
 
     Raises:
-        TypeError: `strategy` is none (those of the older ``flwr.server.strategy`` are not).
+        TypeError: `strategy` is none, or a Decompress; those of the older ``flwr.server.strategy`` are
+            :class:`DecompressFit`'s.
     """
 
     def __init__(self, strategy: Strategy) -> None:
-        if not isinstance(strategy, Strategy):
+        if not isinstance(strategy, Strategy) or isinstance(strategy, Decompress):
             raise TypeError(
-                f"pykernels: strategy must be one of flwr.serverapp.strategy, not {type(strategy).__name__}"
+                f"pykernels: strategy must be one of flwr.serverapp.strategy, not {type(strategy).__name__}; for those "
+                "of flwr.server.strategy there is DecompressFit"
             )
         self.strategy = strategy
         self._stats = Stats()
-        self._sent: dict[int, ArrayRecord] = {}  # by node, in this round
+        self._sent: dict[int, RecordDict] = {}  # by node, in this round
 
     def stats(self) -> Stats:
         """Rounds of training (`steps`), bytes of the replies' arrays decoded (`gradient_bytes`) and as they came."""
@@ -363,63 +213,68 @@ class Decompress(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
-        self._sent = {message.metadata.dst_node_id: _only(message.content, "a message")[1] for message in messages}
+        for message in messages:
+            _only(message.content, "a message")
+        self._sent = {message.metadata.dst_node_id: message.content for message in messages}
         return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         self._stats.steps += 1
-        known: dict[int, dict[str, np.ndarray[Any, Any]]] = {}
+        known: dict[int, Arrays] = {}
         read = [self._read(reply, known) for reply in replies]
         if getattr(self.strategy.aggregate_train, "__func__", None) is FedAvg.aggregate_train:
-            updates = [update for _, update in read if update is not None]
-            mean = self._mean(updates)
-            if mean is not None:
-                for update in updates:
-                    update.count(self._stats)
+            good = [one for one in read if isinstance(one, _Reply)]
+            found = self._mean(good)
+            if found is not None:
+                for one in good:
+                    one.update.count(self._stats)
                 _, metrics = self.strategy.aggregate_train(
-                    server_round,
-                    [
-                        reply if update is None else _answer(reply, update.content(ArrayRecord()))
-                        for reply, update in read
-                    ],
+                    server_round, [one.answer(ArrayRecord()) if isinstance(one, _Reply) else one for one in read]
                 )
-                return mean, metrics
-        return self.strategy.aggregate_train(server_round, [self._decode(*one) for one in read])
+                return _record(found), metrics
+        return self.strategy.aggregate_train(server_round, [self._decode(one) for one in read])
 
-    def _read(
-        self, reply: Message, known: dict[int, dict[str, np.ndarray[Any, Any]]]
-    ) -> tuple[Message, _Update | None]:
-        """The reply and what it holds, or an error. `known`: arrays of records that were sent, by the record's id."""
+    def _read(self, reply: Message, known: dict[int, Arrays]) -> Message | _Reply:
+        """What the reply holds, or an error. `known`: arrays of records that were sent, by the record's id."""
         if reply.has_error():
-            return reply, None
+            return reply
         try:
             sent = self._sent.get(reply.metadata.src_node_id)
             if sent is None:
                 raise ValueError("it was sent nothing in this round")
-            if id(sent) not in known:
-                known[id(sent)] = _numpy(sent)
-            return reply, _update(reply.content, known[id(sent)])
-        except ValueError as error:
-            return _refused(reply, error), None
-
-    def _decode(self, reply: Message, update: _Update | None) -> Message:
-        if update is None:
-            return reply
-        try:
-            content = _decoded(update)
+            _, record = _only(sent, "a message")
+            before = known[id(record)] if id(record) in known else known.setdefault(id(record), _numpy(record))
+            key, found = _only(reply.content, "a reply")
+            payload = found.get("payload")
+            if payload is None or len(found) != 1 or payload.dtype != "uint8":
+                raise ValueError("it was not compressed by comm.flower.compress")
+            if tuple(payload.shape) != (len(payload.data),):
+                raise ValueError(f"the payload has {len(payload.data)} bytes, and says {list(payload.shape)}")
+            return _Reply(reply, key, Update.read(payload.stype, payload.data, before), _clipping_norm(sent))
         except ValueError as error:
             return _refused(reply, error)
-        update.count(self._stats)
-        return _answer(reply, content)
 
-    def _mean(self, updates: list[_Update]) -> ArrayRecord | None:
+    def _decode(self, one: Message | _Reply) -> Message:
+        if not isinstance(one, _Reply):
+            return one
+        try:
+            arrays = one.update.arrays(one.norm)
+        except ValueError as error:
+            return _refused(one.message, error)
+        one.update.count(self._stats)
+        return one.answer(_record(arrays))
+
+    def _mean(self, replies: list[_Reply]) -> Arrays | None:
         """In one pass; None where only the strategy can tell what follows from decoded replies."""
+        updates = [reply.update for reply in replies]
         if not updates or any(u.before is not updates[0].before or u.codec != updates[0].codec for u in updates):
             return None
-        shares = _shares(updates, self.strategy.weighted_by_key)
-        return None if shares is None else _mean(updates, shares)
+        if any(reply.norm is not None for reply in replies):
+            return None
+        shares = _shares(replies, self.strategy.weighted_by_key)
+        return None if shares is None else mean(updates, shares)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -433,4 +288,4 @@ class Decompress(Strategy):
         self.strategy.summary()
 
 
-__all__ = ["Decompress", "compress"]
+__all__ = ["Decompress", "DecompressFit", "compress"]

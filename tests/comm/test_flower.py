@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,25 @@ import pytest
 pytest.importorskip("flwr", reason="flwr (extra federated) is not installed")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
-from flwr.clientapp.mod import LocalDpMod
+from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
+from flwr.common import Parameters, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.compat.common import recorddict_compat as compat
+from flwr.server import SimpleClientManager
+from flwr.server.strategy import FedAvg as OldFedAvg
 from flwr.serverapp.exception import InconsistentMessageReplies
-from flwr.serverapp.strategy import FedAvg, FedMedian, FedProx
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideFixedClipping,
+    FedAdam,
+    FedAvg,
+    FedMedian,
+    FedProx,
+    QFedAvg,
+)
 from flwr.supercore.task_identity import TaskIdentity
 
-from pykernels.comm import flower
+from pykernels.comm import flower, flower_wire
 
 SHAPES = {"weight": (256, 500), "bias": (96,), "half": (4, 256)}
 RNG = np.random.default_rng(0)
@@ -86,13 +99,14 @@ def numpy(arrays: ArrayRecord | None) -> dict[str, np.ndarray]:
 
 def decoded(content: RecordDict, start: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What a reply's arrays would be without the mod."""
-    return numpy(flower._decoded(flower._update(content, start))["arrays"])
+    payload = content["arrays"]["payload"]
+    return flower_wire.Update.read(payload.stype, payload.data, start).arrays()
 
 
 def strategys(strategy: flower.Decompress, replies: list[Message]) -> list[Message]:
     """The replies as the strategy gets them decoded."""
     known: dict[int, dict[str, np.ndarray]] = {}
-    return [strategy._decode(*strategy._read(reply, known)) for reply in replies]
+    return [strategy._decode(strategy._read(reply, known)) for reply in replies]
 
 
 class Sees(FedAvg):
@@ -149,7 +163,7 @@ def test_a_strategy_that_averages_as_fedavg_does_never_has_the_arrays(monkeypatc
     strategy = flower.Decompress(FedProx(weighted_by_key="loss", train_metrics_aggr_fn=metrics))
     replies = [clients.reply(message) for message in asked(strategy, start, 3)]
     means = [decoded(reply.content, start)["weight"] for reply in replies]
-    monkeypatch.setattr(flower, "_decoded", None)
+    monkeypatch.setattr(flower_wire.Update, "arrays", None)
     found, told = strategy.aggregate_train(1, replies)
     assert told == {"clients": 3, "key": 1} and [len(content["arrays"]) for content in seen] == [0, 0, 0]
     assert np.allclose(numpy(found)["weight"], np.mean(means, 0), rtol=0, atol=1e-6)  # every loss is 1
@@ -163,6 +177,42 @@ def test_what_averages_otherwise_gets_the_arrays() -> None:
     for reply, given in zip(replies, seen.given, strict=True):
         arrays, expected = numpy(given.content["arrays"]), decoded(reply.content, start)
         assert list(arrays) == list(start) and all(np.array_equal(x, expected[name]) for name, x in arrays.items())
+
+
+@pytest.mark.parametrize("make", [FedAdam, lambda: QFedAvg(1.0, train_loss_key="loss")], ids=["FedAdam", "QFedAvg"])
+def test_arrays_that_a_strategy_made_float64_are_compressed_as_well(make: Any) -> None:
+    """Its scalars are float64, so after the first round the clients are sent float64, and answer that or float32."""
+    arrays, clients, strategy = {"weight": model()["weight"]}, Clients(3, flower.compress()), flower.Decompress(make())
+    for number in (1, 2, 3):
+        messages = asked(strategy, arrays, 3, number)
+        replies = [clients.reply(message) for message in messages]
+        assert [len(reply.content["arrays"]["payload"].data) <= 0.26 * 4 * 256 * 500 for reply in replies] == [True] * 3
+        found, _ = strategy.aggregate_train(number, replies)
+        sent, arrays = arrays, numpy(found)
+    assert sent["weight"].dtype == np.float64
+    for given, reply in zip(strategys(strategy, replies), replies, strict=True):
+        true = clients.answers[reply.metadata.src_node_id]["weight"]
+        assert np.linalg.norm(given.content["arrays"]["weight"].numpy() - true) < 0.02 * np.linalg.norm(
+            true - sent["weight"]
+        )
+
+
+def test_odd_arrays_come_through() -> None:
+    """Scalars, empty ones, other orders of elements and of bytes; counters that became float64 to the bit."""
+    start = {
+        "scalar": np.array(3.0, np.float32),
+        "empty": np.zeros((0, 5), np.float32),
+        "columns": np.asfortranarray(RNG.standard_normal((7, 300)), np.float32),
+        "other end": RNG.standard_normal((3, 300)).astype(">f4"),
+        "counter": np.array(7 + 1 / 3),
+    }
+    for several in (start, {"scalar": start["scalar"]}, {"empty": start["empty"]}, {}):
+        clients, strategy = Clients(2, flower.compress()), flower.Decompress(FedAvg())
+        found, _ = strategy.aggregate_train(1, [clients.reply(message) for message in asked(strategy, several, 2)])
+        for name, x in numpy(found).items():
+            mean = clients.answers[1][name] / 3 + clients.answers[2][name] * 2 / 3
+            assert x.shape == mean.shape and x.dtype == several[name].dtype
+            assert np.allclose(x, mean, rtol=0, atol=1e-15 if name == "counter" else 3e-4), name
 
 
 def test_clients_of_two_codecs_are_averaged_as_well() -> None:
@@ -226,6 +276,32 @@ def test_it_encodes_what_differential_privacy_left_and_any_strategy_gets_replies
     assert wrong.reply(asked(FedAvg(), start, 2)[0]).has_error()
 
 
+@pytest.mark.parametrize("order", ["decompress around privacy", "privacy around decompress"])
+def test_no_client_moves_the_model_by_more_than_it_was_told_to_clip_to(order: str) -> None:
+    """A residual adds to what was clipped, while noise is made for the norm of one client."""
+    start = {"weight": RNG.standard_normal((64, 256)).astype(np.float32)}
+    change = RNG.standard_normal((64, 256)).astype(np.float32) ** 3
+    seen, norm = Sees(), 0.5
+
+    def always(message: Message, context: Context, call_next: Any) -> Message:
+        reply: Message = call_next(message, context)
+        reply.content["arrays"] = record({"weight": start["weight"] + change})
+        return reply
+
+    clients = Clients(2, flower.compress("onebit"), fixedclipping_mod, always)
+    if order == "decompress around privacy":
+        strategy: Any = flower.Decompress(DifferentialPrivacyClientSideFixedClipping(seen, 1e-9, norm, 2))
+    else:
+        strategy = DifferentialPrivacyClientSideFixedClipping(flower.Decompress(seen), 1e-9, norm, 2)
+    for number in range(1, 7):
+        replies = [clients.reply(message) for message in asked(strategy, start, 2, number)]
+        sent = [np.linalg.norm(decoded(reply.content, start)["weight"] - start["weight"]) for reply in replies]
+        strategy.aggregate_train(number, replies)
+        moved = [np.linalg.norm(one.content["arrays"]["weight"].numpy() - start["weight"]) for one in seen.given]
+        assert [x == pytest.approx(min(y, norm), rel=1e-4) for x, y in zip(moved, sent, strict=True)] == [True] * 2
+    assert min(sent) > 1.05 * norm  # with what earlier rounds had left
+
+
 def test_secure_aggregation_is_refused_by_name() -> None:
     start, clients = model(), Clients(2, flower.compress())
     message = asked(FedAvg(), start, 2)[0]
@@ -236,7 +312,7 @@ def test_secure_aggregation_is_refused_by_name() -> None:
 
 def damaged(content: RecordDict, how: str) -> None:
     arrays, data = content["arrays"], content["arrays"]["payload"].data
-    fields = {"dtype": "uint8", "shape": (len(data),), "stype": flower.STYPE, "data": data}
+    fields = {"dtype": "uint8", "shape": (len(data),), "stype": "pykernels.1.int8", "data": data}
     if how == "short":
         fields.update(data=data[:-4], shape=(len(data) - 4,))
     elif how == "shape":
@@ -246,18 +322,17 @@ def damaged(content: RecordDict, how: str) -> None:
     elif how == "scale":
         fields["data"] = np.float32("inf").tobytes() + data[4:]
     elif how == "codec":
-        content["pykernels"] = ConfigRecord({"codec": "zip"})
+        fields["stype"] = "pykernels.1.zip"
     elif how == "other codec":
-        content["pykernels"] = ConfigRecord({"codec": "int4"})
-    elif how == "no config":
-        del content["pykernels"]
+        fields["stype"] = "pykernels.1.int4"
+    elif how == "no codec":
+        fields["stype"] = "pykernels.1"
     elif how == "two":
         content["more"] = ArrayRecord()
-    if how not in ("codec", "other codec", "no config", "two"):
-        arrays["payload"] = Array(**fields)
+    arrays["payload"] = Array(**fields)
 
 
-HOW = ["short", "shape", "pickle", "scale", "codec", "other codec", "no config", "two"]
+HOW = ["short", "shape", "pickle", "scale", "codec", "other codec", "no codec", "two"]
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -280,7 +355,7 @@ def test_random_bytes_of_the_right_size_never_do_more_than_decode() -> None:
     reply = clients.reply(asked(strategy, start, 2)[0])
     size = len(reply.content["arrays"]["payload"].data)
     for _ in range(50):
-        array = Array(dtype="uint8", shape=(size,), stype=flower.STYPE, data=RNG.bytes(size))
+        array = Array(dtype="uint8", shape=(size,), stype="pykernels.1.int8", data=RNG.bytes(size))
         reply.content["arrays"] = ArrayRecord({"payload": array})
         (found,) = strategys(strategy, [reply])
         assert found.has_error() or all(np.isfinite(x).all() for x in numpy(found.content["arrays"]).values())
@@ -289,10 +364,17 @@ def test_random_bytes_of_the_right_size_never_do_more_than_decode() -> None:
 def test_what_is_wrong_is_named() -> None:
     with pytest.raises(ValueError, match="codec must be one of"):
         flower.compress("zip")
-    with pytest.raises(ValueError, match="forget_after"):
-        flower.compress(forget_after=0)
-    with pytest.raises(TypeError, match="strategy must be"):
-        flower.Decompress(object())  # type: ignore[arg-type]
+    for never in (0, 1.5, "3"):
+        with pytest.raises(ValueError, match="forget_after must be an integer of at least 1"):
+            flower.compress(forget_after=never)  # type: ignore[arg-type]
+    for wrong in (object(), OldFedAvg(), flower.Decompress(FedAvg())):
+        with pytest.raises(TypeError, match=r"strategy must be one of flwr.serverapp.strategy, .* DecompressFit"):
+            flower.Decompress(wrong)  # type: ignore[arg-type]
+    for wrong in (FedAvg(), flower.DecompressFit(OldFedAvg())):
+        with pytest.raises(TypeError, match=r"strategy must be one of flwr.server.strategy, not"):
+            flower.DecompressFit(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="compressed already"):
+        Clients(2, flower.compress(), flower.compress()).reply(asked(FedAvg(), model(), 2)[0])
     start = model()
 
     def other(message: Message, context: Context, call_next: Any) -> Message:
@@ -305,3 +387,75 @@ def test_what_is_wrong_is_named() -> None:
     without = Message(RecordDict({"arrays": record(start)}), 1, "train")
     with pytest.raises(ValueError, match="server-round"):
         Clients(2, flower.compress(forget_after=3)).reply(without)
+
+
+# ---- Flower's older interface: a client_fn, and strategies that get FitRes ----
+
+
+class Adds(NumPyClient):
+    """Adds its number, of a hundredth, to what it is sent."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def fit(self, parameters: Any, config: Any) -> Any:
+        return [x + np.asarray(0.01 * self.number).astype(x.dtype) for x in parameters], 10 * self.number, {"loss": 1.0}
+
+
+class OldServer:
+    """What Flower's server does with a strategy in a round, with three clients whose mods are `mods`."""
+
+    def __init__(self, strategy: Any, *mods: Any) -> None:
+        self.strategy, self.manager, self.uplink = strategy, SimpleClientManager(), 0
+        self.app = ClientApp(lambda context: Adds(context.node_id).to_client(), mods=list(mods))
+        self.contexts = {str(node): Context(1, node, {}, RecordDict(), {}) for node in (1, 2, 3)}
+        for cid in self.contexts:
+            self.manager.register(SimpleNamespace(cid=cid, node_id=int(cid)))  # type: ignore[arg-type]
+
+    def round(self, number: int, parameters: Parameters, damage: Any = lambda cid, content: None) -> Any:
+        results = []
+        for client, told in self.strategy.configure_fit(number, parameters, self.manager):
+            message = Message(compat.fitins_to_recorddict(told, True), client.node_id, "train")
+            content = self.app(message, self.contexts[client.cid]).content
+            damage(client.cid, content)
+            self.uplink += sum(len(array.data) for array in content["fitres.parameters"].values())
+            results.append((client, compat.recorddict_to_fitres(content, False)))
+        return self.strategy.aggregate_fit(number, results, [])
+
+
+def test_a_strategy_of_the_older_interface_gets_decoded_results() -> None:
+    start = {name: x for name, x in model().items() if name != "steps"}
+    sent = ndarrays_to_parameters(list(start.values()))
+    strategy = flower.DecompressFit(OldFedAvg())
+    server = OldServer(strategy, flower.compress())
+    for number in (1, 2):
+        found, _ = server.round(number, sent)
+        for x, mean in zip(parameters_to_ndarrays(found), start.values(), strict=True):
+            assert x.shape == mean.shape and np.allclose(x, mean + 0.01 * 14 / 6, rtol=0, atol=2e-3)
+    stats = strategy.stats()
+    assert stats.steps == 2 and stats.wire_bytes == server.uplink <= 0.26 * stats.gradient_bytes
+
+
+def test_what_one_of_its_clients_should_not_have_sent_is_a_failure() -> None:
+    class Counts(OldFedAvg):
+        def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> Any:
+            self.failures = failures
+            return super().aggregate_fit(server_round, results, failures)
+
+    def damage(cid: str, content: RecordDict) -> None:
+        if cid == "2":
+            data = content["fitres.parameters"]["0"].data if plain else b"garbage"
+            form = "numpy.ndarray" if plain else "pykernels.1.int8"
+            content["fitres.parameters"] = ArrayRecord({"0": Array("uint8", (len(data),), form, data)})
+
+    start, counts = np.zeros((8, 256), np.float32), Counts()
+    for plain in (False, True):
+        server = OldServer(flower.DecompressFit(counts), flower.compress())
+        if plain:
+            server.app = ClientApp(lambda context: Adds(context.node_id).to_client())
+        found, _ = server.round(1, ndarrays_to_parameters([start]), damage)
+        assert any("reply of client 2: " in str(failure) for failure in counts.failures)
+        if plain:  # nobody compresses
+            assert found is None and len(counts.failures) == 3
+        else:
+            assert np.allclose(parameters_to_ndarrays(found)[0], (0.01 + 0.03 * 3) / 4, atol=1e-6)
