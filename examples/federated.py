@@ -2,6 +2,7 @@
 
     python examples/federated.py                    # needs flwr: pip install 'pykernels[federated]'
     python examples/federated.py --codec int4 --fraction 0.5 --rounds 20
+    python -m benchmarks.comm.netns --world 11 --rates unshaped,10mbit -- python examples/federated.py --rounds 2 # root
 
 Each client has a tenth of the images (Fashion-MNIST, Debian's ``dataset-fashion-mnist``, or scikit-learn's digits where
 that is not installed) and trains on them for an epoch a round. The clients are ClientApps of Flower that are called one
@@ -12,13 +13,20 @@ strategy are those of the processes that Flower starts. "none" compresses nothin
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Client, Listener
 from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict  # type: ignore[attr-defined]
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
@@ -27,26 +35,27 @@ from torch import nn
 
 from pykernels import comm
 
+KEY = b"examples/federated.py"  # of one machine's ranks: a secret of its own where others could connect
 
-class Here(Grid):
-    """All clients in this process, each with a state of its own; counts the bytes of the arrays that they answer."""
 
-    def __init__(self, app: ClientApp, clients: int) -> None:
-        self.app, self.uplink = app, 0
+class Clients(Grid):
+    """A Grid that counts the bytes of the arrays that clients answer."""
+
+    def __init__(self, clients: int) -> None:
+        self.uplink, self.nodes = 0, list(range(1, clients + 1))
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 0  # the server's
-        self.contexts = {
-            node: Context(1, node, {"partition-id": node - 1}, RecordDict(), {}) for node in range(1, clients + 1)
-        }
 
     def get_node_ids(self) -> Iterable[int]:
-        return list(self.contexts)
+        return self.nodes
+
+    def ask(self, messages: Sequence[Message]) -> list[Message]:
+        raise NotImplementedError
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        replies = []
-        for message in messages:
-            reply = self.app(message, self.contexts[message.metadata.dst_node_id])
+        asked = list(messages)
+        replies = self.ask(asked) if asked else []
+        for reply in replies:
             self.uplink += sum(len(a.data) for record in reply.content.array_records.values() for a in record.values())
-            replies.append(reply)
         return replies
 
     # What strategies do not ask for.
@@ -65,6 +74,75 @@ class Here(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         raise NotImplementedError
+
+
+def new_context(node: int) -> Context:
+    return Context(1, node, {"partition-id": node - 1}, RecordDict(), {})
+
+
+class Here(Clients):
+    """All clients in this process, each with a state of its own."""
+
+    def __init__(self, app: ClientApp, clients: int) -> None:
+        super().__init__(clients)
+        self.app, self.contexts = app, {node: new_context(node) for node in self.nodes}
+
+    def ask(self, messages: Sequence[Message]) -> list[Message]:
+        return [self.app(message, self.contexts[message.metadata.dst_node_id]) for message in messages]
+
+
+class Away(Clients):
+    """Each client is a rank; records travel over sockets in Flower's serialization.
+
+    Attributes:
+        travelled: seconds of each round that the slowest client did not spend with its app.
+    """
+
+    def __init__(self, clients: int) -> None:
+        super().__init__(clients)
+        self.travelled: list[float] = []
+        with Listener(("", int(os.environ["MASTER_PORT"])), backlog=clients, authkey=KEY) as listener:
+            found = [listener.accept() for _ in self.nodes]
+        self.connections = {int.from_bytes(connection.recv_bytes(), "big"): connection for connection in found}
+
+    def ask(self, messages: Sequence[Message]) -> list[Message]:
+        def one(message: Message) -> tuple[Message, float]:
+            connection = self.connections[message.metadata.dst_node_id]
+            connection.send_bytes(recorddict_to_proto(message.content).SerializeToString())
+            seconds = struct.unpack("d", connection.recv_bytes())[0]
+            content = recorddict_from_proto(ProtoRecordDict.FromString(connection.recv_bytes()))
+            return Message(content, reply_to=message), time.perf_counter() - begin - seconds
+
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(len(messages)) as pool:
+            answers = list(pool.map(one, messages))
+        self.travelled.append(max(seconds for _, seconds in answers))
+        return [reply for reply, _ in answers]
+
+    def close(self) -> None:
+        for connection in self.connections.values():
+            connection.close()
+
+
+def be_client(app: ClientApp, node: int) -> None:
+    """Answer the server until it closes the connection."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    while True:
+        try:
+            connection = Client(address, authkey=KEY)
+            break
+        except ConnectionRefusedError:  # the server is not up yet
+            time.sleep(0.1)
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, node, node
+    connection.send_bytes(node.to_bytes(4, "big"))
+    context = new_context(node)
+    with connection, contextlib.suppress(EOFError):
+        while True:
+            content = recorddict_from_proto(ProtoRecordDict.FromString(connection.recv_bytes()))
+            begin = time.perf_counter()
+            reply = app(Message(content, node, "train"), context)
+            connection.send_bytes(struct.pack("d", time.perf_counter() - begin))
+            connection.send_bytes(recorddict_to_proto(reply.content).SerializeToString())
 
 
 def client_app(images: Images, options: argparse.Namespace) -> ClientApp:
@@ -97,7 +175,7 @@ def client_app(images: Images, options: argparse.Namespace) -> ClientApp:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codec", default="int8", help="of the clients' updates (int8), or none")
-    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--clients", type=int, default=10, help="how many (10); ranks less one under a launcher")
     parser.add_argument("--fraction", type=float, default=1.0, help="of the clients that train in a round (1.0)")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--data", default="auto", choices=["auto", "fashion-mnist", "digits"])
@@ -106,6 +184,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.05)
     options = parser.parse_args()
     images = load(options.data)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        options.clients = ranks - 1
+    if rank > 0:
+        be_client(client_app(images, options), rank)
+        return
     torch.manual_seed(0)
     model = network(images, options.width)
     print(f"{images.name}: {len(images.train)} images over {options.clients} clients, codec {options.codec}")
@@ -121,7 +205,8 @@ def main() -> None:
 
     averaged = FedAvg(fraction_train=options.fraction, fraction_evaluate=0.0)
     strategy = averaged if options.codec == "none" else comm.flower.Decompress(averaged)
-    grid, begin = Here(client_app(images, options), options.clients), time.perf_counter()
+    grid: Clients = Here(client_app(images, options), options.clients) if ranks == 1 else Away(options.clients)
+    begin = time.perf_counter()
     start = ArrayRecord(model.state_dict())
     result = strategy.start(grid, start, options.rounds, train_config=ConfigRecord(), evaluate_fn=evaluate)
     size = sum(len(array.data) for array in start.values())
@@ -131,6 +216,9 @@ def main() -> None:
         f"test accuracy {accuracy:.2%} after {options.rounds} rounds, {time.perf_counter() - begin:.0f} s; uplink "
         f"{grid.uplink / trained / 1e6:.3f} MB a client and round, {grid.uplink / trained / size:.3f} of plain arrays"
     )
+    if isinstance(grid, Away):
+        grid.close()
+        print(f"seconds a round that messages travelled: {', '.join(f'{s:.2f}' for s in grid.travelled)}")
 
 
 if __name__ == "__main__":

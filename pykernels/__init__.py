@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
 
 # These two register what an op is besides its kernels.
@@ -30,3 +33,10 @@ __all__ = [
     "swap",
     "tune",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``pk.comm`` and ``pk.parallel``, which import torch.distributed, when they are first used."""
+    if name in ("comm", "parallel"):
+        return importlib.import_module(f"pykernels.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,13 +4,18 @@
 
 runs the command once for each rank, with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME set, and
 removes the namespaces when it is done, interrupted or failed. Needs root, `ip` and `tc`. A rank shapes its own way out,
-with `shape`, so that one run can measure several rates.
+with `shape`, so that one run can measure several rates; a program that does not is given rates of its ranks,
+
+    python -m benchmarks.comm.netns --world 11 --rates unshaped,10mbit -- python examples/federated.py
+
+here that of rank 0, and that of all others.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -52,13 +57,15 @@ def bits_per_second(rate: str) -> float:
     return float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[match[2]]
 
 
-def shape(rate: str) -> None:
-    """Limit what leaves this namespace to `rate` ("100mbit" ...); "unshaped" lifts the limit."""
-    subprocess.run(["tc", "qdisc", "del", "dev", INTERFACE, "root"], capture_output=True)
+def shape(rate: str, namespace: str | None = None) -> None:
+    """Limit what leaves this namespace, or another one, to `rate` ("100mbit" ...); "unshaped" lifts the limit."""
+    there = ["ip", "netns", "exec", namespace] if namespace else []
+    subprocess.run([*there, "tc", "qdisc", "del", "dev", INTERFACE, "root"], capture_output=True)
     if rate == "unshaped":
         return
     burst = max(256 * 1024, int(bits_per_second(rate) / 8 * 1e-3))  # what the kernel's timer can hand out at once
-    subprocess.run(f"tc qdisc add dev {INTERFACE} root tbf rate {rate} burst {burst} latency 50ms".split(), check=True)
+    limit = f"tc qdisc add dev {INTERFACE} root tbf rate {rate} burst {burst} latency 50ms".split()
+    subprocess.run([*there, *limit], check=True)
 
 
 def _ip(*arguments: str) -> None:
@@ -89,12 +96,12 @@ def namespaces(world: int) -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def run(command: Sequence[str], world: int, timeout: float) -> int:
+def run(command: Sequence[str], world: int, timeout: float, limits: Sequence[str] = ()) -> int:
     """Run `command` for each rank and return 0, or the first status that is not; 124 after `timeout` seconds, 130 when
-    interrupted."""
+    interrupted. `limits`: rates of the first ranks' links, of which the last one is all others', too."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was made is removed
     try:
-        status = _run(command, world, timeout)
+        status = _run(command, world, timeout, limits)
     except KeyboardInterrupt:
         status = 130
     finally:
@@ -104,8 +111,12 @@ def run(command: Sequence[str], world: int, timeout: float) -> int:
     return status
 
 
-def _run(command: Sequence[str], world: int, timeout: float) -> int:
+def _run(command: Sequence[str], world: int, timeout: float, limits: Sequence[str]) -> int:
     with namespaces(world) as names:
+        for name, rate in zip(
+            names, itertools.chain(limits, itertools.repeat(limits[-1])) if limits else (), strict=False
+        ):
+            shape(rate, name)
         ranks: list[subprocess.Popen[bytes]] = []
         try:
             for rank, name in enumerate(names):
@@ -165,13 +176,20 @@ def check_launch(parser: argparse.ArgumentParser, world: int | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", type=int, default=2, help="ranks")
+    parser.add_argument(
+        "--rates", help="of the links of rank 0, rank 1, ...: 100mbit,1gbit; the last one's for the rest"
+    )
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds")
     parser.add_argument("command", nargs="+")
     given = parser.parse_args()
+    try:
+        limits = rates(given.rates) if given.rates else []
+    except ValueError as error:
+        parser.error(str(error))
     reason = unusable()
     if reason is not None:
         sys.exit(f"skipped: {reason}")
-    sys.exit(run(given.command, given.world, given.timeout))
+    sys.exit(run(given.command, given.world, given.timeout, limits))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@
 
 A stack of residual blocks, each a norm, a layer split by columns, GELU, and one split by rows, whose sum is exchanged:
 one all-reduce of [tokens, width] a block. Layers are narrow inside (`--inner`), so that the wire binds and not the two
-cores that all ranks share. Rounds go through the codecs in turn; a figure is the median over the rounds of the slowest
-rank's time. Decode exchanges fewer elements than are compressed, so there fp32 goes whatever the codec is.
+cores that all ranks share. Rounds go through the codecs in turn; a time is the median over the rounds of the slowest
+rank's. Decode exchanges fewer elements than are compressed, so there fp32 goes whatever the codec is. To show that it
+is not slower the noise must be smaller than the difference that counts: many short rounds, and of each the ratio to
+fp32's time in the same round; printed are their median and its standard error.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import statistics
 import sys
 import time
 
@@ -26,7 +27,8 @@ from torch.distributed.tensor.parallel import parallelize_module
 from benchmarks.comm import netns
 from pykernels.comm import tensor_parallel
 
-CODECS = ("fp32", "bf16", "int8", "int4")
+CODECS = ("fp32", "bf16", "int8", "int4")  # the first is what the others are compared with
+CALLS = 4  # of a decode, a round
 
 
 class Block(nn.Module):
@@ -45,27 +47,29 @@ def stack(blocks: int, width: int, inner: int) -> nn.Sequential:
     return nn.Sequential(*(Block(width, inner) for _ in range(blocks))).eval()
 
 
-def slowest(seconds: float) -> float:
-    longest = torch.tensor(seconds, dtype=torch.float64)
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    return float(longest)
-
-
-def measure(models: dict[str, nn.Module], x: torch.Tensor, rounds: int, calls: int) -> dict[str, float]:
-    """Seconds of a call by codec."""
-    times: dict[str, list[float]] = {name: [] for name in models}
+def measure(models: dict[str, nn.Module], x: torch.Tensor, rounds: int, calls: int) -> torch.Tensor:
+    """Seconds of a call on the slowest rank, [rounds, models]."""
+    times = torch.zeros(rounds, len(models), dtype=torch.float64)
     for model in models.values():
         model(x)
-    order = list(models.items())
-    for _ in range(rounds):
+    order = list(enumerate(models.values()))
+    for times_of_round in times:
         order.append(order.pop(0))  # none is always the first behind a pause
-        for name, model in order:
+        for place, model in order:
             dist.barrier()
             begin = time.perf_counter()
             for _ in range(calls):
                 model(x)
-            times[name].append(slowest((time.perf_counter() - begin) / calls))
-    return {name: statistics.median(found) for name, found in times.items()}
+            times_of_round[place] = (time.perf_counter() - begin) / calls
+    dist.all_reduce(times, dist.ReduceOp.MAX)
+    return times
+
+
+def compared(times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Times over those of the first model in the same round: the median, and its standard error (of normal noise)."""
+    ratios = times / times[:, :1]
+    low, middle, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=times.dtype), 0)
+    return middle, 1.253 * (high - low) / 1.349 / len(times) ** 0.5
 
 
 def worker(given: argparse.Namespace) -> None:
@@ -87,16 +91,21 @@ def worker(given: argparse.Namespace) -> None:
             dist.barrier()
             netns.shape(rate)
             dist.barrier()
-        for name, tokens, calls in (("prefill", given.tokens, 1), ("decode", 1, given.calls)):
+        for name, tokens, rounds, calls in (
+            ("prefill", given.tokens, given.rounds, 1),
+            ("decode", 1, -(-given.decoded // CALLS), CALLS),
+        ):
             x = torch.randn(tokens, given.width, generator=torch.Generator().manual_seed(1))
-            found = measure(models, x, given.rounds, calls)
+            times = measure(models, x, rounds, calls)
+            ratio, deviation = compared(times)
             expected = true(x)
-            for codec, seconds in found.items():
-                error = float((models[codec](x) - expected).norm() / expected.norm())
+            for place, (codec, model) in enumerate(models.items()):
+                error = float((model(x) - expected).norm() / expected.norm())
                 if first:
                     print(
-                        f"{rate}, {name} of {tokens} tokens, {codec}: {1e3 * seconds:.2f} ms, "
-                        f"{found['fp32'] / seconds:.2f} times fp32's speed, error {error:.4f}",
+                        f"{rate}, {name} of {tokens} tokens, {codec}: {1e3 * float(times[:, place].median()):.2f} ms, "
+                        f"{float(ratio[place]):.3f} of fp32's time (+- {float(deviation[place]):.3f}), "
+                        f"{1 / float(ratio[place]):.2f} times its speed, error {error:.4f}",
                         flush=True,
                     )
     dist.destroy_process_group()
@@ -110,8 +119,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--inner", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=256, help="of a prefill")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--calls", type=int, default=20, help="of a decode, a round")
+    parser.add_argument("--rounds", type=int, default=9, help="of a prefill")
+    parser.add_argument("--decoded", type=int, default=800, help="tokens that each codec decodes")
     parser.add_argument("--threads", type=int, default=1, help="a rank")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds, of all")
     given = parser.parse_args()

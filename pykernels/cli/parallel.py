@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+import pykernels
 from pykernels.cli.errors import fail
 from pykernels.cli.network import Network, inputs_like, load
 
@@ -43,13 +45,14 @@ def split(
 
 
 def part(
-    file: Annotated[pathlib.Path, typer.Argument(help="Of the part, as `pykernels split` named it.")],
+    file: Annotated[pathlib.Path, typer.Argument(help="Of the part, as `pykernels split` wrote it.")],
     listen: Annotated[str, typer.Option(help="host:port for the part before it, or for who asks.")],
     following: Annotated[
         str, typer.Option("--next", help="host:port of the part behind it; of the last, where who asks listens.")
     ],
     threads: Annotated[int, typer.Option(min=1, help="Of torch's.")] = 1,
     silence: Annotated[float, typer.Option(min=0.1, help="Seconds after which a link is given up.")] = 5.0,
+    device: Annotated[str, typer.Option(help="Where it runs: cpu, cuda, cuda:1.")] = "cpu",
 ) -> None:
     """Run one part of a network on this host, and start it again when it ends. All hosts have the same 64 hexadecimal
     digits in PYKERNELS_PIPELINE_KEY (``openssl rand -hex 32``).
@@ -57,22 +60,24 @@ def part(
     [cyan]pykernels part parts/part-1-of-2.pk --listen 0.0.0.0:9001 --next second:9002[/]
     """
     from pykernels.parallel.link import host_of, key_of_environment
-    from pykernels.parallel.split import NAME
+    from pykernels.parallel.processes import checked_device
+    from pykernels.parallel.split import Place
 
-    found = NAME.fullmatch(file.name)
-    if found is None or not file.is_file():
-        fail(f"FILE: {file} is no file part-1-of-2.pk or alike")
     try:
-        host_of(listen), host_of(following), key_of_environment()
+        number = Place.of(pykernels.load(file)).number
+    except (OSError, ValueError) as error:
+        fail(f"FILE: {re.sub('^(path|network): ', '', str(error))}")
+    try:
+        host_of(listen), host_of(following), key_of_environment(), checked_device("--device", device)
     except ValueError as error:
         fail(str(error))
     command = [
-        *(sys.executable, "-m", "pykernels.parallel.part", str(file), "--number", found[1], "--count", found[2]),
-        *("--listen", listen, "--next", following, "--threads", str(threads), "--silence", str(silence)),
-        "--with-parent",
+        *(sys.executable, "-m", "pykernels.parallel.part", str(file), "--listen", listen, "--next", following),
+        *("--threads", str(threads), "--silence", str(silence)),
+        *("--device", device, "--with-parent"),
     ]
     while True:
         with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
             code = process.wait()
-        print(f"part {found[1]} ended with {code}; it is started again", file=sys.stderr, flush=True)
+        print(f"part {number} ended with {code}; it is started again", file=sys.stderr, flush=True)
         time.sleep(PAUSE)

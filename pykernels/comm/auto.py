@@ -11,16 +11,7 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import GradBucket
 
-from pykernels.comm.dense import (
-    Bf16State,
-    DenseState,
-    Fp8State,
-    Fp16State,
-    Int2State,
-    Int4State,
-    Int8State,
-    OneBitState,
-)
+from pykernels.comm.dense import DENSE, DenseState
 from pykernels.comm.lanes import Way
 from pykernels.comm.layout import Run
 from pykernels.comm.measure import codec_speed, link_cost, slowest
@@ -29,9 +20,6 @@ from pykernels.comm.plain import Fp32State
 from pykernels.comm.state import CommState
 from pykernels.comm.stats import Stats
 
-DENSE: dict[str, type[DenseState]] = {
-    kind.codec: kind for kind in (Bf16State, Fp16State, Fp8State, Int8State, Int4State, Int2State, OneBitState)
-}
 WORTHWHILE = 0.9  # a compressed bucket must be predicted to take at most this share of fp32's time
 
 

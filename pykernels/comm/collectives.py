@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the same
 _all_to_all: Any = dist.all_to_all_single
 
 
@@ -21,6 +22,12 @@ def all_to_all(output: torch.Tensor, source: torch.Tensor, group: dist.ProcessGr
 def all_gather(output: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
     """`output` becomes the sources of all ranks, one after another."""
     work: dist.Work = _gather(output, source, group=group, async_op=True)
+    return work
+
+
+def reduce_scatter(output: torch.Tensor, source: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """`output` becomes this rank's part of the sum of all ranks' `source`; all parts are equally long."""
+    work: dist.Work = _reduce_scatter(output, source, group=group, async_op=True)
     return work
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from pykernels.comm.auto import DENSE
+from pykernels.comm.dense import DENSE
 from pykernels.comm.layout import Run
 from pykernels.comm.measure import NUMEL, codec_speed, powersgd_speed, randomk_speed, topk_speed
 from pykernels.comm.model import (

@@ -14,7 +14,7 @@ import torch
 from torch._C._distributed_c10d import GradBucket
 
 from pykernels.comm.lanes import Way, walk
-from pykernels.comm.layout import Layout, Run, lay_out, lay_out_rows
+from pykernels.comm.layout import Layout, Run, check_block, lay_out, lay_out_rows
 from pykernels.comm.state import PYTHON_REDUCER, CommState
 from pykernels.comm.wire import CHECK_BYTES, Exchange, Wire, draw
 from pykernels.ops import compress
@@ -59,8 +59,7 @@ class DenseState(CommState):
                 "error_feedback=False"
             )
         self.block = self.default_block if block is None else block
-        if self.block <= 0 or self.block % 32 or self.block > 32768:
-            raise ValueError(f"pykernels: block must be a multiple of 32 up to 32768, not {self.block}")
+        check_block(self.block)
         super().__init__(*args, **kwargs)
         self.stochastic = stochastic
         self.seed = seed
@@ -251,3 +250,8 @@ class Fp16State(DenseState):
 
     codec = "fp16"
     default_feedback = False
+
+
+DENSE: dict[str, type[DenseState]] = {
+    kind.codec: kind for kind in (Bf16State, Fp16State, Fp8State, Int8State, Int4State, Int2State, OneBitState)
+}

@@ -19,7 +19,7 @@ from torch.distributed._functional_collectives import _resolve_group_name
 
 from pykernels.comm import collectives
 from pykernels.comm.lanes import walk
-from pykernels.comm.layout import Layout, Run, lay_out, lay_out_tensor
+from pykernels.comm.layout import Layout, Run, check_block, lay_out, lay_out_tensor
 from pykernels.comm.stats import Meter
 from pykernels.comm.wire import Exchange, Wire
 from pykernels.ops.compress import CODECS
@@ -49,7 +49,7 @@ def _bytes(like: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _plain(x: torch.Tensor, codec: str, least: int, world: int) -> bool:
-    return codec == "fp32" or x.dtype not in COMPRESSED or x.numel() < least or world == 1
+    return codec == "fp32" or x.dtype not in COMPRESSED or x.numel() < max(1, least) or world == 1
 
 
 def _share(x: torch.Tensor, world: int) -> tuple[int, ...]:
@@ -110,7 +110,7 @@ def _reduce_scatter(x: torch.Tensor, codec: str, block: int, least: int, group: 
     x = x.contiguous()
     out = x.new_empty(_share(x, world))
     if _plain(x, codec, least, world):
-        dist.reduce_scatter_tensor(out, x, group=ranks)
+        collectives.reduce_scatter(out, x, ranks).wait()
         return out
     exchange, meter = Exchange(Wire(_parts(tuple(out.shape), codec, block, world), codec), x.device), Meter()
     walk(exchange.reduce_scatter(x, [out], 1.0, ranks, meter), meter)
@@ -171,11 +171,15 @@ for _forward, _backward in (
     _forward.register_autograd(_adjoint(_backward), setup_context=_remember)
 
 
-def _call(op: Any, x: torch.Tensor, dim: int, codec: str, group: Any, block: int, least: int) -> torch.Tensor:
+def check(codec: str, block: int) -> None:
+    """Refuse a codec that there is not, and a block out of range, by name."""
     if codec not in CODECS:
         raise ValueError(f"pykernels: codec must be one of {', '.join(CODECS)}, not {codec!r}")
-    if block <= 0 or block % 32 or block > 32768:
-        raise ValueError(f"pykernels: block must be a multiple of 32 up to 32768, not {block}")
+    check_block(block)
+
+
+def _call(op: Any, x: torch.Tensor, dim: int, codec: str, group: Any, block: int, least: int) -> torch.Tensor:
+    check(codec, block)
     name = group if isinstance(group, str) else _resolve_group_name(group if group is not None else dist.group.WORLD)
     out: torch.Tensor = op(x.movedim(dim, 0) if dim else x, codec, block, least, name)
     return out.movedim(0, dim) if dim else out
@@ -202,7 +206,13 @@ def all_reduce(
 def all_gather(
     x: torch.Tensor, codec: str = "int8", group: Any = None, *, dim: int = 0, block: int = 256, least: int = LEAST
 ) -> torch.Tensor:
-    """The ranks' `x`, one after another along `dim`, the same bits on each; arguments as of :func:`all_reduce`."""
+    """The ranks' `x`, one after another along `dim`, the same bits on each; arguments as of :func:`all_reduce`.
+
+    Raises:
+        ValueError: `x` has no dimension.
+    """
+    if not x.dim():
+        raise ValueError("pykernels: x: a tensor without dimensions cannot be gathered along one")
     return _call(_all_gather, x, dim, codec, group, block, least)
 
 

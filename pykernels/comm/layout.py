@@ -20,6 +20,7 @@ import torch
 from pykernels.ops.compress import CODECS, record_bytes
 
 LEAST_ROW = 128  # elements: in shorter rows the scales and the padding would weigh
+MOST_PADDING = 1 / 64  # of a row
 RAW_BLOCK = 32  # fp32 records of 128 bytes: padding costs little where parameters are small
 
 
@@ -83,6 +84,12 @@ class Layout:
     @property
     def payload_bytes(self) -> int:
         return self.world * self.shard_bytes
+
+
+def check_block(block: int, what: str = "block") -> None:
+    """Refuse what no record can be as long as, by the argument's name."""
+    if not isinstance(block, int) or block <= 0 or block % 32 or block > 32768:
+        raise ValueError(f"pykernels: {what} must be a multiple of 32 up to 32768, not {block!r}")
 
 
 def _align(size: int) -> int:
@@ -162,22 +169,32 @@ def lay_out_rows(runs: Sequence[Run], codec: str, block: int, world: int, traile
     return Layout(tuple(sections), world * numel, world, stride)
 
 
+def _row_block(row: int, block: int) -> int:
+    """Elements of a record where a row of so many has equally long ones, of at most `block`."""
+    records = max(1, -(-row // block))
+    return min(block, -(-row // (32 * records)) * 32 or 32)
+
+
+def _padding(row: int, block: int) -> int:
+    return -row % _row_block(row, block)
+
+
 def lay_out_tensor(shape: Sequence[int], codec: str, block: int, world: int = 1) -> Layout:
     """The layout of a contiguous tensor [world, *shape] whose part r is for rank r, or comes from it.
 
-    Records begin at rows: of the last dimension, or of as many of the last ones as it takes to have ``LEAST_ROW``
-    elements. A row's records are equally long, at most `block`. Where there is no scale rows do not matter.
-    ``shard_segments`` say where a decoded part lies in a tensor [*shape].
+    Records begin at rows: of the last dimension, which holds a token, or of as many of the last ones as it takes to
+    have ``LEAST_ROW`` elements that fill their records (a plane of 14 x 14 does not: whole samples then do). A row's
+    records are equally long, at most `block`. Where there is no scale rows do not matter. ``shard_segments`` say where
+    a decoded part lies in a tensor [*shape].
     """
     numel, row = math.prod(shape), 1
-    for size in reversed(shape):
-        if row >= LEAST_ROW:
+    for dimensions, size in enumerate(reversed(shape)):
+        if row >= LEAST_ROW and (dimensions == 1 or _padding(row, block) <= MOST_PADDING * row):
             break
         row *= size
     if not CODECS[codec].header:
         row, block = numel, RAW_BLOCK
-    records = max(1, -(-row // block))
-    block = min(block, -(-row // (32 * records)) * 32 or 32)
+    block = _row_block(row, block)
     if row % block == 0:
         row = numel
     size = -(-row // block) * record_bytes(codec, block)

@@ -11,16 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from pykernels.comm.auto import AutoState
-from pykernels.comm.dense import (
-    Bf16State,
-    DenseState,
-    Fp8State,
-    Fp16State,
-    Int2State,
-    Int4State,
-    Int8State,
-    OneBitState,
-)
+from pykernels.comm.dense import DENSE, DenseState
 from pykernels.comm.fsdp import gathers, register_sharded
 from pykernels.comm.fsdp_gather import Gathers
 from pykernels.comm.plain import Fp32State
@@ -30,23 +21,8 @@ from pykernels.comm.state import PYTHON_REDUCER, CommState, hook
 from pykernels.comm.stats import Stats
 from pykernels.comm.two_level import TwoLevelState
 
-HOOKS: dict[str, type[CommState]] = {
-    kind.codec: kind
-    for kind in (
-        Int8State,
-        Int4State,
-        Int2State,
-        OneBitState,
-        Fp8State,
-        Bf16State,
-        Fp16State,
-        TopKState,
-        RandomKState,
-        PowerSGDState,
-        Fp32State,
-        AutoState,
-    )
-}
+OTHERS: tuple[type[CommState], ...] = TopKState, RandomKState, PowerSGDState, Fp32State, AutoState
+HOOKS: dict[str, type[CommState]] = {**DENSE, **{kind.codec: kind for kind in OTHERS}}
 
 
 class Handle:

@@ -24,9 +24,8 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn import parallel
 from torchft.process_group import ProcessGroupDummy
 
-from pykernels.comm.auto import DENSE
 from pykernels.comm.collectives import Disagreement
-from pykernels.comm.dense import DenseState
+from pykernels.comm.dense import DENSE, DenseState
 from pykernels.comm.lanes import Averaged, walk
 from pykernels.comm.register import Handle
 from pykernels.comm.state import NamedParameters, hook

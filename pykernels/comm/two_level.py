@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import GradBucket
 
 from pykernels.comm.collectives import all_gather, new_group
-from pykernels.comm.dense import DenseState
+from pykernels.comm.dense import DENSE, DenseState
 from pykernels.comm.feedback import ErrorFeedback
 from pykernels.comm.lanes import Way
 from pykernels.comm.layout import Layout, Piece, Run, Section, lay_out
@@ -60,10 +60,10 @@ class TwoLevelState(DenseState):
     codec = "int8"
 
     def __init__(self, *args: Any, codec: str = "int8", ranks_per_host: int, **kwargs: Any) -> None:
+        if codec not in DENSE:
+            raise ValueError(f"pykernels: codec must be one of {', '.join(DENSE)}, not {codec!r}")
         self.codec = codec  # type: ignore[misc]  # of this state rather than of its class
-        self.default_feedback = codec not in ("bf16", "fp16")
-        if codec == "onebit":
-            self.default_block = 1024
+        self.default_feedback, self.default_block = DENSE[codec].default_feedback, DENSE[codec].default_block
         super().__init__(*args, **kwargs)
         if self.checksum:
             raise ValueError("pykernels: checksum: not with ranks_per_host")

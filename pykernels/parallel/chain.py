@@ -10,28 +10,32 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import secrets
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from io import BufferedReader
-from pathlib import Path
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch.utils import _pytree as pytree
 
 from pykernels.network.saved import tree_json
-from pykernels.parallel.link import KEY, Link, LinkError, Silent, accept, dial, host_of, key_of_environment, listen
+from pykernels.parallel.link import (
+    Link,
+    LinkError,
+    Server,
+    Silent,
+    checked_silence,
+    dial,
+    host_of,
+    key_of_environment,
+)
+from pykernels.parallel.processes import Processes
 from pykernels.parallel.split import files_in
-from pykernels.tune.cores import usable
 
 if TYPE_CHECKING:
     from pykernels.parallel.split import Split
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["Chain", "PartError"]
 
 PATIENCE = 120.0  # seconds until all parts must have been joined
+HUNG = 30.0  # and until those of this machine that were there before are started anew
 AGAIN = 3  # starts of a part, and sessions without an answer, until the pipeline is given up
 HELD = 1000  # answers of which times are kept
 
@@ -72,50 +77,6 @@ class _Session:
     lost: tuple[int | None, bool, str] = (None, False, "")  # the part, whether it was silent, why
 
 
-@dataclass
-class _Processes:
-    """The parts' processes on this machine: what each is told, and its file, which stays open."""
-
-    commands: list[list[str]]
-    files: list[BufferedReader]
-    environment: dict[str, str]
-    folder: tempfile.TemporaryDirectory[str]
-    opened: contextlib.ExitStack
-    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
-
-    def start(self) -> None:
-        self.running = [self._start(number) for number in range(1, len(self.commands) + 1)]
-
-    def _start(self, number: int) -> subprocess.Popen[bytes]:
-        file = self.files[number - 1].fileno()
-        command = [sys.executable, "-m", "pykernels.parallel.part", f"/dev/fd/{file}", *self.commands[number - 1]]
-        return subprocess.Popen(command, env=self.environment, stdin=subprocess.PIPE, pass_fds=[file])
-
-    def dead(self) -> dict[int, str]:
-        """The parts that have ended, and how."""
-        found = {}
-        for number, process in enumerate(self.running, 1):
-            if (code := process.poll()) is not None:
-                found[number] = f"by signal {-code}" if code < 0 else f"with exit status {code}"
-        return found
-
-    def restart(self, number: int) -> None:
-        self.end(self.running[number - 1])
-        self.running[number - 1] = self._start(number)
-
-    def end(self, process: subprocess.Popen[bytes]) -> None:
-        process.kill()
-        process.wait()
-        if process.stdin is not None:
-            process.stdin.close()
-
-    def close(self) -> None:
-        for process in self.running:
-            self.end(process)
-        self.opened.close()
-        self.folder.cleanup()
-
-
 class Chain:
     """A network in several processes: `Chain.of` starts them here, `Chain.connect` joins those of several hosts.
 
@@ -128,14 +89,12 @@ class Chain:
     """
 
     def __init__(
-        self, first: str, answers: str, key: bytes, in_flight: int, silence: float, processes: _Processes | None = None
+        self, first: str, answers: str, key: bytes, in_flight: int, silence: float, processes: Processes | None = None
     ) -> None:
-        if silence <= 0:
-            raise ValueError(f"silence: must be above 0 seconds, not {silence!r}")
         if type(in_flight) is not int or in_flight < 1:
             raise ValueError(f"in_flight: must be a whole number of at least 1, not {in_flight!r}")
-        self._first, self._key, self._silence, self._processes = first, key, silence, processes
-        self._in_flight = in_flight
+        self._first, self._key, self._silence, self._processes = first, key, checked_silence(silence), processes
+        self._in_flight, self._owner = in_flight, os.getpid()
         self._changed = threading.Condition()
         self._waiting: OrderedDict[int, _Request] = OrderedDict()
         self._flying: OrderedDict[int, _Request] = OrderedDict()
@@ -145,10 +104,11 @@ class Chain:
         self._fruitless = 0  # sessions without an answer
         self._times: deque[list[float]] = deque(maxlen=HELD)
         self.restarts = 0
-        self._server = listen(answers)
         if processes is not None:
             processes.start()
+        self._server = Server(answers, key, silence)
         joined: Future[None] = Future()
+        self._sender: threading.Thread | None = None
         self._keeper = threading.Thread(target=self._keep, args=(joined,), name="pykernels chain", daemon=True)
         self._keeper.start()
         try:
@@ -158,7 +118,14 @@ class Chain:
             raise
 
     @classmethod
-    def of(cls, split: Split, threads: int | None = None, in_flight: int | None = None, silence: float = 5.0) -> Chain:
+    def of(
+        cls,
+        split: Split,
+        threads: int | None = None,
+        in_flight: int | None = None,
+        silence: float = 5.0,
+        devices: Sequence[str] | None = None,
+    ) -> Chain:
         """Start a process for each part on this machine. Returns when all are ready.
 
         Args:
@@ -166,13 +133,16 @@ class Chain:
             in_flight: requests on their way at once; twice as many as parts without.
             silence: seconds after which a part that hangs is given up and started anew. One that dies is noticed at
                 once.
+            devices: of each part where it runs: ``cpu``, ``cuda``, ``cuda:1`` ...; all on the CPU without. What goes
+                from part to part goes by the host's memory.
 
         Raises:
-            ValueError: an argument is none that can be, or a part cannot be saved.
+            ValueError: an argument is none that can be, a device cannot be used, or a part cannot be saved.
             PartError: a part cannot be started.
         """
         with tempfile.TemporaryDirectory(prefix="pykernels-") as folder:
-            return cls._of_files(split.save(folder), threads, in_flight, silence)
+            split.save(folder)
+            return cls.of_folder(folder, threads, in_flight, silence, devices)
 
     @classmethod
     def of_folder(
@@ -181,6 +151,7 @@ class Chain:
         threads: int | None = None,
         in_flight: int | None = None,
         silence: float = 5.0,
+        devices: Sequence[str] | None = None,
     ) -> Chain:
         """The same of parts that `Split.save` wrote, whose processes map these files. Other files that take their
         places change nothing: a part that is started anew gets the one that was there.
@@ -189,26 +160,14 @@ class Chain:
             ValueError, PartError: as `of`; or parts are missing.
             OSError: a file cannot be read.
         """
-        return cls._of_files(files_in(folder), threads, in_flight, silence)
-
-    @classmethod
-    def _of_files(cls, files: Sequence[Path], threads: int | None, in_flight: int | None, silence: float) -> Chain:
-        count = len(files)
-        threads = max(1, usable().count // count) if threads is None else threads
-        folder = tempfile.TemporaryDirectory(prefix="pykernels-")
-        key = secrets.token_bytes(32)
-        places = [str(Path(folder.name) / str(number)) for number in range(count + 1)]
-        commands = [
-            [
-                *("--number", str(number), "--count", str(count), "--listen", places[number - 1]),
-                *("--next", places[number], "--threads", str(threads), "--silence", str(silence), "--with-parent"),
-            ]
-            for number in range(1, count + 1)
-        ]
-        with contextlib.ExitStack() as opened:
-            kept = [opened.enter_context(open(file, "rb")) for file in files]
-            processes = _Processes(commands, kept, {**os.environ, KEY: key.hex()}, folder, opened.pop_all())
-        return cls(places[0], places[-1], key, in_flight or 2 * count, silence, processes)
+        files = files_in(folder)
+        in_flight = 2 * len(files) if in_flight is None else in_flight
+        processes = Processes(files, threads, silence, devices)
+        try:
+            return cls(processes.first, processes.answers, processes.key, in_flight, silence, processes)
+        except BaseException:
+            processes.close()
+            raise
 
     @classmethod
     def connect(cls, first: str, answers: str, in_flight: int = 8, silence: float = 5.0) -> Chain:
@@ -229,13 +188,16 @@ class Chain:
     # --- what a user calls ---
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Ask for an answer. Errors of the call go to the future, as a PartError that names the part.
+        """Ask for an answer. Errors of the call go to the future, as a PartError that names the part. Inputs must stay
+        as they are until it is there.
 
         Raises:
-            RuntimeError: closed.
+            RuntimeError: closed, or in a process that was forked from the one which has the pipeline.
             PartError: the pipeline was given up.
             ValueError: the inputs are nested otherwise than the network's.
         """
+        if os.getpid() != self._owner:
+            raise RuntimeError("submit: the pipeline is that of the process which this one was forked from")
         names = self._in_spec.child(1).context
         if list(kwargs) != names and set(kwargs) == set(names):
             kwargs = {name: kwargs[name] for name in names}
@@ -253,25 +215,42 @@ class Chain:
         return request.future
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The network's answer."""
+        """The network's answer.
+
+        Raises:
+            RuntimeError: as `submit`, or called by a thread of the pipeline's own, in a callback of a future.
+        """
+        self._refuse_own_threads("a call")
         return self.submit(*args, **kwargs).result()
 
     def map(self, *iterables: Iterable[Any]) -> Iterator[Any]:
         """Answers in order, as of the built-in ``map``, of which as many are on their way as may be, twice."""
+        self._refuse_own_threads("map")
         waiting: deque[Future[Any]] = deque()
-        for args in zip(*iterables, strict=False):
-            if len(waiting) >= 2 * self._in_flight:
+        try:
+            for args in zip(*iterables, strict=False):
+                if len(waiting) >= 2 * self._in_flight:
+                    yield waiting.popleft().result()
+                waiting.append(self.submit(*args))
+            while waiting:
                 yield waiting.popleft().result()
-            waiting.append(self.submit(*args))
-        while waiting:
-            yield waiting.popleft().result()
+        finally:
+            for future in waiting:  # of an iterator that is given up
+                future.cancel()
 
     def seconds(self) -> list[float]:
         """The median seconds that each part has computed for an answer, of the last 1000."""
         return [statistics.median(times) for times in zip(*self._times, strict=True)]
 
     def close(self) -> None:
-        """Take nothing more, wait for what was asked, end the parts that were started here. May be called again."""
+        """Take nothing more, wait for what was asked, end the parts that were started here. May be called again.
+
+        Raises:
+            RuntimeError: called by a thread of the pipeline's own, in a callback of a future.
+        """
+        if os.getpid() != self._owner:
+            return  # a fork's copy
+        self._refuse_own_threads("close")
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -290,15 +269,24 @@ class Chain:
 
     # --- the thread that keeps it going ---
 
+    def _refuse_own_threads(self, what: str) -> None:
+        if threading.current_thread() in (self._keeper, self._sender):
+            raise RuntimeError(f"{what}: a callback of a future cannot do that, it would wait for itself")
+
     def _keep(self, joined: Future[None]) -> None:
+        try:
+            self._serve(joined)
+        except Exception as error:  # whatever it is, somebody waits
+            found = (
+                error if isinstance(error, PartError) else PartError(f"the pipeline: {type(error).__name__}: {error}")
+            )
+            if not joined.done():
+                joined.set_exception(found)
+            self._give_up(found)
+
+    def _serve(self, joined: Future[None]) -> None:
         while True:
-            try:
-                session, last, sender = self._join(first=not joined.done())
-            except PartError as error:
-                if not joined.done():
-                    joined.set_exception(error)
-                self._give_up(error)
-                return
+            session, last, self._sender = self._join(first=not joined.done())
             if not joined.done():
                 joined.set_result(None)
             self._hear(session, last)
@@ -307,13 +295,10 @@ class Chain:
                 self._changed.notify_all()
             session.first.close()
             last.close()
-            sender.join()
+            self._sender.join()
             if self._closed and not self._waiting and not self._flying:
                 return
-            lost = self._mend(session)
-            if lost is not None:
-                self._give_up(lost)
-                return
+            self._mend(session)
 
     def _join(self, first: bool) -> tuple[_Session, Link, threading.Thread]:
         """All parts in line.
@@ -321,15 +306,20 @@ class Chain:
         Raises:
             PartError: they cannot be.
         """
-        end, starts = time.monotonic() + PATIENCE, 0
+        begin, starts, anew = time.monotonic(), Counter[int](), first
         session: _Session | None = None
         sender: threading.Thread | None = None
         try:
-            while time.monotonic() < end:
-                dead = {} if self._processes is None else self._processes.dead()
-                for number, how in dead.items():
-                    starts += 1
-                    if first or starts > AGAIN:
+            while (waited := time.monotonic() - begin) < PATIENCE:
+                if self._closed and not self._waiting and not self._flying:
+                    raise PartError("the pipeline is closed")
+                if self._processes is not None and waited > HUNG and not anew:  # several hang, and nobody says which
+                    anew = True
+                    for number in range(1, self._parts + 1):
+                        self._restart(number)
+                for number, how in ({} if self._processes is None else self._processes.dead()).items():
+                    starts[number] += 1
+                    if first or starts[number] > AGAIN:
                         raise PartError(f"part {number} ended {how} before the pipeline was joined", number)
                     self._restart(number)
                 if session is not None and session.over:
@@ -343,7 +333,7 @@ class Chain:
                     session = _Session(link)
                     sender = threading.Thread(target=self._send, args=(session,), daemon=True)
                     sender.start()
-                last = accept(self._server, self._key, self._silence, within=0.1)
+                last = self._server.accept(within=0.1)
                 if last is None:
                     continue
                 try:
@@ -378,8 +368,9 @@ class Chain:
         if head["kind"] != "hello":
             raise LinkError("the last part does not introduce itself")
         parts = head.get("parts", [])
-        if parts != [[number, len(parts)] for number in range(1, len(parts) + 1)]:
-            raise PartError(f"the parts in line are {parts}, which are not all of one network in order")
+        if not parts or parts != [[number, len(parts), parts[0][2]] for number in range(1, len(parts) + 1)]:
+            found = "; ".join(f"part {number} of {count} of split {split}" for number, count, split in parts)
+            raise PartError(f"the parts in line are not all of one split in order, but {found or 'none'}")
         self._in_spec, self._out_spec = tree_json.parse(head["inputs"]), tree_json.parse(head["outputs"])
         self._parts = len(parts)
 
@@ -402,7 +393,9 @@ class Chain:
                 number, leaves = request
                 try:
                     session.first.send({"kind": "call", "id": number}, leaves)
-                except TypeError as error:
+                except LinkError:
+                    raise
+                except Exception as error:  # of what cannot be sent, before anything of it was
                     self._settle(number, error)
         except LinkError:
             pass
@@ -455,8 +448,12 @@ class Chain:
 
     # --- when a part is lost ---
 
-    def _mend(self, session: _Session) -> PartError | None:
-        """Start the lost parts anew and queue what was on its way; why to give up, if it is so."""
+    def _mend(self, session: _Session) -> None:
+        """Start the lost parts anew and queue what was on its way.
+
+        Raises:
+            PartError: the pipeline is given up.
+        """
         part, silent, why = session.lost
         told = f"part {part} was lost: {why}" if part else f"the first part was lost: {why}"
         if self._processes is not None:
@@ -482,8 +479,7 @@ class Chain:
                 self._waiting.move_to_end(number, last=False)
             self._fruitless += 1
             if self._fruitless > AGAIN:
-                return PartError(f"the pipeline was lost {self._fruitless} times without an answer: {told}", part)
-        return None
+                raise PartError(f"the pipeline was lost {self._fruitless} times without an answer: {told}", part)
 
     def _restart(self, number: int) -> None:
         assert self._processes is not None

@@ -18,7 +18,7 @@ from pykernels.nn.linear import Int8Linear
 if TYPE_CHECKING:
     from pykernels.parallel.tensor import Ranks
 
-__all__ = ["ColumnInt8Linear", "RowInt8Linear", "split_columns", "split_rows"]
+__all__ = ["ColumnInt8Linear", "RowInt8Linear", "plain", "split_columns", "split_rows"]
 
 
 class _Split(Int8Linear):
@@ -61,6 +61,13 @@ def _take(layer: Any, mesh: DeviceMesh, dim: int, kind: type[_Split]) -> slice:
     weight = layer.weight.detach()
     layer.weight = nn.Parameter((weight[:, mine] if dim else weight[mine]).clone(), requires_grad=False)
     return mine
+
+
+def plain(given: bool, made: bool, local: bool) -> None:
+    """Refuse what an int8 layer cannot do, by the name of the argument of its style."""
+    for what, fits in (("input_layouts", given), ("output_layouts", made), ("use_local_output", local)):
+        if not fits:
+            raise ValueError(f"pykernels: {what} of an int8 layer must be the default of its style")
 
 
 def split_columns(layer: Int8Linear, mesh: DeviceMesh) -> Int8Linear:

@@ -16,9 +16,12 @@ import contextlib
 import json
 import math
 import os
+import queue
 import socket
 import struct
+import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
@@ -28,12 +31,13 @@ import torch
 
 from pykernels.network.saved.literals import DTYPES
 
-__all__ = ["KEY", "Link", "LinkError", "Silent", "dial", "key_of_environment", "listen"]
+__all__ = ["KEY", "Link", "LinkError", "Server", "Silent", "checked_silence", "dial", "key_of_environment"]
 
 KEY = "PYKERNELS_PIPELINE_KEY"  # the environment variable that holds it
 
 _MAGIC, _HEADER = b"PKL1", struct.Struct("<4sI")
 _MOST_HEAD, _MOST_BYTES, _DIMENSIONS = 2**24, 2**36, 64
+_STRANGERS = 64  # that may be greeted at once
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TIME = struct.Struct("ll")  # the kernel's timeval
 
@@ -59,6 +63,17 @@ def key_of_environment() -> bytes:
     if len(key) < 16:
         raise ValueError(f"{KEY}: the environment variable must hold the pipeline's key, 64 hexadecimal digits")
     return key
+
+
+def checked_silence(silence: float) -> float:
+    """Seconds after which a link is given up.
+
+    Raises:
+        ValueError: they are none.
+    """
+    if not isinstance(silence, int | float) or not 0.1 <= silence <= 1e6:
+        raise ValueError(f"silence: must be between 0.1 and a million seconds, not {silence!r}")
+    return silence
 
 
 class Link:
@@ -116,6 +131,8 @@ class Link:
                 values = [self._value(entry) for entry in entries]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise LinkError(f"what came is no frame: {error}") from error
+            except (RuntimeError, MemoryError) as error:  # torch's, of a tensor for which there is no memory
+                raise LinkError(f"what came cannot be held: {error}") from error
             if kind != "beat":
                 return head, values
 
@@ -168,9 +185,9 @@ def _packed(value: Any) -> tuple[Any, memoryview | None]:
         if value is not None and type(value) not in (int, float, bool):
             raise TypeError(f"tensors, numbers and None can be sent, not {type(value).__name__}")
         return {"value": value}, None
-    if value.device.type != "cpu" or value.dtype not in _NAMES:
-        raise TypeError(f"a tensor of {value.dtype} on {value.device} cannot be sent")
-    value = value.detach()
+    if value.device.type != "cpu" or value.dtype not in _NAMES or value.layout != torch.strided:
+        raise TypeError(f"a tensor of {value.dtype}, {value.layout}, on {value.device} cannot be sent")
+    value = value.detach().resolve_conj().resolve_neg()
     last = value.dim() == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last)
     value = value if last else value.contiguous()
     return [_NAMES[value.dtype], list(value.shape), last], _memory(value)
@@ -186,23 +203,84 @@ def _memory(value: torch.Tensor) -> memoryview:
 # --- how links come to be ---
 
 
-def listen(address: str) -> socket.socket:
-    """A socket that waits for others: a path, or ``host:port``.
+class Server:
+    """Where others come. Each is greeted in a thread of its own and for `silence` seconds at most, so that strangers
+    keep nobody waiting; when there are too many, the one that has been greeted longest is sent away.
+
+    Args:
+        address: a path, or ``host:port``.
+        key: those who know it are let in.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the address is neither.
         OSError: it cannot be had.
     """
+
+    def __init__(self, address: str, key: bytes, silence: float) -> None:
+        self._key, self._silence = key, silence
+        self._socket = _listening(address)
+        self._came: queue.Queue[Link | None] = queue.Queue()
+        self._strangers: deque[socket.socket] = deque()
+        threading.Thread(target=self._listen, name="pykernels server", daemon=True).start()
+
+    def accept(self, within: float | None = None) -> Link | None:
+        """Who came last and is still unheard; None where nobody came within so many seconds, or it is closed."""
+        try:
+            link = self._came.get(timeout=within)
+            while link is not None and not self._came.empty():  # whoever came again has given up the link before
+                link.close()
+                link = self._came.get()
+        except queue.Empty:
+            return None
+        if link is None:
+            self._came.put(None)  # for whoever asks next
+        return link
+
+    def close(self) -> None:
+        """Wakes whoever waits in `accept`, too. May be called again."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        for stranger in list(self._strangers):
+            _hang_up(stranger)
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except ConnectionError:  # of one that has gone again
+                continue
+            except OSError:
+                self._came.put(None)
+                return
+            self._strangers.append(connection)
+            if len(self._strangers) > _STRANGERS:
+                _hang_up(self._strangers[0])
+            threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
+
+    def _greet(self, connection: socket.socket) -> None:
+        link = _greeted(connection, self._key, self._silence, first=True)
+        self._strangers.remove(connection)
+        if link is not None:
+            self._came.put(link)
+
+
+def _listening(address: str) -> socket.socket:
     if "/" in address:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(address)
         made = socket.socket(socket.AF_UNIX)
         made.bind(address)
     else:
-        host, port = host_of(address)
-        made = socket.create_server((host, port), reuse_port=False)
-    made.listen(8)
+        made = socket.create_server(host_of(address), reuse_port=False)
+    made.listen(_STRANGERS)
     return made
+
+
+def _hang_up(connection: socket.socket) -> None:
+    """So that whoever reads it, in any thread, is at its end."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def host_of(address: str) -> tuple[str, int]:
@@ -210,16 +288,6 @@ def host_of(address: str) -> tuple[str, int]:
     if not port.isdecimal():
         raise ValueError(f"address: {address!r} is neither a path nor host:port")
     return host.strip("[]"), int(port)
-
-
-def accept(server: socket.socket, key: bytes, silence: float, within: float | None = None) -> Link | None:
-    """Someone who knows the key; None where nobody came within so many seconds, or somebody who does not."""
-    server.settimeout(within)
-    try:
-        connection, _ = server.accept()
-    except TimeoutError:
-        return None
-    return _greet(connection, key, silence, first=True)
 
 
 def dial(address: str, key: bytes, silence: float) -> Link | None:
@@ -237,22 +305,28 @@ def dial(address: str, key: bytes, silence: float) -> Link | None:
             connection = socket.create_connection(host_of(address), timeout=silence)
     except OSError:
         return None
-    return _greet(connection, key, silence, first=False)
+    return _greeted(connection, key, silence, first=False)
 
 
-def _greet(connection: socket.socket, key: bytes, silence: float, first: bool) -> Link | None:
+def _greeted(connection: socket.socket, key: bytes, silence: float, first: bool) -> Link | None:
+    """A link, when either end has shown within `silence` seconds that it knows the key."""
     link = Link(connection, silence)
-    with Connection(os.dup(connection.fileno())) as greeting:
-        try:
+    late = threading.Timer(silence, _hang_up, [connection])
+    late.daemon = True
+    late.start()
+    try:
+        with Connection(os.dup(connection.fileno())) as greeting:
             if first:
                 deliver_challenge(greeting, key)
                 answer_challenge(greeting, key)
             else:
                 answer_challenge(greeting, key)
                 deliver_challenge(greeting, key)
-        except (AuthenticationError, OSError, EOFError, AssertionError):
-            link.close()
-            return None
+    except (AuthenticationError, OSError, EOFError, AssertionError, ValueError):
+        link.close()
+        return None
+    finally:
+        late.cancel()
     return link
 
 

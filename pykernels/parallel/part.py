@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import queue
-import socket
+import signal
 import sys
 import threading
 import time
@@ -22,7 +22,9 @@ from torch.utils import _pytree as pytree
 
 from pykernels.network.saved import tree_json
 from pykernels.optimized import Optimized, load
-from pykernels.parallel.link import Link, LinkError, Silent, accept, dial_until, key_of_environment, listen
+from pykernels.parallel.link import Link, LinkError, Server, Silent, dial_until, key_of_environment
+from pykernels.parallel.split import Place
+from pykernels.tune.on_device import OnDevice, from_host
 
 __all__ = ["attend", "main"]
 
@@ -31,37 +33,34 @@ Frame = tuple[dict[str, Any], list[Any]]
 
 
 def attend(
-    network: Optimized,
-    number: int,
-    count: int,
-    server: socket.socket,
+    network: Optimized | OnDevice,
+    place: Place,
+    server: Server,
     following: str,
     key: bytes,
     silence: float,
     patience: float,
 ) -> None:
-    """Be part `number` of `count`, one pipeline after another, until `server` is closed.
+    """Be a part of one pipeline after another, until `server` is closed.
 
     Args:
+        place: which part it is.
         following: the address of the part behind, or of who asks; it is waited for `patience` seconds.
         silence: seconds after which a link is given up.
     """
     while True:
-        try:
-            before = accept(server, key, silence)
-        except OSError:
-            return
+        before = server.accept()
         if before is None:
-            continue
+            return
         behind = dial_until(following, key, silence, patience)
         if behind is None:
-            print(f"part {number}: nobody answers at {following}", file=sys.stderr, flush=True)
+            print(f"part {place.number}: nobody answers at {following}", file=sys.stderr, flush=True)
             before.close()
             continue
-        relay(network, number, count, before, behind)
+        relay(network, place, before, behind)
 
 
-def relay(network: Optimized, number: int, count: int, before: Link, behind: Link) -> None:
+def relay(network: Optimized | OnDevice, place: Place, before: Link, behind: Link) -> None:
     """Compute for who is before and hand on to who is behind, until one of them is lost."""
     todo: queue.Queue[Frame] = queue.Queue(AHEAD)
     done: queue.Queue[Frame] = queue.Queue(AHEAD)
@@ -71,7 +70,9 @@ def relay(network: Optimized, number: int, count: int, before: Link, behind: Lin
             while True:
                 todo.put(before.receive())
         except LinkError as error:
-            todo.put(({"kind": "lost", "part": number - 1, "silent": isinstance(error, Silent), "why": str(error)}, []))
+            todo.put(
+                ({"kind": "lost", "part": place.number - 1, "silent": isinstance(error, Silent), "why": str(error)}, [])
+            )
 
     def send() -> None:
         lost = False
@@ -82,7 +83,12 @@ def relay(network: Optimized, number: int, count: int, before: Link, behind: Lin
                 head, values = {"kind": "beat"}, []
             if not lost:
                 try:
-                    behind.send(head, values)
+                    try:
+                        behind.send(head, values)
+                    except LinkError:
+                        raise
+                    except Exception as error:  # of what cannot be sent, before anything of it was
+                        behind.send(_failed(place, head, error))
                 except LinkError:
                     lost = True
                     before.close()  # which ends `receive`, and so everything here
@@ -95,9 +101,9 @@ def relay(network: Optimized, number: int, count: int, before: Link, behind: Lin
     while True:
         head, values = todo.get()
         if head["kind"] == "call":
-            head, values = _answer(network, number, count, head, values)
+            head, values = _answer(network, place, head, values)
         elif head["kind"] == "hello":
-            head = _introduced(network, number, count, head)
+            head = _introduced(network, place, head)
         done.put((head, values))
         if head["kind"] == "lost":
             break
@@ -107,25 +113,29 @@ def relay(network: Optimized, number: int, count: int, before: Link, behind: Lin
     behind.close()
 
 
-def _answer(network: Optimized, number: int, count: int, head: dict[str, Any], values: list[Any]) -> Frame:
+def _answer(network: Optimized | OnDevice, place: Place, head: dict[str, Any], values: list[Any]) -> Frame:
     begin = time.perf_counter()
     try:
         args, kwargs = network.nested(values)
         with torch.no_grad():
             outputs = pytree.tree_leaves(network(*args, **kwargs), is_leaf=lambda leaf: leaf is None)
     except Exception as error:  # whatever it is, it is this request's
-        why = f"{type(error).__name__}: {error}"
-        return {"kind": "error", "id": head["id"], "part": number, "count": count, "why": why[:4096]}, []
+        return _failed(place, head, error), []
     head["seconds"] = [*head.get("seconds", []), time.perf_counter() - begin]
     return head, outputs
 
 
-def _introduced(network: Optimized, number: int, count: int, head: dict[str, Any]) -> dict[str, Any]:
+def _failed(place: Place, head: dict[str, Any], error: Exception) -> dict[str, Any]:
+    why = f"{type(error).__name__}: {error}"
+    return {"kind": "error", "id": head["id"], "part": place.number, "count": place.count, "why": why[:4096]}
+
+
+def _introduced(network: Optimized | OnDevice, place: Place, head: dict[str, Any]) -> dict[str, Any]:
     """What a pipeline's parts say of themselves, and how its inputs and outputs are nested."""
-    head["parts"] = [*head.get("parts", []), [number, count]]
-    if number == 1:
+    head["parts"] = [*head.get("parts", []), list(place)]
+    if place.number == 1:
         head["inputs"] = tree_json.dump(network.in_spec)
-    if number == count:
+    if place.number == place.count:
         head["outputs"] = tree_json.dump(network.out_spec)
     return head
 
@@ -145,22 +155,23 @@ def main(arguments: list[str] | None = None) -> None:
     """Serve until the process is ended."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("file", help="of the part")
-    parser.add_argument("--number", type=int, required=True, help="of the part, from 1")
-    parser.add_argument("--count", type=int, required=True, help="how many parts there are")
     parser.add_argument("--listen", required=True, help="a path or host:port")
     parser.add_argument("--next", required=True, help="where the part behind this one listens, or who asks")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="where it runs")
     parser.add_argument("--silence", type=float, default=5.0, help="seconds after which a link is given up")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds to wait for the part behind")
     parser.add_argument("--with-parent", action="store_true", help="end when the standard input does")
     options = parser.parse_args(arguments)
     if options.with_parent:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is the parent's to answer
         _watch_parent()
     key = key_of_environment()
     torch.set_num_threads(options.threads)
-    network = load(options.file)
-    server = listen(options.listen)
-    attend(network, options.number, options.count, server, options.next, key, options.silence, options.patience)
+    network = load(options.file, options.device)
+    place = Place.of(network)
+    server = Server(options.listen, key, options.silence)
+    attend(from_host(network), place, server, options.next, key, options.silence, options.patience)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from pykernels.comm.collectives import agree
-from pykernels.comm.layout import lay_out_tensor
+from pykernels.comm.layout import check_block, lay_out_tensor
 from pykernels.comm.register import register
 from pykernels.comm.stats import Meter, Stats
 from pykernels.comm.wire import Wire, draw
@@ -52,8 +52,9 @@ class StageHandle:
 
     def remove(self) -> None:
         """Send everything uncompressed again. All ranks do it between the same steps."""
-        for name in self._methods:
-            vars(self.stage).pop(name, None)
+        for name, method in self._methods.items():
+            if vars(self.stage).get(name) is method:  # not those of a handle that was made since
+                del vars(self.stage)[name]
 
     def _wire(self, direction: str, tensor: torch.Tensor) -> Wire | None:
         """How `tensor` travels; None for as it is. Both ends know its shape and dtype, and come to the same answer."""
@@ -94,6 +95,13 @@ class StageHandle:
         for place, operation in enumerate(operations):
             tensor = operation.tensor
             if (wire := self._wire(direction, tensor)) is not None:
+                if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+                    what = "output" if direction == FORWARD else "input's gradient"
+                    raise ValueError(
+                        f"pykernels: stage {self.stage.stage_index}: {what} {place} of shape {tuple(tensor.shape)} is "
+                        "expanded: several of its elements are one in memory, where the other stage cannot write them; "
+                        "call contiguous()"
+                    )
                 operation.tensor = self._payload((direction, "sent", chunk, place), wire, tensor.device)
                 seed = 0
                 if wire.stochastic:
@@ -163,8 +171,8 @@ def register_stage(
     Call it for every stage, between its construction and the first step, on all ranks alike: ranks with several stages
     as often as the others have. Any schedule, ``PipelineStage`` or ``build_stage``. Tensors in fp32, bf16 and fp16 are
     compressed; others, and those that would not become smaller, go as they are. A record never holds two tokens (rows
-    of the last dimension; where that is short, of as many of the last dimensions as have 128 elements). There is no
-    error feedback: the next chunk holds other samples, to which the error does not belong.
+    of the last dimension; where that is short, of as many of the last dimensions as have 128 elements that fill their
+    records). There is no error feedback: the next chunk holds other samples, to which the error does not belong.
 
     Args:
         forward: codec of activations, one of ``STAGE_CODECS``; "fp32" leaves them as they are, whatever their dtype.
@@ -180,8 +188,7 @@ def register_stage(
     for name, codec in ((FORWARD, forward), (BACKWARD, backward)):
         if codec not in STAGE_CODECS:
             raise ValueError(f"pykernels: {name} must be one of {', '.join(STAGE_CODECS)}, not {codec!r}")
-    if block <= 0 or block % 32 or block > 32768:
-        raise ValueError(f"pykernels: block must be a multiple of 32 up to 32768, not {block}")
+    check_block(block)
     if "forward_one_chunk" in vars(stage):
         raise RuntimeError(f"pykernels: stage {stage.stage_index} is registered already: remove() its handle first")
     group = stage.group if stage.group is not None else dist.group.WORLD

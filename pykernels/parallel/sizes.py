@@ -1,7 +1,8 @@
 """Calls of a network with other sizes than the example's, which show how everything in it follows from its free sizes.
 
 A network says which dimensions of its inputs are free, not which of them are one size. That is tried: dimensions of
-one size in the example belong together unless the network takes another size for some of them alone.
+one size in the example belong together unless the network takes another size for some of them alone, and for the others
+alone.
 """
 
 from __future__ import annotations
@@ -109,9 +110,13 @@ class _Trial:
             for place in rest:
                 by_dim.setdefault(place[1], []).append(place)
             for some in (*([place] for place in rest), *by_dim.values()):
-                if set(some) < set(rest) and self.others(some, 1):
+                others = [place for place in rest if place not in some]
+                # Either without the other: a mask of more rows than the batch may be taken, a batch of more than the
+                # mask is not.
+                apart = others and set(some) <= set(rest)
+                if apart and self.others(some, 1) and self.others(others, 1):
                     found.append(some)
-                    rest = [place for place in rest if place not in some]
+                    rest = others
             found.append(rest)
         return found
 
@@ -125,4 +130,4 @@ def _candidates(size: int) -> Iterator[int]:
 
 def _made(dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
     """Numbers that are no floats may be places in something: 0 is one."""
-    return torch.randn(*shape).to(dtype) if dtype.is_floating_point else torch.zeros(*shape, dtype=dtype)
+    return torch.randn(list(shape)).to(dtype) if dtype.is_floating_point else torch.zeros(list(shape), dtype=dtype)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,34 @@ __all__ = ["Split", "split"]
 
 COPY = 2e-10  # seconds that a process spends on a byte which it gets or hands on
 NAME = re.compile(r"part-(\d+)-of-(\d+)\.pk")
+NOTE = re.compile(r"part (\d+) of (\d+) of a network, split ([0-9a-f]{16})")
+
+
+class Place(NamedTuple):
+    """Which part of which split a network is, as a note in its report says.
+
+    Attributes:
+        number, count: from 1; how many there are.
+        split: differs from split to split, of one network too.
+    """
+
+    number: int
+    count: int
+    split: str
+
+    @classmethod
+    def of(cls, network: Optimized) -> Place:
+        """
+        Raises:
+            ValueError: it is no part.
+        """
+        for note in network.report().notes:
+            if (found := NOTE.fullmatch(note)) is not None:
+                return cls(int(found[1]), int(found[2]), found[3])
+        raise ValueError("network: it is no part of one that was split")
+
+    def __str__(self) -> str:
+        return f"part {self.number} of {self.count} of a network, split {self.split}"
 
 
 @dataclass(frozen=True)
@@ -76,21 +105,28 @@ class Split:
         """What `save` wrote.
 
         Raises:
-            ValueError: parts are missing, of several networks, damaged, or do not follow one another.
+            ValueError: parts are missing, of several splits, damaged, or named otherwise than they follow one another.
             OSError: a file cannot be read.
         """
         parts = tuple(load(path) for path in files_in(folder))
-        for number, (one, other) in enumerate(itertools.pairwise(parts), 1):
-            if one.out_spec.num_leaves != other.in_spec.num_leaves:
-                raise ValueError(f"folder: part {number + 1} takes other tensors than part {number} returns")
+        places = [Place.of(part) for part in parts]
+        if places != [Place(number, len(parts), places[0].split) for number in range(1, len(parts) + 1)]:
+            found = "; ".join(map(str, places))
+            raise ValueError(f"folder: the parts of one split in order are needed, not {found}")
         return cls(parts)
 
-    def serve(self, threads: int | None = None, in_flight: int | None = None, silence: float = 5.0) -> Chain:
+    def serve(
+        self,
+        threads: int | None = None,
+        in_flight: int | None = None,
+        silence: float = 5.0,
+        devices: Sequence[str] | None = None,
+    ) -> Chain:
         """A process for each part, on this machine, joined to a pipeline: `pykernels.parallel.Chain`, whose arguments
         these are."""
         from pykernels.parallel.chain import Chain
 
-        return Chain.of(self, threads, in_flight, silence)
+        return Chain.of(self, threads, in_flight, silence, devices)
 
     def __str__(self) -> str:
         lines = []
@@ -158,7 +194,9 @@ def split(
     places, seconds = _balance(cuts, stages, sizes[0], rate, rounds)
     pieces = [cuts.part(begin, end) for begin, end in itertools.pairwise(places)]
     specs = [piece.inputs for piece in pieces]
-    parts = tuple(_network(network, piece, sizes[0], place, stages) for place, piece in enumerate(pieces))
+    token = secrets.token_hex(8)
+    named = [Place(number, stages, token) for number in range(1, stages + 1)]
+    parts = tuple(_network(network, piece, sizes[0], place) for place, piece in zip(named, pieces, strict=True))
     crossing = tuple(sum(spec.bytes(sizes[0]) for spec in found) for found in specs[1:])
     return Split(parts, tuple(seconds), crossing)
 
@@ -201,15 +239,15 @@ def _balance(
     return [where[place] for place in places], [float(s) for s in np.diff(until[places])]
 
 
-def _network(whole: Optimized, piece: Piece, free: Sequence[int], place: int, stages: int) -> Optimized:
+def _network(whole: Optimized, piece: Piece, free: Sequence[int], place: Place) -> Optimized:
     """A part as a network of its own."""
-    first, last = place == 0, place == stages - 1
+    first, last = place.number == 1, place.number == place.count
     report, told = whole.report(), piece.labels
     mine = Report(
         precision=report.precision,
         fused=[entry for entry in report.fused if ": ".join(filter(None, (entry.where, entry.what))) in told],
         left=[entry for entry in report.left if ": ".join(filter(None, (entry.where, entry.op))) in told],
-        notes=[f"part {place + 1} of {stages} of a network"],
+        notes=[str(place)],
     )
     if piece.calls:
         mine.notes.append(f"calls of torch's: {', '.join(piece.calls)}")

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pykernels.parallel.chain import Chain, PartError
 from pykernels.parallel.split import Split
 from pykernels.serve.errors import Unavailable
@@ -25,17 +27,19 @@ class Linked:
     Args:
         folder: of the parts' files.
         threads: torch's, of each part.
+        device: where the parts run. ``cuda`` is one CUDA device after the other, as far as there are any.
 
     Attributes:
         chain: the pipeline.
+        gpus: numbers of the CUDA devices that the parts run on; none on the CPU.
         runner: where it is called: one call for each part, and one on its way.
 
     Raises:
-        OSError, ValueError: as `Split.load`; or calls of a part write into something.
+        OSError, ValueError: as `Split.load`; or calls of a part write into something, or the device cannot be used.
         PartError: a part cannot be started.
     """
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, device: str = "cpu") -> None:
         split = Split.load(folder)
         for part in split.parts:
             check(part)
@@ -44,7 +48,10 @@ class Linked:
         self.example, self.free, self.dynamic = first.example, first.free, first.dynamic
         self._first = first
         calls = len(split.parts) + 1
-        self.chain = Chain.of_folder(folder, threads, in_flight=calls)
+        there = torch.cuda.device_count() if device == "cuda" else 0
+        devices = [f"cuda:{k % there}" if there else device for k in range(len(split.parts))]
+        self.gpus = sorted({torch.device(name).index or 0 for name in devices if name != "cpu"})
+        self.chain = Chain.of_folder(folder, threads, in_flight=calls, devices=devices)
         self._waiting = ThreadPoolExecutor(calls, thread_name_prefix="pykernels-chain")
         self.runner = Runner(self._waiting, calls)
         # Whoever still uses it when the repository lets it go holds it; then its processes end, in nobody's way.

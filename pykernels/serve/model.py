@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils import _pytree as pytree
 
+from pykernels.cuda import graphs
 from pykernels.optimized import load
 from pykernels.serve.batching import Counts, Queue
 from pykernels.serve.costs import Costs, sizes
@@ -104,8 +105,7 @@ async def ready(
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: it is no network of ours, its calls write into something, or its inputs or outputs are no tensors;
-            or it is split, and is to run on another device than the CPU.
+        ValueError: it is no network of ours, its calls write into something, or its inputs or outputs are no tensors.
         RuntimeError: the device cannot be used.
         PartError: a part cannot be started.
     """
@@ -134,9 +134,7 @@ async def try_batches(model: Model, limits: Limits) -> Model:
 
 def _load(path: Path, limits: Limits) -> Network:
     if path.is_dir():
-        if limits.device != "cpu":
-            raise ValueError(f"a network that is split runs on the CPU, not on {limits.device}")
-        return Linked(path, limits.threads)
+        return Linked(path, limits.threads, limits.device)
     network = load(path, limits.device)
     check(network)
     return from_host(network)
@@ -175,11 +173,12 @@ async def _timed(
 ) -> tuple[float, list[list[torch.Tensor]]]:
     """Seconds of a call while all instances run one (the median of the instances' quickest ones), and their answers."""
     together = threading.Barrier(runner.at_once)
+    warm_up = graphs.PATIENCE if isinstance(network, Linked) and network.gpus else calls_to_warm_up(network)
 
     def one() -> tuple[float, list[torch.Tensor]]:
         try:
             together.wait(PATIENCE)
-            for _ in range(calls_to_warm_up(network) - 1):
+            for _ in range(warm_up - 1):
                 _call(network, inputs)
             begin = time.perf_counter()
             answer = _call(network, inputs)  # the plans are made ready, which is next to nothing in a long call

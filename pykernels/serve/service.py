@@ -89,8 +89,6 @@ class Options:
                 raise ValueError(f"{name}: must be a finite number above 0, not {value!r}")
         if not isinstance(self.device, str) or DEVICE.fullmatch(self.device) is None:
             raise ValueError(f"device: must be cpu, cuda or cuda:N, not {self.device!r:.80}")
-        if self.device != "cpu" and self.parts > 1:
-            raise ValueError(f"device: a network that is split runs on the CPU, not on {self.device}")
         on_a_gpu(self.gpus)
         if not 0 <= self.batch_error < 1:
             raise ValueError(f"batch_error: must be at least 0, and less than 1, not {self.batch_error!r}")

@@ -37,6 +37,7 @@ class OnDevice:
         self.network = network
         self.device = torch.device(network.report().device)
         self.bytes = network.report().bytes_after
+        self.in_spec, self.out_spec = network.in_spec, network.out_spec
         self.input_names, self.output_names = network.input_names, network.output_names
         self.example, self.free, self.dynamic = network.example, network.free, network.dynamic
         self._threads = threading.local()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
-from flwr.common import Parameters, ndarrays_to_parameters, parameters_to_ndarrays
-from flwr.compat.common import recorddict_compat as compat
-from flwr.server import SimpleClientManager
-from flwr.server.strategy import FedAvg as OldFedAvg
+from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.server import Server, SimpleClientManager
+from flwr.server.compat.grid_client_proxy import GridClientProxy
+from flwr.server.strategy import FedAvg as FitFedAvg
+from flwr.server.strategy import FedMedian as FitMedian
+from flwr.server.strategy import Strategy as FitStrategy
 from flwr.serverapp.exception import InconsistentMessageReplies
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
@@ -29,7 +30,8 @@ from flwr.serverapp.strategy import (
 )
 from flwr.supercore.task_identity import TaskIdentity
 
-from pykernels.comm import flower, flower_wire
+from pykernels.comm import flower
+from pykernels.comm.flower import payload, server
 
 SHAPES = {"weight": (256, 500), "bias": (96,), "half": (4, 256)}
 RNG = np.random.default_rng(0)
@@ -99,14 +101,13 @@ def numpy(arrays: ArrayRecord | None) -> dict[str, np.ndarray]:
 
 def decoded(content: RecordDict, start: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What a reply's arrays would be without the mod."""
-    payload = content["arrays"]["payload"]
-    return flower_wire.Update.read(payload.stype, payload.data, start).arrays()
+    return numpy(server._decoded(server._reply(content, start))["arrays"])
 
 
 def strategys(strategy: flower.Decompress, replies: list[Message]) -> list[Message]:
     """The replies as the strategy gets them decoded."""
     known: dict[int, dict[str, np.ndarray]] = {}
-    return [strategy._decode(strategy._read(reply, known)) for reply in replies]
+    return [strategy._decode(*strategy._read(reply, known)) for reply in replies]
 
 
 class Sees(FedAvg):
@@ -163,7 +164,7 @@ def test_a_strategy_that_averages_as_fedavg_does_never_has_the_arrays(monkeypatc
     strategy = flower.Decompress(FedProx(weighted_by_key="loss", train_metrics_aggr_fn=metrics))
     replies = [clients.reply(message) for message in asked(strategy, start, 3)]
     means = [decoded(reply.content, start)["weight"] for reply in replies]
-    monkeypatch.setattr(flower_wire.Update, "arrays", None)
+    monkeypatch.setattr(server, "decode", None)
     found, told = strategy.aggregate_train(1, replies)
     assert told == {"clients": 3, "key": 1} and [len(content["arrays"]) for content in seen] == [0, 0, 0]
     assert np.allclose(numpy(found)["weight"], np.mean(means, 0), rtol=0, atol=1e-6)  # every loss is 1
@@ -312,27 +313,30 @@ def test_secure_aggregation_is_refused_by_name() -> None:
 
 def damaged(content: RecordDict, how: str) -> None:
     arrays, data = content["arrays"], content["arrays"]["payload"].data
-    fields = {"dtype": "uint8", "shape": (len(data),), "stype": "pykernels.1.int8", "data": data}
+    fields = {"dtype": "uint8", "shape": (len(data),), "stype": f"{payload.FORMAT}.int8", "data": data}
     if how == "short":
         fields.update(data=data[:-4], shape=(len(data) - 4,))
-    elif how == "shape":
-        fields["shape"] = (1 << 60,)
     elif how == "pickle":
         fields["stype"] = "numpy.ndarray"
     elif how == "scale":
         fields["data"] = np.float32("inf").tobytes() + data[4:]
     elif how == "codec":
-        fields["stype"] = "pykernels.1.zip"
+        fields["stype"] = f"{payload.FORMAT}.zip"
     elif how == "other codec":
-        fields["stype"] = "pykernels.1.int4"
-    elif how == "no codec":
-        fields["stype"] = "pykernels.1"
-    elif how == "two":
+        fields["stype"] = f"{payload.FORMAT}.int4"
+    elif how == "other format":
+        fields["stype"] = "pykernels.0.int8"
+    elif how == "two payloads":
+        arrays["more"] = arrays["payload"]
+    elif how == "none":
+        del arrays["payload"]
+    elif how == "two records":
         content["more"] = ArrayRecord()
-    arrays["payload"] = Array(**fields)
+    if how not in ("two payloads", "none", "two records"):
+        arrays["payload"] = Array(**fields)
 
 
-HOW = ["short", "shape", "pickle", "scale", "codec", "other codec", "no codec", "two"]
+HOW = ["short", "pickle", "scale", "codec", "other codec", "other format", "two payloads", "none", "two records"]
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -355,7 +359,7 @@ def test_random_bytes_of_the_right_size_never_do_more_than_decode() -> None:
     reply = clients.reply(asked(strategy, start, 2)[0])
     size = len(reply.content["arrays"]["payload"].data)
     for _ in range(50):
-        array = Array(dtype="uint8", shape=(size,), stype="pykernels.1.int8", data=RNG.bytes(size))
+        array = Array(dtype="uint8", shape=(size,), stype=f"{payload.FORMAT}.int8", data=RNG.bytes(size))
         reply.content["arrays"] = ArrayRecord({"payload": array})
         (found,) = strategys(strategy, [reply])
         assert found.has_error() or all(np.isfinite(x).all() for x in numpy(found.content["arrays"]).values())
@@ -367,12 +371,9 @@ def test_what_is_wrong_is_named() -> None:
     for never in (0, 1.5, "3"):
         with pytest.raises(ValueError, match="forget_after must be an integer of at least 1"):
             flower.compress(forget_after=never)  # type: ignore[arg-type]
-    for wrong in (object(), OldFedAvg(), flower.Decompress(FedAvg())):
-        with pytest.raises(TypeError, match=r"strategy must be one of flwr.serverapp.strategy, .* DecompressFit"):
-            flower.Decompress(wrong)  # type: ignore[arg-type]
-    for wrong in (FedAvg(), flower.DecompressFit(OldFedAvg())):
-        with pytest.raises(TypeError, match=r"strategy must be one of flwr.server.strategy, not"):
-            flower.DecompressFit(wrong)  # type: ignore[arg-type]
+    for wrong in (object(), flower.Decompress(FedAvg())):
+        with pytest.raises(TypeError, match="strategy must be"):
+            flower.Decompress(wrong)
     with pytest.raises(ValueError, match="compressed already"):
         Clients(2, flower.compress(), flower.compress()).reply(asked(FedAvg(), model(), 2)[0])
     start = model()
@@ -389,73 +390,111 @@ def test_what_is_wrong_is_named() -> None:
         Clients(2, flower.compress(forget_after=3)).reply(without)
 
 
-# ---- Flower's older interface: a client_fn, and strategies that get FitRes ----
+# ---- Flower's older form: a client_fn, and strategies of flwr.server ----
 
 
-class Adds(NumPyClient):
-    """Adds its number, of a hundredth, to what it is sent."""
+class Trainee(NumPyClient):
+    """Adds noise of a hundredth to what it is sent, of its own and the same in each round."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, node: int) -> None:
+        self.node = node
 
-    def fit(self, parameters: Any, config: Any) -> Any:
-        return [x + np.asarray(0.01 * self.number).astype(x.dtype) for x in parameters], 10 * self.number, {"loss": 1.0}
+    def get_parameters(self, config: dict[str, Any]) -> list[np.ndarray]:
+        return list(model().values())
 
-
-class OldServer:
-    """What Flower's server does with a strategy in a round, with three clients whose mods are `mods`."""
-
-    def __init__(self, strategy: Any, *mods: Any) -> None:
-        self.strategy, self.manager, self.uplink = strategy, SimpleClientManager(), 0
-        self.app = ClientApp(lambda context: Adds(context.node_id).to_client(), mods=list(mods))
-        self.contexts = {str(node): Context(1, node, {}, RecordDict(), {}) for node in (1, 2, 3)}
-        for cid in self.contexts:
-            self.manager.register(SimpleNamespace(cid=cid, node_id=int(cid)))  # type: ignore[arg-type]
-
-    def round(self, number: int, parameters: Parameters, damage: Any = lambda cid, content: None) -> Any:
-        results = []
-        for client, told in self.strategy.configure_fit(number, parameters, self.manager):
-            message = Message(compat.fitins_to_recorddict(told, True), client.node_id, "train")
-            content = self.app(message, self.contexts[client.cid]).content
-            damage(client.cid, content)
-            self.uplink += sum(len(array.data) for array in content["fitres.parameters"].values())
-            results.append((client, compat.recorddict_to_fitres(content, False)))
-        return self.strategy.aggregate_fit(number, results, [])
+    def fit(self, arrays: list[np.ndarray], config: dict[str, Any]) -> Any:
+        rng = np.random.default_rng(self.node)
+        mine = [(x + 0.01 * rng.standard_normal(x.shape)).astype(x.dtype) for x in arrays]
+        return mine, 10 * self.node, {"round": config["server-round"]}
 
 
-def test_a_strategy_of_the_older_interface_gets_decoded_results() -> None:
+class Fits(OneProcess):
+    """A Grid for the older server: hands messages to a client app, and may damage what it answers."""
+
+    def __init__(self, nodes: int, app: ClientApp, bad: int = 0) -> None:
+        super().__init__(nodes)
+        self.app, self.bad, self.uplink = app, bad, 0
+        self.contexts = {node: Context(1, node, {}, RecordDict(), {}) for node in self.nodes}
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Message]:
+        (message,) = messages
+        node = message.metadata.dst_node_id
+        reply = self.app(message, self.contexts[node])
+        record = reply.content.array_records["fitres.parameters"]
+        if node == self.bad:
+            record["payload"] = Array("uint8", (4,), f"{payload.FORMAT}.int8", b"1234")
+        self.uplink += sum(len(array.data) for array in record.values())
+        return [reply]
+
+
+def fitted(strategy: FitStrategy, grid: Fits, start: dict[str, np.ndarray], rounds: int = 1) -> list[np.ndarray]:
+    """The arrays after `rounds`, as Flower's server makes them."""
+    clients = SimpleClientManager()
+    for node in grid.nodes:
+        clients.register(GridClientProxy(node, grid, 1))  # type: ignore[arg-type]
+    served = Server(client_manager=clients, strategy=strategy)
+    served.parameters = ndarrays_to_parameters(list(start.values()))
+    for number in range(1, rounds + 1):
+        after = served.fit_round(number, timeout=None)
+        assert after is not None and after[0] is not None
+        served.parameters = after[0]
+    return parameters_to_ndarrays(served.parameters)
+
+
+def fit_strategy(kind: type[FitFedAvg] = FitFedAvg, **options: Any) -> FitStrategy:
+    return kind(min_fit_clients=3, min_available_clients=3, **options)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_client_fn_and_the_older_strategies_work_alike(inplace: bool) -> None:
     start = {name: x for name, x in model().items() if name != "steps"}
-    sent = ndarrays_to_parameters(list(start.values()))
-    strategy = flower.DecompressFit(OldFedAvg())
-    server = OldServer(strategy, flower.compress())
-    for number in (1, 2):
-        found, _ = server.round(number, sent)
-        for x, mean in zip(parameters_to_ndarrays(found), start.values(), strict=True):
-            assert x.shape == mean.shape and np.allclose(x, mean + 0.01 * 14 / 6, rtol=0, atol=2e-3)
-    stats = strategy.stats()
-    assert stats.steps == 2 and stats.wire_bytes == server.uplink <= 0.26 * stats.gradient_bytes
+    told: list[Any] = []
+
+    def metrics(found: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
+        told.extend(found)
+        return {}
+
+    results = []
+    for mods, wrap in (([], lambda s: s), ([flower.compress("int8")], flower.Decompress)):
+        app = ClientApp(lambda context: Trainee(context.node_id).to_client(), mods=mods)
+        grid = Fits(3, app)
+        strategy = wrap(
+            fit_strategy(
+                inplace=inplace, fit_metrics_aggregation_fn=metrics, on_fit_config_fn=lambda n: {"server-round": n}
+            )
+        )
+        results.append((fitted(strategy, grid, start), grid.uplink, strategy))
+    (plain, all_bytes, _), (found, few, strategy) = results
+    assert isinstance(strategy, flower.DecompressFit) and isinstance(strategy, FitStrategy)
+    assert few <= 0.26 * all_bytes and strategy.stats().wire_bytes == few
+    assert sorted(told) == sorted(2 * [(10 * n, {"round": 1}) for n in (1, 2, 3)])
+    for name, mean, true in zip(start, found, plain, strict=True):
+        assert mean.shape == true.shape and mean.dtype == start[name].dtype, name
+        moved = np.linalg.norm(true.astype(np.float64) - start[name])
+        assert np.linalg.norm(mean.astype(np.float64) - true) <= 0.15 * moved, name
 
 
-def test_what_one_of_its_clients_should_not_have_sent_is_a_failure() -> None:
-    class Counts(OldFedAvg):
-        def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> Any:
-            self.failures = failures
-            return super().aggregate_fit(server_round, results, failures)
+def test_the_older_strategies_get_decoded_results_where_they_average_otherwise() -> None:
+    start = {"weight": RNG.standard_normal((64, 256)).astype(np.float32)}
+    strategy = flower.Decompress(fit_strategy(FitMedian))
+    app = ClientApp(lambda context: Trainee(context.node_id).to_client(), mods=[flower.compress(forget_after=1)])
+    (weight,) = fitted(strategy, Fits(3, app), start, rounds=2)
+    assert 0 < np.linalg.norm(weight - start["weight"]) < 0.02 * 16 * 8 * 2
+    assert strategy.stats().steps == 2
 
-    def damage(cid: str, content: RecordDict) -> None:
-        if cid == "2":
-            data = content["fitres.parameters"]["0"].data if plain else b"garbage"
-            form = "numpy.ndarray" if plain else "pykernels.1.int8"
-            content["fitres.parameters"] = ArrayRecord({"0": Array("uint8", (len(data),), form, data)})
 
-    start, counts = np.zeros((8, 256), np.float32), Counts()
-    for plain in (False, True):
-        server = OldServer(flower.DecompressFit(counts), flower.compress())
-        if plain:
-            server.app = ClientApp(lambda context: Adds(context.node_id).to_client())
-        found, _ = server.round(1, ndarrays_to_parameters([start]), damage)
-        assert any("reply of client 2: " in str(failure) for failure in counts.failures)
-        if plain:  # nobody compresses
-            assert found is None and len(counts.failures) == 3
-        else:
-            assert np.allclose(parameters_to_ndarrays(found)[0], (0.01 + 0.03 * 3) / 4, atol=1e-6)
+@pytest.mark.parametrize("average", [FitFedAvg, FitMedian])
+def test_a_result_that_is_not_what_it_should_be_is_a_failure_of_that_client(
+    average: type[FitFedAvg], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, failed, aggregate = {"weight": np.zeros((64, 256), np.float32)}, [], average.aggregate_fit
+
+    def seen(self: Any, number: int, results: Any, failures: list[Any]) -> Any:
+        failed.extend(failures)
+        return aggregate(self, number, results, failures)
+
+    monkeypatch.setattr(average, "aggregate_fit", seen)
+    app = ClientApp(lambda context: Trainee(context.node_id).to_client(), mods=[flower.compress()])
+    (weight,) = fitted(flower.Decompress(fit_strategy(average)), Fits(3, app, bad=2), start)
+    assert len(failed) == 1 and "reply of client 2: the payload has 4 bytes" in str(failed[0])
+    assert 0.004 < weight.std() < 0.01  # of two means of noise of a hundredth

@@ -50,6 +50,8 @@ def computes(rank: int) -> dict[str, Any]:
         answers[f"{name}: integers"] = torch.equal(
             op(everyone[rank].mul(100).long(), **LEAST), expected(name, [x.mul(100).long() for x in everyone], rank)
         )
+        empty = op(everyone[rank][..., :0], **LEAST)
+        answers[f"{name}: empty"] = empty.shape == expected(name, [x[..., :0] for x in everyone], rank).shape
         half = op(everyone[rank].bfloat16(), **LEAST)
         answers[f"{name}: bf16"] = half.dtype == torch.bfloat16 and error(half.float(), true) < 0.02
         if name != "all_reduce":
@@ -107,6 +109,7 @@ def refuses(rank: int) -> dict[str, Any]:
     calls: dict[str, Callable[[], Any]] = {
         "codec": lambda: comm.all_reduce(values(rank), "int9"),
         "block": lambda: comm.all_reduce(values(rank), block=100),
+        "without dimensions": lambda: comm.all_gather(torch.tensor(1.0)),
         "along": lambda: comm.reduce_scatter(values(rank)[: 2 * dist.get_world_size() - 1]),
         "not as many": lambda: comm.all_to_all(values(rank)[: 2 * dist.get_world_size() - 1]),
     }

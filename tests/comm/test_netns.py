@@ -42,6 +42,16 @@ def test_ranks_see_each_other_over_shaped_links_and_leave_nothing_behind() -> No
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
+def test_a_program_is_given_rates_of_its_ranks() -> None:
+    code = (
+        "import os, subprocess; from benchmarks.comm import netns; rank = int(os.environ['RANK']);"
+        "tc = subprocess.run(['tc', 'qdisc', 'show', 'dev', netns.INTERFACE], capture_output=True, text=True).stdout;"
+        "assert ('rate 10Mbit' in tc) == (rank > 0), (rank, tc)"
+    )
+    assert netns.run([sys.executable, "-c", code], 3, 60.0, ["unshaped", "10mbit"]) == 0
+
+
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
 def test_a_rank_that_fails_or_hangs_ends_all() -> None:
     assert netns.run(["sh", "-c", "test $RANK = 0 && exit 3; sleep 60"], 2, 30.0) == 3
     assert netns.run(["sleep", "60"], 2, 0.5) == 124

@@ -3,6 +3,7 @@ slow."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import secrets
@@ -24,9 +25,12 @@ from torch import nn
 import pykernels as pk
 from pykernels.parallel import part as part_module
 from pykernels.parallel.chain import Chain, PartError
-from pykernels.parallel.link import Link, LinkError, Silent, accept, dial, listen
-from pykernels.parallel.split import Split, split
+from pykernels.parallel.link import Link, LinkError, Server, Silent, dial, dial_until
+from pykernels.parallel.processes import Processes
+from pykernels.parallel.split import Place, Split, split
+from pykernels.tune.on_device import OnDevice, copy_on, from_host
 from tests.networks import lively
+from tests.stand_in import Gpu
 
 PATIENCE = 60  # seconds: whoever waits longer hangs
 SILENCE = 1.0
@@ -68,18 +72,19 @@ class Threads:
         self.key, self.count = secrets.token_bytes(32), len(split.parts)
         self.places = [str(folder / str(number)) for number in range(self.count + 1)]
         self.networks: list[Any] = list(split.parts)
-        self.servers: dict[int, socket.socket] = {}
+        self.splits = ["0" * 16] * self.count
+        self.servers: dict[int, Server] = {}
         self.links: dict[int, list[Link]] = {}
         self.ended: dict[int, str] = {}
         self.broken: set[int] = set()  # parts that cannot be started
         self.here = threading.local()
-        for name in ("accept", "dial_until"):
-            monkeypatch.setattr(part_module, name, self._noting(getattr(part_module, name)))
+        monkeypatch.setattr(part_module, "dial_until", self._noting(part_module.dial_until))
+        monkeypatch.setattr(Server, "accept", self._noting(Server.accept))
 
     def _noting(self, make: Callable[..., Link | None]) -> Callable[..., Link | None]:
-        def made(*args: Any) -> Link | None:
-            link = make(*args)
-            if link is not None:
+        def made(*args: Any, **kwargs: Any) -> Link | None:
+            link = make(*args, **kwargs)
+            if link is not None and hasattr(self.here, "number"):
                 self.links[self.here.number].append(link)
             return link
 
@@ -94,13 +99,13 @@ class Threads:
         if number in self.broken:
             self.ended[number] = "with exit status 1"
             return
-        self.servers[number], self.links[number] = listen(self.places[number - 1]), []
+        self.servers[number], self.links[number] = Server(self.places[number - 1], self.key, SILENCE), []
 
         def run() -> None:
             self.here.number = number
             where = self.servers[number], self.places[number]
-            network = self.networks[number - 1]
-            part_module.attend(network, number, self.count, *where, self.key, SILENCE, PATIENCE)
+            network, place = self.networks[number - 1], Place(number, self.count, self.splits[number - 1])
+            part_module.attend(network, place, *where, self.key, SILENCE, PATIENCE)
 
         threading.Thread(target=run, daemon=True).start()
 
@@ -114,9 +119,7 @@ class Threads:
     def end(self, number: int) -> None:
         """As if the process were killed."""
         if number in self.servers:
-            server = self.servers.pop(number)
-            server.shutdown(socket.SHUT_RDWR)
-            server.close()
+            self.servers.pop(number).close()
             for link in self.links[number]:
                 link.close()
         self.ended[number] = "by signal 9"
@@ -125,6 +128,11 @@ class Threads:
         """As if the process were stopped: nothing comes from it any more."""
         for link in self.links[number]:
             link.send = lambda *_: time.sleep(PATIENCE)  # type: ignore[method-assign]
+
+    def freeze(self, number: int) -> None:
+        """The same, and nobody is greeted any more."""
+        self.stop(number)
+        self.servers[number]._greet = lambda *_: None  # type: ignore[method-assign]
 
     def close(self) -> None:
         for number in list(self.servers):
@@ -193,11 +201,84 @@ def test_an_error_names_the_part_and_is_that_requests_alone(threads: Threads, ne
                 assert torch.equal(future.result(PATIENCE), network(x))
         with pytest.raises(PartError, match=r"part 1 of 3: RuntimeError: .*4 channels"):
             chain(torch.randn(2, 4, 8, 8))
-        with pytest.raises(TypeError, match="not str"):
-            chain("an image")
+        for what, said in (("an image", "not str"), (xs[0].to_sparse(), "sparse_coo"), (xs[0].to("meta"), "on meta")):
+            with pytest.raises(TypeError, match=said):
+                chain(what)
         with pytest.raises(ValueError, match="inputs are nested as"):
             chain(xs[0], xs[0])
         assert torch.equal(chain(xs[0]), network(xs[0])) and chain.restarts == 0
+
+
+def test_an_answer_that_cannot_be_sent_is_that_requests_error(threads: Threads, network: pk.Optimized) -> None:
+    x, last = images(1)[0], threads.networks[2]
+
+    class Sparse(Watched):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return last(*args, **kwargs).to_sparse() if len(args[0]) == 2 else last(*args, **kwargs)
+
+    threads.networks[2] = Sparse(last, print)
+    with threads.chain() as chain:
+        with pytest.raises(PartError, match=r"part 3 of 3: TypeError: a tensor of .*sparse_coo"):
+            chain.submit(torch.cat([x, x])).result(PATIENCE)
+        assert torch.equal(chain(x), network(x)) and chain.restarts == 0
+
+
+def test_callbacks_may_ask_and_must_not_wait(threads: Threads, network: pk.Optimized) -> None:
+    x, found, done = images(1)[0], list[Any](), threading.Event()
+
+    def after(_: object) -> None:
+        for call in (lambda: chain(x), lambda: list(chain.map([x])), chain.close):
+            try:
+                call()
+            except RuntimeError as error:
+                found.append(str(error))
+        found.append(chain.submit(x))
+        done.set()
+
+    with threads.chain() as chain:
+        chain.submit(x).add_done_callback(after)
+        assert done.wait(PATIENCE)
+        assert [said.partition(":")[0] for said in found[:3]] == ["a call", "map", "close"]
+        assert torch.equal(found[3].result(PATIENCE), network(x))
+
+
+def test_a_forked_process_neither_asks_nor_closes(
+    threads: Threads, network: pk.Optimized, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = images(1)[0]
+    with threads.chain() as chain:
+        with monkeypatch.context() as forked:
+            forked.setattr(os, "getpid", lambda: -1)
+            with pytest.raises(RuntimeError, match="submit: the pipeline is that of the process"):
+                chain(x)
+            chain.close()
+        assert torch.equal(chain(x), network(x))
+
+
+def test_what_nobody_foresaw_is_told_to_all_who_wait(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_file(number: int) -> None:
+        raise OSError("too many open files")
+
+    x = images(1)[0]
+    with threads.chain() as chain:
+        chain(x)
+        monkeypatch.setattr(threads, "restart", no_file)
+        threads.end(2)
+        with pytest.raises(PartError, match="the pipeline: OSError: too many open files"):
+            chain.submit(x).result(PATIENCE)
+
+
+@pytest.mark.parametrize("hung", [(1, 2), (1, 2, 3)])
+def test_parts_that_hang_together_are_all_started_anew(
+    hung: tuple[int, ...], threads: Threads, network: pk.Optimized, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pykernels.parallel.chain.HUNG", 2.0)
+    x = images(1)[0]
+    with threads.chain() as chain:
+        chain(x)
+        for number in hung:
+            threads.freeze(number)
+        assert torch.equal(chain.submit(x).result(PATIENCE), network(x))
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -246,6 +327,27 @@ def test_a_request_that_kills_a_part_fails_alone(threads: Threads, network: pk.O
         assert chain.restarts == 2
 
 
+def test_parts_of_several_splits_are_not_joined(threads: Threads) -> None:
+    threads.splits[1] = "1" * 16
+    with pytest.raises(PartError, match=r"not all of one split in order, but part 1 .* part 2 of 3 of split 1111"):
+        threads.chain()
+
+
+def test_arguments_that_cannot_be_are_named(parts: Split) -> None:
+    for given, said in (
+        ({"threads": 0}, "threads: must be a whole number"),
+        ({"in_flight": 0}, "in_flight: must be a whole number"),
+        ({"silence": 0.0}, "silence: must be between 0.1"),
+        ({"silence": float("nan")}, "silence: must be between 0.1"),
+        ({"devices": ["cpu"]}, "devices: one for each of the 3 parts is needed"),
+        ({"devices": "cpu"}, "devices: one for each of the 3 parts is needed"),
+        ({"devices": ["cpu", "cpu", "gpu"]}, "devices: must be cpu, cuda, cuda:0, cuda:1 ..., not 'gpu'"),
+        ({"devices": ["cpu", "cpu", "cuda:999"]}, "devices: cuda:999 cannot be used"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            parts.serve(**given)  # type: ignore[arg-type]
+
+
 def test_a_part_that_cannot_be_started_is_named(threads: Threads, network: pk.Optimized) -> None:
     threads.broken.add(2)
     with pytest.raises(PartError, match="part 2 ended with exit status 1 before the pipeline was joined"):
@@ -258,6 +360,44 @@ def test_a_part_that_cannot_be_started_is_named(threads: Threads, network: pk.Op
         threads.end(2)
         with pytest.raises(PartError, match="part 2 ended"):  # later, too, when it has been tried again
             chain.submit(x).result(PATIENCE)
+
+
+# ---- devices ---------------------------------------------------------------------------------------------------------
+def test_parts_on_devices_are_called_from_the_host(
+    threads: Threads, network: pk.Optimized, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for two GPUs: one part on each, one on the CPU."""
+    gpu = Gpu(monkeypatch, count=2)
+    where = ["cuda:1", "cpu", "cuda:0"]
+    threads.networks = [from_host(copy_on(part, to)) for part, to in zip(threads.networks, where, strict=True)]
+    xs = images(12)
+    with threads.chain() as chain:
+        for x, y in zip(xs, chain.map(xs), strict=True):
+            torch.testing.assert_close(y, network(x), rtol=1e-5, atol=1e-6)
+        assert gpu.captured > 0 and len(gpu.streams) == 2 and chain.restarts == 0
+
+
+def test_the_process_of_a_part_brings_it_to_its_device(
+    parts: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Gpu(monkeypatch, count=2)
+    found: list[Any] = []
+
+    def attend(network: Any, place: Place, *_: object) -> None:
+        assert place[:2] == (2, 3)
+        found.append(network)
+
+    monkeypatch.setattr(part_module, "attend", attend)
+    monkeypatch.setenv("PYKERNELS_PIPELINE_KEY", "0" * 64)
+    given = [str(parts.save(tmp_path / "parts")[1]), "--listen", f"{tmp_path}/2"]
+    before = torch.get_num_threads()
+    for device in ("cuda:1", "cpu"):
+        part_module.main([*given, "--next", f"{tmp_path}/3", "--device", device, "--threads", str(before)])
+    assert isinstance(found[0], OnDevice) and str(found[0].device) == "cuda:1"
+    assert found[1].report().device == "cpu"
+    processes = Processes(parts.save(tmp_path / "parts"), 1, SILENCE, ["cuda:1", "cpu", "cuda"])
+    assert [command[command.index("--device") + 1] for command in processes._commands] == ["cuda:1", "cpu", "cuda"]
+    processes.close()
 
 
 # ---- links -----------------------------------------------------------------------------------------------------------
@@ -331,15 +471,53 @@ def test_silence_and_an_end_are_told_apart(ends: tuple[Link, Link]) -> None:
 
 def test_only_those_who_know_the_key_are_heard(tmp_path: Path) -> None:
     address = str(tmp_path / "socket")
-    server = listen(address)
-    for key, heard in ((b"other" * 4, False), (b"right" * 4, True)):
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(accept, server, b"right" * 4, SILENCE, PATIENCE)
-            link = dial(address, key, SILENCE)
-            assert (link is not None) == heard and (coming.result() is not None) == heard
+    server = Server(address, b"right" * 4, SILENCE)
+    assert dial(address, b"other" * 4, SILENCE) is None and server.accept(0.1) is None
+    link = dial(address, b"right" * 4, SILENCE)
+    found = server.accept(PATIENCE)
+    assert link is not None and found is not None
+    link.beat()
+    link.send({"kind": "call"})
+    assert found.receive() == ({"kind": "call"}, [])
     server.close()
+    assert server.accept() is None and dial(address, b"right" * 4, SILENCE) is None
     with pytest.raises(ValueError, match="neither a path nor host:port"):
-        listen("localhost")
+        Server("localhost", b"right" * 4, SILENCE)
+
+
+def test_strangers_keep_nobody_waiting_and_are_sent_away(tmp_path: Path) -> None:
+    address = str(tmp_path / "socket")
+    server = Server(address, b"right" * 4, 2 * SILENCE)
+    strangers = [socket.socket(socket.AF_UNIX) for _ in range(100)]  # more than are greeted at once
+    for number, stranger in enumerate(strangers):
+        stranger.connect(address)
+        with contextlib.suppress(OSError):
+            stranger.send(b"\0\0\1\0" + b"#" * (number % 5))  # half an answer
+    link = dial_until(address, b"right" * 4, PATIENCE, PATIENCE)
+    found = server.accept(PATIENCE)
+    assert link is not None and found is not None
+    link.send({"kind": "call"})
+    assert found.receive() == ({"kind": "call"}, [])
+    begin = time.monotonic()
+    with contextlib.suppress(OSError):  # a byte now and then is not enough
+        while time.monotonic() - begin < PATIENCE:
+            strangers[-1].send(b"#")
+            time.sleep(0.1)
+    assert time.monotonic() - begin < PATIENCE
+    for stranger in strangers:
+        stranger.close()
+    server.close()
+
+
+def test_what_cannot_be_held_ends_the_link(ends: tuple[Link, Link], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    one, other = ends
+    one.send({"kind": "call"}, [torch.zeros(4)])
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(LinkError, match=r"what came cannot be held: .*can't allocate"):
+        other.receive()
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

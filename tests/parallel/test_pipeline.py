@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +27,26 @@ from pykernels import comm
 
 pytestmark = pytest.mark.xdist_group("two ranks of tests/parallel")
 SINGLE = {"GPipe": schedules.ScheduleGPipe, "1F1B": schedules.Schedule1F1B}
-LOOPED = {"Interleaved1F1B": schedules.ScheduleInterleaved1F1B}
+
+
+def from_table(stages: Any, chunks: int, **options: Any) -> Any:
+    """A schedule that was written down before: what its user has in a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        table = f"{folder}/table.csv"
+        schedules.ScheduleInterleaved1F1B(stages, chunks, **options)._dump_csv(table)
+        schedule = schedules._PipelineScheduleRuntime(stages, chunks, **options)
+        schedule._load_csv(table, format="compute_comms")
+    return schedule
+
+
+LOOPED = {
+    "Interleaved1F1B": schedules.ScheduleInterleaved1F1B,
+    "LoopedBFS": schedules.ScheduleLoopedBFS,
+    "InterleavedZeroBubble": schedules.ScheduleInterleavedZeroBubble,
+    "table": from_table,
+}
 FOLDED = {"ZBV": schedules.ScheduleZBVZeroBubble, "DualPipeV": schedules.ScheduleDualPipeV}
-SCHEDULES = {**SINGLE, **LOOPED, **FOLDED}
+SCHEDULES: dict[str, Callable[..., Any]] = {**SINGLE, **LOOPED, **FOLDED}
 # Relative error of the gradients of all parameters together, and the share of fp32's bytes that travel at most.
 BOUNDS = {"bf16": (0.02, 0.5), "int8": (0.05, 0.26), "int4": (0.7, 0.135)}
 WIDTH, TOKENS = 256, 3
@@ -208,6 +226,11 @@ def ways(rank: int) -> dict[str, Any]:
     answers["steps"] = coded.handles[0].stats().steps == 3
     for handle in coded.handles:
         handle.remove()
+    for stage, handle in zip(coded.stages, coded.handles, strict=True):
+        second = comm.register(stage)
+        handle.remove()  # once more: nothing of its own is left
+        answers["the second one stays"] = "forward_one_chunk" in vars(stage)
+        second.remove()
     before = coded.handles[0].stats().wire_bytes
     expected, found = plain.step(2)[0], coded.step(2)[0]
     answers["removed"] = torch.equal(plain.gradients(), coded.gradients()) and (
@@ -245,6 +268,50 @@ def test_every_way_of_using_a_pipeline(found: list[dict[str, Any]]) -> None:
                 assert answer[0] < answer[1], (what, answer)
             else:
                 assert answer, what
+
+
+class Spoilt(nn.Module):
+    """One activation that is sent, and one gradient, is `value`; `seen` is what came last from the other stage."""
+
+    value = 0.0
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index, self.inner, self.seen = index, part(index), torch.empty(0)
+
+    def keep(self, came: torch.Tensor) -> None:
+        self.seen = came.detach().clone()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bad = torch.zeros_like(x)
+        bad[0, 0, 3] = self.value
+        if self.index == 0:
+            y: torch.Tensor = self.inner(x) + bad
+            y.register_hook(self.keep)
+            return y
+        self.keep(x)
+        x = x.nan_to_num(0, 0, 0)
+        x.register_hook(lambda gradient: gradient + bad)
+        return self.inner(x)
+
+
+def spoilt(rank: int) -> dict[str, bool]:
+    """Whether what is not finite arrives so, in both directions, and spoils no other token."""
+    answers = {}
+    for codec in (*BOUNDS, "fp8", "fp16"):
+        for value in (torch.nan, torch.inf, -torch.inf):
+            Spoilt.value = value
+            pipeline = Pipeline("GPipe", both(codec), Spoilt)
+            pipeline.step(0)
+            seen: Any = pipeline.stages[0].submod.seen
+            others = torch.cat([seen[0, 1:], seen[1]]).isfinite().all()
+            answers[f"{codec}, {value}"] = not seen[0, 0, 3].isfinite() and bool(others)
+    return answers
+
+
+def test_what_is_not_finite_stays_so(found: list[dict[str, Any]]) -> None:
+    for answers in (answers["spoilt"] for answers in found):
+        assert len(answers) == 15 and all(answers.values()), answers
 
 
 def unbiased(rank: int) -> float:
@@ -298,18 +365,26 @@ def complaints(rank: int) -> list[str]:
     expect(ValueError, forward="onebit")
     expect(ValueError, backward="int9")
     expect(ValueError, block=100)
+    expect(ValueError, block="all")
     expect(TypeError, error_feedback=True)
     expect(RuntimeError, forward="int8" if rank else "int4")
     handle = comm.register(stage)
     expect(RuntimeError)
+
+    stage.fwd_cache[0] = (torch.zeros(2, 1, WIDTH).expand(2, TOKENS, WIDTH),), []
+    stage.act_send_info = {0: [1 - rank]}
+    with pytest.raises(ValueError) as raised:
+        stage.get_fwd_send_ops(0)
+    messages.append(str(raised.value))
     with pytest.raises(ValueError) as raised:
         handle.load_state_dict({**handle.state_dict(), "stage": 5})
     return [*messages, str(raised.value)]
 
 
 def test_what_is_wrong_is_named(found: list[dict[str, Any]]) -> None:
-    words = ["forward must be one of", "backward must be one of", "block", "error_feedback"]
-    words += ["rank 0 has forward int4, rank 1 has forward int8", "registered already", "stage is 5"]
+    words = ["forward must be one of", "backward must be one of", "block", "block", "error_feedback"]
+    words += ["rank 0 has forward int4, rank 1 has forward int8", "registered already"]
+    words += ["output 0 of shape (2, 3, 256) is expanded", "stage is 5"]
     for messages in (answers["complaints"] for answers in found):
         for word, message in zip(words, messages, strict=True):
             assert word in message

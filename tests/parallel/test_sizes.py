@@ -40,3 +40,19 @@ def test_a_network_of_fixed_sizes_has_one_call() -> None:
     fast = pk.optimize(nn.Linear(4, 4), (torch.randn(2, 4),), dynamic_batch=False)
     inputs, free = calls(fast, None)
     assert [[list(x.shape) for x in given] for given in inputs] == [[[2, 4]]] and free == [[]]
+
+
+class Picked(nn.Module):
+    """Of each row of x the masks' own, by number: masks of more rows than x are taken, of fewer are not."""
+
+    def forward(self, x: torch.Tensor, masks: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) * scale + masks[torch.arange(x.shape[0])]
+
+
+def test_sizes_of_which_one_may_be_larger_alone_are_one_still() -> None:
+    """And a number, which has no dimensions, is an input."""
+    fast = pk.optimize(Picked(), (torch.randn(2, 4), torch.randn(2, 4), torch.tensor(2.0)))
+    assert fast.free == [[0], [0], []]
+    inputs, free = calls(fast, None)
+    assert all(x.shape[0] == masks.shape[0] == found[0] for (x, masks, _), found in zip(inputs, free, strict=True))
+    assert [len(found) for found in free] == [1, 1, 1] and inputs[0][2].shape == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,18 @@ def test_parts_are_files_that_load_again(quantized: pk.Optimized, tmp_path: Path
     between = parts.parts[0](x)
     assert torch.equal(copied(*between)[0], parts.parts[1](*between)[0])
 
+    cut_anywhere(quantized, 3).save(tmp_path / "other")
+    for file in ("part-2-of-3.pk", "part-1-of-3.pk"):  # of another split; or named otherwise
+        mixed = tmp_path / file
+        shutil.copytree(tmp_path / "new", mixed)
+        shutil.copy(tmp_path / ("other" if file == "part-2-of-3.pk" else "new") / "part-2-of-3.pk", mixed / file)
+        with pytest.raises(
+            ValueError, match=r"folder: the parts of one split in order are needed, not part \d of 3 of"
+        ):
+            Split.load(mixed)
+    quantized.save(tmp_path / "new" / "part-2-of-3.pk")
+    with pytest.raises(ValueError, match="network: it is no part of one that was split"):
+        Split.load(tmp_path / "new")
     (tmp_path / "new" / "part-2-of-3.pk").unlink()
     with pytest.raises(ValueError, match=r"all parts of one network are needed.*part-1-of-3.pk, part-3-of-3.pk"):
         Split.load(tmp_path / "new")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +13,14 @@ from ranks import alike, error, run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
 
 import pykernels as pk
 from pykernels.comm import tensor_parallel
@@ -77,25 +86,124 @@ def splits(rank: int) -> dict[str, Any]:
     answers["checkpoint"] = torch.equal(whole(model.state_dict()["3.weight"]), reference.state_dict()["3.weight"])
 
     for word, bad in {
-        "output_layouts": {"1": ColwiseParallel(output_layouts=Replicate())},
+        "output_layouts": {"1": ColwiseParallel(output_layouts=Shard(1))},
         "input_layouts": {"3": RowwiseParallel(input_layouts=Replicate())},
         "from the front": {"3": RowwiseParallel(output_layouts=Shard(-1))},
         "colwise, rowwise": {"1": "columns"},
+        "or a style, not None": {"1": None},
         "LayerNorm": {"0": "colwise"},
     }.items():
         with pytest.raises(ValueError) as raised:
             parallelize_module(network(), mesh, tensor_parallel(bad))
         answers[f"refused: {word}"] = word in str(raised.value)
+    for word, options in {"codec": {"codec": "int9"}, "block": {"block": 100}}.items():
+        with pytest.raises(ValueError, match=word):
+            tensor_parallel(plan, **options)
+
+    class Mine(ColwiseParallel):
+        """A style of somebody's own."""
+
+    mine = Mine()
+    answers["styles of others stay"] = tensor_parallel({"1": mine})["1"] is mine
     return answers
 
 
-def test_layers_that_are_split_answer_as_whole_ones(found: list[dict[str, Any]]) -> None:
-    for answers in (answers["splits"] for answers in found):
+def check(found: list[dict[str, Any]]) -> None:
+    for answers in found:
+        assert answers
         for what, answer in answers.items():
-            if isinstance(answer, tuple):
-                assert answer[0] < answer[1], (what, answer)
-            else:
-                assert answer, what
+            assert answer[0] < answer[1] if isinstance(answer, tuple) else answer, (what, answer)
+
+
+def test_layers_that_are_split_answer_as_whole_ones(found: list[dict[str, Any]]) -> None:
+    check([answers["splits"] for answers in found])
+
+
+class Language(nn.Module):
+    """Words, a residual block, and logits: what torch's plans for language models are written for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(WORDS, WIDTH)
+        self.norm, self.last = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.inner = nn.Sequential(nn.Linear(WIDTH, INNER), nn.GELU(), nn.Linear(INNER, WIDTH))
+        self.head = nn.Linear(WIDTH, WORDS)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        x = self.words(words)
+        return self.head(self.last(x + self.inner(self.norm(x))))
+
+
+def gathered(layout: Any) -> Any:
+    return PrepareModuleInput(input_layouts=(layout,), desired_input_layouts=(Replicate(),))
+
+
+WORDS = 101  # so many are for no number of ranks
+PLANS: dict[str, Callable[[], dict[str, Any]]] = {
+    "tokens": lambda: {
+        "words": RowwiseParallel(input_layouts=Replicate()),
+        "inner.0": ColwiseParallel(),
+        "inner.2": RowwiseParallel(),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    },
+    "sequences": lambda: {
+        "words": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1), use_local_output=False),
+        "norm": SequenceParallel(),
+        "inner": gathered(Shard(1)),
+        "inner.0": ColwiseParallel(),
+        "inner.2": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
+        "last": SequenceParallel(),
+        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    },
+    "logits in parts": lambda: {
+        "words": ColwiseParallel(output_layouts=Replicate()),
+        "inner.0": ColwiseParallel(use_local_output=False),
+        "inner.2": RowwiseParallel(),
+        "head": ColwiseParallel(use_local_output=False),
+    },
+}
+
+
+def plans(rank: int) -> dict[str, Any]:
+    """Plans as torch's users write them, against the whole network in one process."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    generator = torch.Generator().manual_seed(3)
+    words, following = (torch.randint(0, WORDS, (4, TOKENS), generator=generator) for _ in range(2))
+
+    def loss(model: nn.Module) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(words).flatten(0, 1), following.flatten())
+
+    reference = Language()
+    true = loss(reference)
+    true.backward()
+    answers: dict[str, Any] = {}
+    for name, plan in PLANS.items():
+        for codec, bound in (("fp32", 1e-5), ("int8", 0.02)):
+            model = parallelize_module(Language(), mesh, tensor_parallel(plan(), codec, least=0))
+            with loss_parallel() if name == "logits in parts" else contextlib.nullcontext():
+                found = loss(model)
+                found.backward()
+            what = f"{name}, {codec}"
+            answers[f"{what}: loss"] = error(whole(found.detach()), true.detach()), bound
+            answers[f"{what}: ranks"] = alike(whole(found.detach()))
+            for (parameter, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+                answers[f"{what}: gradient of {parameter}"] = error(whole(p.grad), q.grad), bound
+
+    # under autocast the layer's dtype is that of the sums, as of a whole layer, whatever its bias has
+    model = parallelize_module(network(), mesh, tensor_parallel({"1": "colwise", "3": "rowwise"}, least=0))
+    with torch.autocast("cpu", torch.bfloat16):
+        answers["autocast"] = model(tokens()).dtype == network()(tokens()).dtype == torch.bfloat16
+    return answers
+
+
+def test_plans_of_torchs_users_train_as_one_process(found: list[dict[str, Any]]) -> None:
+    check([answers["plans"] for answers in found])
+
+
+@pytest.mark.slow
+def test_plans_of_torchs_users_train_as_one_process_on_three_ranks() -> None:
+    check(run_ranks(3, plans))
 
 
 def swapped(model: nn.Module) -> nn.Module:
@@ -126,6 +234,8 @@ def int8(rank: int) -> dict[str, Any]:
         ("relu belongs", activated, "rowwise"),
         ("5 outputs", odd, "colwise"),
         ("input_layouts", odd, ColwiseParallel(input_layouts=Shard(1))),
+        ("output_layouts", odd, ColwiseParallel(output_layouts=Replicate())),
+        ("use_local_output", odd, RowwiseParallel(use_local_output=False)),
     ):
         with pytest.raises(ValueError, match=word):
             parallelize_module(swapped(bad), mesh, tensor_parallel({"0": style}))
@@ -133,9 +243,7 @@ def int8(rank: int) -> dict[str, Any]:
 
 
 def test_int8_layers_are_split_for_inference(found: list[dict[str, Any]]) -> None:
-    for answers in (answers["int8"] for answers in found):
-        for what, answer in answers.items():
-            assert answer[0] < answer[1] if isinstance(answer, tuple) else answer, (what, answer)
+    check([answers["int8"] for answers in found])
 
 
 def compiled(rank: int) -> bool:

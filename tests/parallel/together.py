@@ -12,10 +12,12 @@ def everything(rank: int) -> dict[str, Any]:
     asked = (
         test_pipeline.few,
         test_pipeline.ways,
+        test_pipeline.spoilt,
         test_pipeline.unbiased,
         test_pipeline.exchanged,
         test_pipeline.complaints,
         test_tensor.splits,
+        test_tensor.plans,
         test_tensor.int8,
     )
     return {function.__name__: function(rank) for function in asked}

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 import pykernels as pk
 from pykernels.cli import serve as command
 from pykernels.cli.main import app
-from pykernels.parallel import split
+from pykernels.cuda.graphs import PATIENCE
+from pykernels.parallel import Split, split
 from pykernels.serve import manifests
 from pykernels.serve.costs import sizes
 from pykernels.serve.service import Options, Service, on_a_gpu
@@ -122,11 +123,42 @@ def test_a_device_that_is_not_there_is_refused_at_the_start(
     assert "--device: cuda cannot be used: " in said
 
 
-def test_a_network_that_is_split_stays_on_the_cpu(gpu: Gpu, tmp_path: Path) -> None:
-    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).eval()
-    split(pk.optimize(layers, (torch.randn(2, 4),)), 2, rounds=1).save(tmp_path / "big")
-    said = serve(tmp_path / "big", "--in-process", "--device", "cuda", "--replicas", 1, status=1)
-    assert "--device: a network that is split runs on the CPU, not on cuda" in said
+class Parts:
+    """Stands for the processes of a split network's parts."""
+
+    death, restarts = None, 0
+
+    def __init__(self, folder: Path, threads: int, in_flight: int, devices: list[str]) -> None:
+        self.split, self.devices, self.calls = Split.load(folder), devices, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.split(*args, **kwargs)
+
+    def close(self) -> None:
+        pass
+
+
+def test_parts_of_a_split_network_have_a_gpu_after_the_other(
+    gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Parts] = []
+
+    def of_folder(folder: Path, threads: int, **given: Any) -> Parts:
+        made.append(Parts(folder, threads, **given))
+        return made[-1]
+
+    monkeypatch.setattr("pykernels.serve.linked.Chain.of_folder", of_folder)
+    layers = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
+    network = pk.optimize(layers, (torch.randn(2, 4),))
+    split(network, 3, rounds=1).save(tmp_path / "big")
+    for device, where, numbers in (("cuda", ["cuda:0", "cuda:1", "cuda:0"], [0, 1]), ("cuda:1", ["cuda:1"] * 3, [1])):
+        with serving(models={"big": str(tmp_path / "big")}, device=device, parts=3, batch=2) as place:
+            x = torch.randn(2, 4)
+            assert torch.equal(ask(place, x, "big"), network(x))
+            assert config(place, "big")["instance_group"][0]["gpus"] == numbers
+            assert config(place, "big")["instance_group"][0]["kind"] == "KIND_GPU"
+        assert made[-1].devices == where and made[-1].calls >= 2 * PATIENCE  # each size until its graphs are there
 
 
 @pytest.mark.parametrize(

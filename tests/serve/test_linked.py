@@ -79,7 +79,8 @@ def pipelines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Those that were made."""
     made: list[Any] = []
 
-    def of_folder(folder: Path, threads: int, in_flight: int) -> Pipeline:
+    def of_folder(folder: Path, threads: int, in_flight: int, devices: list[str]) -> Pipeline:
+        assert set(devices) == {"cpu"}
         made.append(Pipeline(folder))
         return made[-1]
 

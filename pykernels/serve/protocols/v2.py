@@ -13,6 +13,7 @@ import torch
 import pykernels
 from pykernels.serve.batching import Counts
 from pykernels.serve.errors import Forbidden, Invalid, Unsupported
+from pykernels.serve.linked import Linked
 from pykernels.serve.model import Model
 from pykernels.serve.service import Service
 from pykernels.tune.on_device import OnDevice
@@ -119,9 +120,10 @@ def metadata(service: Service, model: Model) -> dict[str, Any]:
 def config(service: Service, model: Model) -> dict[str, Any]:
     """A model's configuration in Triton's form, in which shapes leave out the rows that batches are made of."""
     batches, network = model.apart is None, model.network
-    where: dict[str, Any] = {"kind": "KIND_CPU"}
+    gpus = network.gpus if isinstance(network, Linked) else []
     if isinstance(network, OnDevice):
-        where = {"kind": "KIND_GPU", "gpus": [network.device.index or 0]}
+        gpus = [network.device.index or 0]
+    where: dict[str, Any] = {"kind": "KIND_GPU", "gpus": gpus} if gpus else {"kind": "KIND_CPU"}
     found: dict[str, Any] = {
         "name": model.name,
         "platform": PLATFORM,
