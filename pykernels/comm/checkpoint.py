@@ -49,5 +49,18 @@ class PerRank:
         return {self._name(): file.getvalue()}
 
     def load_state_dict(self, state: Mapping[str, bytes]) -> None:
-        """Go on where ``state_dict`` was taken; what a handle refuses, it refuses here."""
-        self.handle.load_state_dict(torch.load(io.BytesIO(state[self._name()]), weights_only=True))
+        """Go on where ``state_dict`` was taken; what a handle refuses, it refuses here.
+
+        Raises:
+            ValueError: there is nothing of this rank, or it is damaged.
+        """
+        kept = state.get(self._name())
+        if kept is None:
+            raise ValueError(
+                f"pykernels: the checkpoint has nothing of {self._name()}, only {', '.join(state) or 'none'}"
+            )
+        try:
+            loaded = torch.load(io.BytesIO(kept), weights_only=True)
+        except Exception as error:  # of any kind, by what is damaged
+            raise ValueError(f"pykernels: {self._name()} of the checkpoint is damaged: {error}") from error
+        self.handle.load_state_dict(loaded)

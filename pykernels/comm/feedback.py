@@ -15,6 +15,31 @@ import torch.distributed as dist
 from pykernels.comm.layout import Piece, Run
 
 
+def check_residuals(state: Mapping[str, Any], sizes: Mapping[str, int] | None) -> None:
+    """Raise unless `state` has what :meth:`ErrorFeedback.state_dict` gives of parameters of these `sizes` (None: any).
+
+    Raises:
+        ValueError: it has not; values are not finite, of another size, or lie elsewhere; an unknown parameter.
+    """
+    try:
+        kept: list[tuple[str, int | None, Any]] = [(name, None, values) for name, values in state["worker"].items()]
+        kept += [(name, int(first), values) for name, owned in state["shard"].items() for first, values in owned]
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError("pykernels: state_dict: worker or shard is not what state_dict gave: it is damaged") from None
+    for name, first, values in kept:
+        if not isinstance(values, torch.Tensor) or not values.is_floating_point() or not values.isfinite().all():
+            raise ValueError(f"pykernels: state_dict: the residual of {name} is no tensor of finite floats")
+        if sizes is None:
+            continue
+        size, numel = sizes.get(name), values.numel()
+        if size is None or (numel != size if first is None else not 0 <= first <= size - numel):
+            where = "" if first is None else f" from {first}"
+            raise ValueError(
+                f"pykernels: state_dict: {name} has {numel} elements{where}, in the model "
+                f"{'there is no such parameter' if size is None else size}"
+            )
+
+
 class ErrorFeedback:
     """The residuals of one rank, fp32, kept by parameter so that they survive new buckets and checkpoints.
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import GradBucket
 
 from pykernels.comm.collectives import agree, new_group
-from pykernels.comm.feedback import ErrorFeedback
+from pykernels.comm.feedback import ErrorFeedback, check_residuals
 from pykernels.comm.lanes import Averaged, Lanes, Way
 from pykernels.comm.layout import Run
 from pykernels.comm.stats import Meter, Stats
@@ -20,6 +20,7 @@ from pykernels.comm.stats import Meter, Stats
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 Exempt = Callable[[str, torch.Tensor], bool]
 FORMAT = 1  # of state_dict
+KEYS = ("codec", "world", "rank", "step", "grad_scale", "worker", "shard", "history")  # that it has in any case
 PYTHON_REDUCER = 'keep torch._dynamo.config.optimize_ddp = "ddp_optimizer" when DistributedDataParallel is constructed'
 
 
@@ -245,27 +246,23 @@ class CommState(ABC):
         rank may load any one of the old states, or none: worker residuals stay, what belonged to shards is reset.
 
         Raises:
-            ValueError: a state of another codec, another format, or of another rank of the same number of ranks; a
-                residual for a parameter that the model has not, or that has another size.
+            ValueError: a state of another codec, another format, or of another rank of the same number of ranks; one
+                that is damaged; a residual for a parameter that the model has not, or that has another size.
         """
         if state.get("format") != FORMAT:
             raise ValueError(f"pykernels: state_dict: format {state.get('format')!r} is not {FORMAT}")
-        if state["codec"] != self.codec:
+        if "codec" in state and state["codec"] != self.codec:
             raise ValueError(f"pykernels: state_dict: saved with {state['codec']!r}, this hook is {self.codec!r}")
+        if lacking := [key for key in (*KEYS, *self.extra_state()) if key not in state]:
+            raise ValueError(f"pykernels: state_dict: lacks {', '.join(lacking)}: it is damaged")
         same_world = state["world"] == self.world
         if same_world and state["rank"] != self.rank:
             raise ValueError(
                 f"pykernels: state_dict: saved by rank {state['rank']}, loaded by rank {self.rank}: save and load one "
                 "file a rank"
             )
-        if self._named:
-            sizes = {name: parameter.numel() for parameter, name in self._names.items()}
-            for name, values in state["worker"].items():
-                if sizes.get(name) != values.numel():
-                    raise ValueError(
-                        f"pykernels: state_dict: {name} has {values.numel()} elements, in the model "
-                        f"{sizes.get(name, 'there is no such parameter')}"
-                    )
+        named = {name: parameter.numel() for parameter, name in self._names.items()}
+        check_residuals(state, named if self._named else None)
         self.step = int(state["step"])
         self._grad_scale = state["grad_scale"]
         self.feedback.load(state["worker"], state["shard"] if same_world else {}, bool(state["history"]))

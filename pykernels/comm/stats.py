@@ -34,10 +34,12 @@ class Stats:
         return self.gradient_bytes / self.wire_bytes if self.wire_bytes else 1.0
 
     def __str__(self) -> str:
-        times = ", ".join(f"{name} {1e3 * value / max(1, self.steps):.1f}" for name, value in self.seconds.items())
+        over, count = (" a step", f"{self.steps} steps, ") if self.steps else ("", "")  # nobody counts some steps
+        each = max(1, self.steps)
+        times = ", ".join(f"{name} {1e3 * value / each:.1f}" for name, value in self.seconds.items())
         return (
-            f"{self.steps} steps, {self.wire_bytes / max(1, self.steps) / 1e6:.2f} MB a step on the wire "
-            f"({self.ratio:.1f}x fewer), ms a step: {times or 'none'}"
+            f"{count}{self.wire_bytes / each / 1e6:.2f} MB{over} on the wire ({self.ratio:.1f}x fewer), "
+            f"ms{over}: {times or 'none'}"
         )
 
 

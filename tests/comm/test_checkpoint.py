@@ -88,3 +88,47 @@ def test_a_job_that_torchrun_started_again_ends_with_the_bits_of_one_that_lost_n
     again, said = run(tmp_path / "killed", "--kill-at", "9")
     assert "resumed from step" in said
     assert torch.equal(whole, again)
+
+
+def damaged(rank: int, codec: str) -> list[str]:
+    """What is said of states that are not what was saved; the last is of the good one, loaded after all of them."""
+    model, _, handle = made(codec)
+    train(model, rank, range(2))
+    good, kept = handle.state_dict(), comm.PerRank(handle).state_dict()
+    name = next(iter(good["worker"]))
+    size, residual = good["worker"][name].numel(), good["worker"][name]
+    bad: list[Any] = [
+        *({key: value for key, value in good.items() if key != lost} for lost in ("codec", "worker", "shard")),
+        {**good, "worker": 3},
+        {**good, "worker": {name: residual[1:]}},
+        {**good, "worker": {"other": residual}},
+        {**good, "worker": {name: torch.full_like(residual, float("nan"))}},
+        {**good, "shard": {name: [(size - 1, residual[:2])]}},
+        {**good, "shard": {name: [(0, "bytes")]}},
+    ]
+    said = []
+    for state in bad:
+        with pytest.raises(ValueError, match="pykernels: state_dict: ") as raised:
+            handle.load_state_dict(state)
+        said.append(str(raised.value).removeprefix("pykernels: state_dict: "))
+    mine = f"rank-{rank}"
+    for entry in ({}, {"rank-7": b""}, {mine: kept[mine][:-100]}, {mine: b"garbage"}):
+        with pytest.raises(ValueError, match=mine) as raised:
+            comm.PerRank(handle).load_state_dict(entry)
+        said.append(str(raised.value))
+    comm.PerRank(handle).load_state_dict(kept)
+    back = handle.state_dict()["worker"]
+    assert all(torch.equal(back[name], good["worker"][name]) for name in back)
+    train(model, rank, range(2, 3))  # together, after all of this
+    return said
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_is_taken_over() -> None:
+    for said in run_ranks(2, damaged, "onebit"):
+        assert said[:3] == [f"lacks {key}: it is damaged" for key in ("codec", "worker", "shard")]
+        assert "worker or shard is not what state_dict gave" in said[3]
+        assert "14999 elements, in the model 15000" in said[4] and "other has 15000 elements" in said[5]
+        assert "0.weight is no tensor of finite floats" in said[6]
+        assert "2 elements from 14999, in the model 15000" in said[7] and "no tensor of finite floats" in said[8]
+        assert "only none" in said[9] and "only rank-7" in said[10]
+        assert "is damaged" in said[11] and "is damaged" in said[12]

@@ -12,7 +12,7 @@ pytest.importorskip("flwr", reason="flwr (extra federated) is not installed")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
-from flwr.clientapp.mod import LocalDpMod
+from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
 from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server import Server, SimpleClientManager
 from flwr.server.compat.grid_client_proxy import GridClientProxy
@@ -20,7 +20,14 @@ from flwr.server.strategy import FedAvg as FitFedAvg
 from flwr.server.strategy import FedMedian as FitMedian
 from flwr.server.strategy import Strategy as FitStrategy
 from flwr.serverapp.exception import InconsistentMessageReplies
-from flwr.serverapp.strategy import FedAvg, FedMedian, FedProx
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideFixedClipping,
+    FedAdam,
+    FedAvg,
+    FedMedian,
+    FedProx,
+    QFedAvg,
+)
 from flwr.supercore.task_identity import TaskIdentity
 
 from pykernels.comm import flower
@@ -173,6 +180,42 @@ def test_what_averages_otherwise_gets_the_arrays() -> None:
         assert list(arrays) == list(start) and all(np.array_equal(x, expected[name]) for name, x in arrays.items())
 
 
+@pytest.mark.parametrize("make", [FedAdam, lambda: QFedAvg(1.0, train_loss_key="loss")], ids=["FedAdam", "QFedAvg"])
+def test_arrays_that_a_strategy_made_float64_are_compressed_as_well(make: Any) -> None:
+    """Its scalars are float64, so after the first round the clients are sent float64, and answer that or float32."""
+    arrays, clients, strategy = {"weight": model()["weight"]}, Clients(3, flower.compress()), flower.Decompress(make())
+    for number in (1, 2, 3):
+        messages = asked(strategy, arrays, 3, number)
+        replies = [clients.reply(message) for message in messages]
+        assert [len(reply.content["arrays"]["payload"].data) <= 0.26 * 4 * 256 * 500 for reply in replies] == [True] * 3
+        found, _ = strategy.aggregate_train(number, replies)
+        sent, arrays = arrays, numpy(found)
+    assert sent["weight"].dtype == np.float64
+    for given, reply in zip(strategys(strategy, replies), replies, strict=True):
+        true = clients.answers[reply.metadata.src_node_id]["weight"]
+        assert np.linalg.norm(given.content["arrays"]["weight"].numpy() - true) < 0.02 * np.linalg.norm(
+            true - sent["weight"]
+        )
+
+
+def test_odd_arrays_come_through() -> None:
+    """Scalars, empty ones, other orders of elements and of bytes; counters that became float64 to the bit."""
+    start = {
+        "scalar": np.array(3.0, np.float32),
+        "empty": np.zeros((0, 5), np.float32),
+        "columns": np.asfortranarray(RNG.standard_normal((7, 300)), np.float32),
+        "other end": RNG.standard_normal((3, 300)).astype(">f4"),
+        "counter": np.array(7 + 1 / 3),
+    }
+    for several in (start, {"scalar": start["scalar"]}, {"empty": start["empty"]}, {}):
+        clients, strategy = Clients(2, flower.compress()), flower.Decompress(FedAvg())
+        found, _ = strategy.aggregate_train(1, [clients.reply(message) for message in asked(strategy, several, 2)])
+        for name, x in numpy(found).items():
+            mean = clients.answers[1][name] / 3 + clients.answers[2][name] * 2 / 3
+            assert x.shape == mean.shape and x.dtype == several[name].dtype
+            assert np.allclose(x, mean, rtol=0, atol=1e-15 if name == "counter" else 3e-4), name
+
+
 def test_clients_of_two_codecs_are_averaged_as_well() -> None:
     start, strategy = model(), flower.Decompress(FedAvg())
     several = [Clients(2, flower.compress(codec)) for codec in ("int8", "int4")]
@@ -232,6 +275,32 @@ def test_it_encodes_what_differential_privacy_left_and_any_strategy_gets_replies
     # the other way round the mod of differential privacy answers with an error
     wrong = Clients(2, private, flower.compress())
     assert wrong.reply(asked(FedAvg(), start, 2)[0]).has_error()
+
+
+@pytest.mark.parametrize("order", ["decompress around privacy", "privacy around decompress"])
+def test_no_client_moves_the_model_by_more_than_it_was_told_to_clip_to(order: str) -> None:
+    """A residual adds to what was clipped, while noise is made for the norm of one client."""
+    start = {"weight": RNG.standard_normal((64, 256)).astype(np.float32)}
+    change = RNG.standard_normal((64, 256)).astype(np.float32) ** 3
+    seen, norm = Sees(), 0.5
+
+    def always(message: Message, context: Context, call_next: Any) -> Message:
+        reply: Message = call_next(message, context)
+        reply.content["arrays"] = record({"weight": start["weight"] + change})
+        return reply
+
+    clients = Clients(2, flower.compress("onebit"), fixedclipping_mod, always)
+    if order == "decompress around privacy":
+        strategy: Any = flower.Decompress(DifferentialPrivacyClientSideFixedClipping(seen, 1e-9, norm, 2))
+    else:
+        strategy = DifferentialPrivacyClientSideFixedClipping(flower.Decompress(seen), 1e-9, norm, 2)
+    for number in range(1, 7):
+        replies = [clients.reply(message) for message in asked(strategy, start, 2, number)]
+        sent = [np.linalg.norm(decoded(reply.content, start)["weight"] - start["weight"]) for reply in replies]
+        strategy.aggregate_train(number, replies)
+        moved = [np.linalg.norm(one.content["arrays"]["weight"].numpy() - start["weight"]) for one in seen.given]
+        assert [x == pytest.approx(min(y, norm), rel=1e-4) for x, y in zip(moved, sent, strict=True)] == [True] * 2
+    assert min(sent) > 1.05 * norm  # with what earlier rounds had left
 
 
 def test_secure_aggregation_is_refused_by_name() -> None:
@@ -299,10 +368,14 @@ def test_random_bytes_of_the_right_size_never_do_more_than_decode() -> None:
 def test_what_is_wrong_is_named() -> None:
     with pytest.raises(ValueError, match="codec must be one of"):
         flower.compress("zip")
-    with pytest.raises(ValueError, match="forget_after"):
-        flower.compress(forget_after=0)
-    with pytest.raises(TypeError, match="strategy must be"):
-        flower.Decompress(object())  # type: ignore[arg-type]
+    for never in (0, 1.5, "3"):
+        with pytest.raises(ValueError, match="forget_after must be an integer of at least 1"):
+            flower.compress(forget_after=never)  # type: ignore[arg-type]
+    for wrong in (object(), flower.Decompress(FedAvg())):
+        with pytest.raises(TypeError, match="strategy must be"):
+            flower.Decompress(wrong)
+    with pytest.raises(ValueError, match="compressed already"):
+        Clients(2, flower.compress(), flower.compress()).reply(asked(FedAvg(), model(), 2)[0])
     start = model()
 
     def other(message: Message, context: Context, call_next: Any) -> Message:

@@ -68,14 +68,14 @@ def compress(codec: str = "int8", *, error_feedback: bool = True, forget_after: 
             the others have moved on from since: it is right in sum, and late. None: it is kept.
 
     Raises:
-        ValueError: an unknown codec; `forget_after` below 1; in a message: secure aggregation is used as well, not one
-            ArrayRecord came or goes, names, shapes or dtypes of what goes are not those of what came; `forget_after`
-            is given and no config record says ``server-round``.
+        ValueError: an unknown codec; `forget_after` that is no integer of at least 1; in a message: secure aggregation
+            is used as well, not one ArrayRecord came or goes, names, shapes or dtypes of what goes are not those of
+            what came; `forget_after` is given and no config record says ``server-round``.
     """
     if codec not in CODECS:
         raise ValueError(f"pykernels: codec must be one of {', '.join(CODECS)}, not {codec!r}")
-    if forget_after is not None and forget_after < 1:
-        raise ValueError(f"pykernels: forget_after must be at least 1, not {forget_after}")
+    if forget_after is not None and (not isinstance(forget_after, int) or forget_after < 1):
+        raise ValueError(f"pykernels: forget_after must be an integer of at least 1, not {forget_after!r}")
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if message.metadata.message_type.split(".")[0] != "train":

@@ -19,7 +19,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg, Strategy
 
 from pykernels.comm.flower.client import SERVER_ROUND
-from pykernels.comm.flower.payload import Arrays, Update, decode, mean, read
+from pykernels.comm.flower.payload import Arrays, Update, clipping_norm, decode, mean, read
 from pykernels.comm.stats import Stats
 
 Fit = tuple[ClientProxy, FitRes]
@@ -40,7 +40,7 @@ class DecompressFit(Strategy):
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
         self._stats = Stats()
-        self._sent: dict[str, Parameters] = {}  # by client, in this round
+        self._sent: dict[str, FitIns] = {}  # by client, in this round
 
     def stats(self) -> Stats:
         """As of :class:`Decompress`."""
@@ -53,8 +53,9 @@ class DecompressFit(Strategy):
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
         asked = self.strategy.configure_fit(server_round, parameters, client_manager)
-        self._sent = {client.cid: ins.parameters for client, ins in asked}
-        return [(client, FitIns(ins.parameters, {**ins.config, SERVER_ROUND: server_round})) for client, ins in asked]
+        told = [(client, FitIns(ins.parameters, {**ins.config, SERVER_ROUND: server_round})) for client, ins in asked]
+        self._sent = {client.cid: ins for client, ins in told}
+        return told
 
     def aggregate_fit(
         self, server_round: int, results: list[Fit], failures: list[Failure]
@@ -69,7 +70,7 @@ class DecompressFit(Strategy):
                 failures.append(_refused(client, error))
         if getattr(self.strategy.aggregate_fit, "__func__", None) is FedAvg.aggregate_fit:
             found = mean([update for *_, update in answers], [result.num_examples for _, result, _ in answers])
-            if found is not None:
+            if found is not None and all(self._norm(client) is None for client, *_ in answers):
                 for *_, update in answers:
                     update.count(self._stats)
                 empty = [(client, _with(result, [])) for client, result, _ in answers]
@@ -78,21 +79,25 @@ class DecompressFit(Strategy):
         given: list[Fit] = []
         for client, result, update in answers:
             try:
-                given.append((client, _with(result, list(decode(update).values()))))
+                given.append((client, _with(result, list(decode(update, self._norm(client)).values()))))
                 update.count(self._stats)
             except ValueError as error:
                 failures.append(_refused(client, error))
         return self.strategy.aggregate_fit(server_round, given, failures)
 
+    def _norm(self, client: ClientProxy) -> float | None:
+        return clipping_norm(self._sent[client.cid].config)
+
     def _read(self, client: ClientProxy, result: FitRes, known: dict[int, Arrays]) -> Update:
         sent = self._sent.get(client.cid)
         if sent is None:
             raise ValueError("it was sent nothing in this round")
-        if id(sent) not in known:
-            known[id(sent)] = {str(place): array for place, array in enumerate(parameters_to_ndarrays(sent))}
+        if id(sent.parameters) not in known:
+            arrays = parameters_to_ndarrays(sent.parameters)
+            known[id(sent.parameters)] = {str(place): array for place, array in enumerate(arrays)}
         if len(result.parameters.tensors) != 1:
             raise ValueError(f"the reply has {len(result.parameters.tensors)} arrays, a payload is one")
-        return read(result.parameters.tensors[0], result.parameters.tensor_type, known[id(sent)])
+        return read(result.parameters.tensors[0], result.parameters.tensor_type, known[id(sent.parameters)])
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager

@@ -1,9 +1,9 @@
 """What a client answers with: the change of each array as records of a codec, one array's after another's.
 
 Whoever reads knows names, shapes and dtypes from what was sent to the client, so a payload has no sizes of its own: it
-is as many bytes as these shapes take, and its type (``stype``) tells the format and the codec. Of floating-point arrays
-(float32, float16) those of one dimension travel as fp32, others through the codec; arrays of other dtypes travel as
-they are.
+is as many bytes as these shapes take, and its type (``stype``) tells the format and the codec. Floats of two dimensions
+or more travel through the codec and those of one as fp32, but float64 of one as it is: that is what Flower's mean makes
+of counters. Arrays of other dtypes travel as they are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
+from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM
 
 from pykernels import _host
 from pykernels.comm.stats import Stats
@@ -24,7 +25,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 BLOCK, RAW_BLOCK = 256, 32  # elements of a record, where there is a scale and where there is none
 FORMAT = "pykernels.1"  # how the payload is serialized: as it is. The number counts formats; a codec's name follows
-DTYPES = ("float32", "float16")  # that are encoded
+DTYPES = ("float32", "float16", "float64")  # that are encoded
 TOGETHER = 1 << 18  # elements that are decoded at a time, of all payloads
 
 
@@ -68,9 +69,18 @@ class Part:
             )
         return out.reshape(self.shape)
 
+    def add(self, before: np.ndarray[Any, Any], change: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """`before` and what was decoded, in its dtype."""
+        return np.asarray(before.astype(_wide(self.dtype)) + change).astype(self.dtype)
+
     def plain(self, payload: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The array whose bytes are as they are."""
         return np.frombuffer(payload[self.first : self.first + self.size].tobytes(), self.dtype).reshape(self.shape)
+
+
+def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """What differences are taken in."""
+    return np.promote_types(dtype, np.float32)
 
 
 def lay_out(arrays: Arrays, codec: str) -> list[Part]:
@@ -80,7 +90,7 @@ def lay_out(arrays: Arrays, codec: str) -> list[Part]:
         kind: str | None = None
         block = RAW_BLOCK
         size = array.nbytes
-        if array.dtype.name in DTYPES:
+        if array.dtype.name in DTYPES and (array.ndim > 1 or array.itemsize <= 4):
             kind = codec if array.ndim > 1 else "fp32"
             block = BLOCK if CODECS[kind].header else RAW_BLOCK
             size = -(-array.size // block) * record_bytes(kind, block)
@@ -94,7 +104,13 @@ def payload_bytes(parts: Sequence[Part]) -> int:
 
 
 def numpy(record: ArrayRecord) -> Arrays:
-    """The arrays of a record, contiguous."""
+    """The arrays of a record, contiguous.
+
+    Raises:
+        ValueError: it is a payload.
+    """
+    if any(array.stype.startswith(FORMAT) for array in record.values()):
+        raise ValueError("pykernels: compress: the reply has been compressed already: give it once, as a mod")
     return {name: np.asarray(array.numpy(), order="C") for name, array in record.items()}
 
 
@@ -115,7 +131,7 @@ def encode(
         if part.codec is None:
             place[:] = np.frombuffer(after[part.name].tobytes(), np.uint8)
             continue
-        change = after[part.name].astype(np.float32) - before[part.name].astype(np.float32)
+        change = np.subtract(after[part.name], before[part.name], dtype=_wide(part.dtype)).astype(np.float32)
         residual = None
         if residuals is not None and part.codec == codec and codec != "fp32":
             residual = np.zeros(part.numel, np.float32)
@@ -164,8 +180,12 @@ def _finite(array: np.ndarray[Any, Any]) -> bool:
     return array.dtype.kind not in "fc" or bool(np.isfinite(array).all())
 
 
-def decode(update: Update) -> Arrays:
+def decode(update: Update, norm: float | None = None) -> Arrays:
     """The client's arrays.
+
+    Args:
+        norm: of all changes together, to which they are clipped: under differential privacy what one client moves is
+            bounded, and neither a codec nor its residual keeps to that.
 
     Raises:
         ValueError: a value is not finite.
@@ -175,12 +195,28 @@ def decode(update: Update) -> Arrays:
         if part.codec is None:
             array = part.plain(update.payload)
         else:
-            before = update.before[part.name].astype(np.float32)
-            array = (before + part.decode([update.payload])).astype(part.dtype)
+            array = part.add(update.before[part.name], part.decode([update.payload]))
         if not _finite(array):
             raise ValueError(f"{part.name} is not finite")
         arrays[part.name] = array
-    return arrays
+    return arrays if norm is None else _clipped(update.before, arrays, norm)
+
+
+def _clipped(before: Arrays, after: Arrays, norm: float) -> Arrays:
+    changes = {name: np.subtract(x, before[name], dtype=_wide(x.dtype)) for name, x in after.items()}
+    total = math.hypot(*(float(np.linalg.norm(change)) for change in changes.values()))
+    if total <= norm:
+        return after
+    return {
+        name: np.asarray(before[name] + change * (norm / total)).astype(before[name].dtype)
+        for name, change in changes.items()
+    }
+
+
+def clipping_norm(config: Mapping[str, Any]) -> float | None:
+    """To which clients were told to clip what they change, if they were."""
+    norm = config.get(KEY_CLIPPING_NORM)
+    return norm if isinstance(norm, int | float) else None
 
 
 def mean(updates: Sequence[Update], weights: Sequence[float] | None) -> Arrays | None:
@@ -201,8 +237,7 @@ def mean(updates: Sequence[Update], weights: Sequence[float] | None) -> Arrays |
         if part.codec is None:
             array = np.asarray(sum(part.plain(p) * share for p, share in zip(payloads, shares, strict=True)))
         else:
-            before = updates[0].before[part.name].astype(np.float32)
-            array = (before + part.decode(payloads, factors)).astype(part.dtype)
+            array = part.add(updates[0].before[part.name], part.decode(payloads, factors))
         if not _finite(array):
             return None
         arrays[part.name] = array

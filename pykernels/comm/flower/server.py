@@ -14,24 +14,25 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from pykernels.comm.flower.client import only
 from pykernels.comm.flower.fit import DecompressFit
-from pykernels.comm.flower.payload import Arrays, Update, decode, mean, numpy, read
+from pykernels.comm.flower.payload import Arrays, Update, clipping_norm, decode, mean, numpy, read
 from pykernels.comm.stats import Stats
 
 
 @dataclass(frozen=True)
 class _Reply:
-    """A client's answer: where its arrays stand, what they are, and its other records."""
+    """A client's answer: where its arrays stand, what they are, its other records, and to what norm it was to clip."""
 
     key: str
     update: Update
     others: dict[str, Any]
+    norm: float | None = None
 
     def content(self, arrays: ArrayRecord) -> RecordDict:
         """The reply's, as it would have been without the mod."""
         return RecordDict({**self.others, self.key: arrays})
 
 
-def _reply(content: RecordDict, before: Arrays) -> _Reply:
+def _reply(content: RecordDict, before: Arrays, norm: float | None = None) -> _Reply:
     """What a client that was sent `before` answers.
 
     Raises:
@@ -42,7 +43,7 @@ def _reply(content: RecordDict, before: Arrays) -> _Reply:
         raise ValueError(f"the reply has {len(record)} arrays, a payload is one")
     payload = next(iter(record.values()))
     update = read(payload.data, payload.stype, before)
-    return _Reply(key, update, {name: value for name, value in content.items() if name != key})
+    return _Reply(key, update, {name: value for name, value in content.items() if name != key}, norm)
 
 
 def _decoded(reply: _Reply) -> RecordDict:
@@ -51,7 +52,8 @@ def _decoded(reply: _Reply) -> RecordDict:
     Raises:
         ValueError: a value is not finite.
     """
-    return reply.content(ArrayRecord({name: Array(array) for name, array in decode(reply.update).items()}))
+    arrays = decode(reply.update, reply.norm)
+    return reply.content(ArrayRecord({name: Array(array) for name, array in arrays.items()}))
 
 
 def _weights(replies: list[_Reply], key: str) -> list[float] | None:
@@ -85,14 +87,15 @@ class Decompress(Strategy):
     but for rounding.
 
     A reply that is not what :func:`compress` sends (another version, another size, values that are not finite) becomes
-    a reply with an error, which strategies count and pass over; it says which node sent it.
+    a reply with an error, which strategies count and pass over; it says which node sent it. Where the strategy has told
+    clients to clip what they change (differential privacy), what was decoded is clipped to the same norm.
 
     Args:
         strategy: any of ``flwr.serverapp.strategy``, wrappers for differential privacy as well; of one of the older
             ``flwr.server.strategy`` this makes a :class:`~pykernels.comm.flower.fit.DecompressFit`.
 
     Raises:
-        TypeError: `strategy` is neither.
+        TypeError: `strategy` is neither, or a Decompress.
     """
 
     def __new__(cls, strategy: Any) -> Any:
@@ -101,14 +104,14 @@ class Decompress(Strategy):
         return super().__new__(cls)
 
     def __init__(self, strategy: Any) -> None:
-        if not isinstance(strategy, Strategy):
+        if not isinstance(strategy, Strategy) or isinstance(strategy, Decompress):
             raise TypeError(
                 f"pykernels: strategy must be one of flwr.serverapp.strategy or flwr.server.strategy, not "
                 f"{type(strategy).__name__}"
             )
         self.strategy = strategy
         self._stats = Stats()
-        self._sent: dict[int, ArrayRecord] = {}  # by node, in this round
+        self._sent: dict[int, RecordDict] = {}  # by node, in this round
 
     def stats(self) -> Stats:
         """Rounds of training (`steps`), bytes of the replies' arrays decoded (`gradient_bytes`) and as they came."""
@@ -118,7 +121,9 @@ class Decompress(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
-        self._sent = {message.metadata.dst_node_id: only(message.content, "a message")[1] for message in messages}
+        for message in messages:
+            only(message.content, "a message")
+        self._sent = {message.metadata.dst_node_id: message.content for message in messages}
         return messages
 
     def aggregate_train(
@@ -130,7 +135,7 @@ class Decompress(Strategy):
         if getattr(self.strategy.aggregate_train, "__func__", None) is FedAvg.aggregate_train:
             good = [answer for _, answer in answers if answer is not None]
             found = mean([answer.update for answer in good], _weights(good, self.strategy.weighted_by_key))
-            if found is not None:
+            if found is not None and all(answer.norm is None for answer in good):
                 for answer in good:
                     answer.update.count(self._stats)
                 _, metrics = self.strategy.aggregate_train(
@@ -151,9 +156,11 @@ class Decompress(Strategy):
             sent = self._sent.get(reply.metadata.src_node_id)
             if sent is None:
                 raise ValueError("it was sent nothing in this round")
-            if id(sent) not in known:
-                known[id(sent)] = numpy(sent)
-            return reply, _reply(reply.content, known[id(sent)])
+            _, record = only(sent, "a message")
+            if id(record) not in known:
+                known[id(record)] = numpy(record)
+            norms = [norm for told in sent.config_records.values() if (norm := clipping_norm(told)) is not None]
+            return reply, _reply(reply.content, known[id(record)], min(norms, default=None))
         except ValueError as error:
             return _refused(reply, error), None
 
