@@ -418,7 +418,8 @@ def test_split_writes_parts_and_part_says_what_it_needs(nets: pathlib.Path, monk
     where = "--listen", "127.0.0.1:9001", "--next", "127.0.0.1:9002"
     assert "PYKERNELS_PIPELINE_KEY" in pykernels("part", "parts/part-1-of-2.pk", *where, status=1)
     assert "neither a path nor host:port" in pykernels("part", "parts/part-1-of-2.pk", *where[:3], "there", status=1)
-    assert "FILE: net.pk is no file" in pykernels("part", "net.pk", *where, status=1)
+    assert "FILE: net.pk is no part of a network that was split" in pykernels("part", "net.pk", *where, status=1)
+    assert "FILE: " in (text := pykernels("part", "parts/none.pk", *where, status=1)) and "parts/none.pk" in text
 
 
 # ---- tune ------------------------------------------------------------------------------------------------------------

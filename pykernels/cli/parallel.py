@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import re
 import subprocess
 import sys
 import time
@@ -64,9 +63,13 @@ def part(
     from pykernels.parallel.split import Place
 
     try:
-        number = Place.of(pykernels.load(file)).number
+        network = pykernels.load(file)
     except (OSError, ValueError) as error:
-        fail(f"FILE: {re.sub('^(path|network): ', '', str(error))}")
+        fail(f"FILE: {str(error).removeprefix('path: ')}")
+    try:
+        number = Place.of(network).number
+    except ValueError:
+        fail(f"FILE: {file} is no part of a network that was split")
     try:
         host_of(listen), host_of(following), key_of_environment(), checked_device("--device", device)
     except ValueError as error:

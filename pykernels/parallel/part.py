@@ -9,12 +9,14 @@ line, so that all parts listen again and the first who noticed is heard.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import queue
 import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -127,7 +129,7 @@ def _answer(network: Optimized | OnDevice, place: Place, head: dict[str, Any], v
 
 def _failed(place: Place, head: dict[str, Any], error: Exception) -> dict[str, Any]:
     why = f"{type(error).__name__}: {error}"
-    return {"kind": "error", "id": head["id"], "part": place.number, "count": place.count, "why": why[:4096]}
+    return {"kind": "error", "id": head.get("id"), "part": place.number, "count": place.total, "why": why[:4096]}
 
 
 def _introduced(network: Optimized | OnDevice, place: Place, head: dict[str, Any]) -> dict[str, Any]:
@@ -135,17 +137,23 @@ def _introduced(network: Optimized | OnDevice, place: Place, head: dict[str, Any
     head["parts"] = [*head.get("parts", []), list(place)]
     if place.number == 1:
         head["inputs"] = tree_json.dump(network.in_spec)
-    if place.number == place.count:
+    if place.number == place.total:
         head["outputs"] = tree_json.dump(network.out_spec)
     return head
 
 
-def _watch_parent() -> None:
-    """End when the process that holds the other end of the standard input does."""
+def _watch_parent(sockets: Sequence[str]) -> None:
+    """End when the process that holds the other end of the standard input does, which then cannot remove these, nor the
+    folder that they are in."""
 
     def watch() -> None:
         while sys.stdin.buffer.read(4096):
             pass
+        for path in filter(os.path.isabs, sockets):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            with contextlib.suppress(OSError):  # whoever is the last can
+                os.rmdir(os.path.dirname(path))
         os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -165,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.with_parent:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is the parent's to answer
-        _watch_parent()
+        _watch_parent([options.listen, options.next])
     key = key_of_environment()
     torch.set_num_threads(options.threads)
     network = load(options.file, options.device)

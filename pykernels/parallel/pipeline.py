@@ -142,13 +142,17 @@ class StageHandle:
         """Go on where ``state_dict`` was taken.
 
         Raises:
-            ValueError: a state of another format, stage or pair of codecs.
+            ValueError: a state of another format, stage or pair of codecs, or a damaged one.
         """
         mine = self.state_dict()
+        if not isinstance(state, Mapping) or type(state.get("sent")) is not int:
+            raise ValueError(
+                f"pykernels: state_dict: {type(state).__name__} is not what state_dict gave: it is damaged"
+            )
         for what in ("format", "stage", "codecs"):
             if state.get(what) != mine[what]:
                 raise ValueError(f"pykernels: state_dict: {what} is {state.get(what)}, here it is {mine[what]}")
-        self._messages = int(state["sent"])
+        self._messages = state["sent"]
 
 
 def _receive_now(operation: dist.P2POp) -> None:

@@ -8,6 +8,7 @@ quick as it can be.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import secrets
@@ -41,12 +42,12 @@ class Place(NamedTuple):
     """Which part of which split a network is, as a note in its report says.
 
     Attributes:
-        number, count: from 1; how many there are.
+        number, total: from 1; of so many.
         split: differs from split to split, of one network too.
     """
 
     number: int
-    count: int
+    total: int
     split: str
 
     @classmethod
@@ -61,7 +62,7 @@ class Place(NamedTuple):
         raise ValueError("network: it is no part of one that was split")
 
     def __str__(self) -> str:
-        return f"part {self.number} of {self.count} of a network, split {self.split}"
+        return f"part {self.number} of {self.total} of a network, split {self.split}"
 
 
 @dataclass(frozen=True)
@@ -179,12 +180,16 @@ def split(
     Raises:
         TypeError: `network` is no `Optimized` one.
         ValueError: it has no plans, its calls write into something, an input is no tensor, it does not take `inputs`,
-            or it cannot be cut into so many parts.
+            a number is none that can be, or it cannot be cut into so many parts.
     """
     if not isinstance(network, Optimized):
         raise TypeError(f"network: an Optimized network is needed, not {type(network).__name__}")
     if type(stages) is not int or stages < 1:
         raise ValueError(f"stages: must be a whole number of at least 1, not {stages!r}")
+    if type(rounds) is not int or rounds < 1:
+        raise ValueError(f"rounds: must be a whole number of at least 1, not {rounds!r}")
+    if rate is not None and (not isinstance(rate, int | float) or not 0 < rate < math.inf):
+        raise ValueError(f"rate: must be bits per second, above 0, not {rate!r}")
     if network.planned is None or network.report().device != "cpu":
         raise ValueError("network: it has no plans: it is not on the CPU, or no step of it could be planned")
     if any(writes(node) for node in network.planned.program.graph.nodes):
@@ -241,7 +246,7 @@ def _balance(
 
 def _network(whole: Optimized, piece: Piece, free: Sequence[int], place: Place) -> Optimized:
     """A part as a network of its own."""
-    first, last = place.number == 1, place.number == place.count
+    first, last = place.number == 1, place.number == place.total
     report, told = whole.report(), piece.labels
     mine = Report(
         precision=report.precision,

@@ -30,6 +30,7 @@ from pykernels.parallel.processes import Processes
 from pykernels.parallel.split import Place, Split, split
 from pykernels.tune.on_device import OnDevice, copy_on, from_host
 from tests.networks import lively
+from tests.processes import alive
 from tests.stand_in import Gpu
 
 PATIENCE = 60  # seconds: whoever waits longer hangs
@@ -536,6 +537,25 @@ def test_processes_that_are_killed_or_stopped_are_started_again(parts: Split, ne
         assert torch.equal(chain(xs[0]), network(xs[0]))
         processes = chain._processes.running
     assert all(process.poll() is not None for process in processes)
+
+
+@pytest.mark.slow
+def test_parts_end_with_who_asks_and_leave_nothing(parts: Split, tmp_path: Path) -> None:
+    parts.save(tmp_path)
+    asks = (
+        "import sys, time; from pykernels.parallel import Chain; c = Chain.of_folder(sys.argv[1], threads=1);"
+        "print(c._processes.first, *(p.pid for p in c._processes.running), flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", asks, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    first, *pids = process.stdout.readline().split()
+    os.kill(int(pids[0]), signal.SIGINT)  # ^C is not theirs
+    process.kill()
+    process.wait()
+    end = time.monotonic() + PATIENCE
+    while Path(first).parent.exists() or any(alive(int(pid)) for pid in pids):
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 @pytest.mark.slow

@@ -381,15 +381,18 @@ def complaints(rank: int) -> list[str]:
     with pytest.raises(RuntimeError) as raised:
         replicated.backward_one_chunk(0, full_backward=False, last_backward=False)
     messages.append(str(raised.value))
-    with pytest.raises(ValueError) as raised:
-        handle.load_state_dict({**handle.state_dict(), "stage": 5})
-    return [*messages, str(raised.value)]
+    for state in ({**handle.state_dict(), "stage": 5}, None, {**handle.state_dict(), "sent": "3"}):
+        with pytest.raises(ValueError) as raised:
+            handle.load_state_dict(state)
+        messages.append(str(raised.value))
+    return messages
 
 
 def test_what_is_wrong_is_named(found: list[dict[str, Any]]) -> None:
     words = ["forward must be one of", "backward must be one of", "block", "block", "error_feedback"]
     words += ["rank 0 has forward int4, rank 1 has forward int8", "registered already"]
-    words += ["output 0 of shape (2, 3, 256) is expanded", "under a zero-bubble schedule", "stage is 5"]
+    words += ["output 0 of shape (2, 3, 256) is expanded", "under a zero-bubble schedule"]
+    words += ["stage is 5", "NoneType is not what state_dict gave", "dict is not what state_dict gave"]
     for messages in (answers["complaints"] for answers in found):
         for word, message in zip(words, messages, strict=True):
             assert word in message

@@ -193,6 +193,11 @@ def test_what_cannot_be_split_is_refused_by_name(quantized: pk.Optimized) -> Non
         split(nn.Linear(2, 2), 2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="stages: must be a whole number"):
         split(quantized, 0)
+    for rate in (0, -1.0, float("nan"), float("inf"), "1gbit"):
+        with pytest.raises(ValueError, match="rate: must be bits per second, above 0"):
+            split(quantized, 2, rate=rate)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rounds: must be a whole number"):
+        split(quantized, 2, rounds=0)
     with pytest.raises(ValueError, match=r"stages: the network can be cut into \d+ parts at most, not 99"):
         split(quantized, 99, rounds=1)
     with pytest.raises(ValueError, match="inputs: 1 tensors are needed, not 2"):

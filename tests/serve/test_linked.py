@@ -24,6 +24,7 @@ from pykernels.serve.linked import Linked
 from pykernels.serve.model import Limits, Model, ready
 from pykernels.serve.runner import Runner
 from tests.networks import lively
+from tests.processes import alive
 from tests.serve.deployed import deploy
 from tests.serve.serving import PATIENCE, serving
 
@@ -48,14 +49,6 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    """Whether there is such a process that has not ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 class Pipeline:

@@ -71,7 +71,7 @@ class Part:
 
     def add(self, before: np.ndarray[Any, Any], change: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """`before` and what was decoded, in its dtype."""
-        return np.asarray(before.astype(_wide(self.dtype)) + change).astype(self.dtype)
+        return np.asarray(before.astype(_wide(self.dtype), copy=False) + change).astype(self.dtype, copy=False)
 
     def plain(self, payload: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The array whose bytes are as they are."""

@@ -52,8 +52,12 @@ def _decoded(reply: _Reply) -> RecordDict:
     Raises:
         ValueError: a value is not finite.
     """
-    arrays = decode(reply.update, reply.norm)
-    return reply.content(ArrayRecord({name: Array(array) for name, array in arrays.items()}))
+    return reply.content(_record(decode(reply.update, reply.norm)))
+
+
+def _record(arrays: Arrays) -> ArrayRecord:
+    """The record of `arrays`, which are let go one by one: a record holds copies."""
+    return ArrayRecord({name: Array(arrays.pop(name)) for name in list(arrays)})
 
 
 def _weights(replies: list[_Reply], key: str) -> list[float] | None:
@@ -145,7 +149,7 @@ class Decompress(Strategy):
                         for reply, answer in answers
                     ],
                 )
-                return ArrayRecord({name: Array(array) for name, array in found.items()}), metrics
+                return _record(found), metrics
         return self.strategy.aggregate_train(server_round, [self._decode(*one) for one in answers])
 
     def _read(self, reply: Message, known: dict[int, Arrays]) -> tuple[Message, _Reply | None]:
