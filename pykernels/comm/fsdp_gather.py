@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from pykernels.comm.collectives import agree, all_gather
-from pykernels.comm.layout import Run, lay_out_rows
+from pykernels.comm.layout import FLOATS, Run, check_block, lay_out_rows
 from pykernels.comm.stats import Meter, Stats
 from pykernels.comm.wire import Wire
 
@@ -25,7 +25,6 @@ __all__ = ["CODECS", "AllGather", "Gathers"]
 
 DIFFERENCES = ("int4",)  # codecs of which differences are sent
 CODECS = ("int8", "fp8", "bf16", "fp16", *DIFFERENCES)
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class AllGather:
@@ -58,7 +57,7 @@ class AllGather:
             layout = lay_out_rows(self._runs, self._codec, self._block, world)
             self._wire = Wire(layout, self._codec, "weights")
         layout = self._wire.layout
-        if rows.shape[1] * world != layout.numel or output_tensor.dtype not in _FLOATS:
+        if rows.shape[1] * world != layout.numel or output_tensor.dtype not in FLOATS:
             raise RuntimeError(
                 f"pykernels: the weights of {self._runs[0].key} are gathered as {rows.shape[1]} elements of "
                 f"{output_tensor.dtype} a rank, registered were {layout.numel // world}: register the model again "
@@ -123,8 +122,7 @@ class Gathers:
         """
         if codec not in CODECS:
             raise ValueError(f"pykernels: gather must be one of {', '.join(CODECS)}, not {codec!r}")
-        if block <= 0 or block % 32 or block > 32768:
-            raise ValueError(f"pykernels: gather_block must be a multiple of 32 up to 32768, not {block}")
+        check_block(block, "gather_block")
         if not hasattr(model, "set_custom_all_gather"):
             raise RuntimeError(
                 f"pykernels: torch {torch.__version__} cannot replace the all-gather of fully_shard "
@@ -158,7 +156,7 @@ def _check(group: Any, runs: Sequence[Run]) -> None:
     name = runs[0].key
     policy = group.mp_policy.param_dtype
     dtypes = {policy or parameter.sharded_param.dtype for parameter in group.fsdp_params}
-    if len(dtypes) > 1 or not dtypes <= set(_FLOATS):
+    if len(dtypes) > 1 or not dtypes <= set(FLOATS):
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ValueError(f"pykernels: gather: the group of {name} has weights in {found}, not in one dtype of floats")
     if any(hasattr(parameter._sharded_local_tensor, "fsdp_pre_all_gather") for parameter in group.fsdp_params):

@@ -19,13 +19,12 @@ from torch.distributed._functional_collectives import _resolve_group_name
 
 from pykernels.comm import collectives
 from pykernels.comm.lanes import walk
-from pykernels.comm.layout import Layout, Run, check_block, lay_out, lay_out_tensor
+from pykernels.comm.layout import FLOATS, Layout, Run, check_block, lay_out, lay_out_tensor
 from pykernels.comm.stats import Meter
 from pykernels.comm.wire import Exchange, Wire
 from pykernels.ops.compress import CODECS
 
 LEAST = 8192  # elements: what is smaller takes its time to be sent off, not to be sent
-COMPRESSED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @lru_cache(maxsize=256)
@@ -49,7 +48,7 @@ def _bytes(like: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _plain(x: torch.Tensor, codec: str, least: int, world: int) -> bool:
-    return codec == "fp32" or x.dtype not in COMPRESSED or x.numel() < max(1, least) or world == 1
+    return codec == "fp32" or x.dtype not in FLOATS or x.numel() < max(1, least) or world == 1
 
 
 def _share(x: torch.Tensor, world: int) -> tuple[int, ...]:

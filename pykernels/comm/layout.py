@@ -21,6 +21,7 @@ from pykernels.ops.compress import CODECS, record_bytes
 
 LEAST_ROW = 128  # elements: in shorter rows the scales and the padding would weigh
 MOST_PADDING = 1 / 64  # of a row
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # that the codecs take
 RAW_BLOCK = 32  # fp32 records of 128 bytes: padding costs little where parameters are small
 
 

@@ -19,7 +19,7 @@ from torch.distributed.pipelining.stage import _PipelineStageBase
 from torch.nn.parallel import DistributedDataParallel
 
 from pykernels.comm.collectives import agree
-from pykernels.comm.layout import check_block, lay_out_tensor
+from pykernels.comm.layout import FLOATS, check_block, lay_out_tensor
 from pykernels.comm.register import register
 from pykernels.comm.stats import Meter, Stats
 from pykernels.comm.wire import Wire, draw
@@ -63,7 +63,7 @@ class StageHandle:
         key = direction, tensor.shape, tensor.dtype
         if key not in self._wires:
             wire = None
-            if codec != "fp32" and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            if codec != "fp32" and tensor.dtype in FLOATS:
                 layout = lay_out_tensor(tensor.shape, codec, self.block)
                 random = direction == BACKWARD and self.stochastic and compress.CODECS[codec].stochastic
                 if layout.payload_bytes < tensor.numel() * tensor.element_size():

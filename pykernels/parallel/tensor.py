@@ -26,8 +26,6 @@ from pykernels.comm.functional import LEAST, all_gather, all_reduce, check, redu
 from pykernels.nn.linear import Int8Linear
 from pykernels.parallel.int8 import plain, split_columns, split_rows
 
-STYLES = ("colwise", "rowwise")
-
 
 @dataclass(frozen=True)
 class Ranks:
@@ -327,5 +325,6 @@ def tensor_parallel(
         elif isinstance(style, ParallelStyle):
             found[name] = style
         else:
-            raise ValueError(f"pykernels: plan: {name} must be one of {', '.join(STYLES)} or a style, not {style!r}")
+            named = ", ".join(known for known in COMPRESSED if isinstance(known, str))
+            raise ValueError(f"pykernels: plan: {name} must be one of {named} or a style, not {style!r}")
     return found
